@@ -1,0 +1,43 @@
+# Everything runs in .venv, made from constraints.txt; PYTHON chooses the interpreter it is made with.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEV := build hypothesis mypy pytest ruff types-PyYAML
+# One thread a process: tests start several, and two processes on shared threads are slower than on their own.
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: setup demo test lint test-distributed test-faults bench clean
+
+setup: $(VENV)/.installed
+
+# torch comes first and by its pinned version, so that nothing later pulls another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "halfbyte needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . $(DEV)
+	touch $@
+
+demo: setup
+	$(BIN)/halfbyte demo
+
+test: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not distributed and not faults"
+
+test-distributed: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -m distributed
+
+test-faults: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -m faults
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(TEST_ENV) $(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist

@@ -1,0 +1,8 @@
+"""``python -m halfbyte``, the form that ``accelerate launch -m`` wants."""
+
+import sys
+
+from halfbyte.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The command line: recipes by name, commands by name, one exit code for each way to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+
+from halfbyte import recipe as recipes
+from halfbyte.errors import UserError
+
+USAGE = """\
+usage: halfbyte RECIPE --config FILE [--key value ...]   train
+       halfbyte RECIPE --help                            every option of a recipe
+       halfbyte recipes [--json]                         the installed recipes
+       halfbyte demo [--output_dir DIR]                  the offline quick start: base, sft, dpo
+
+On several processes: accelerate launch --config_file launch/ddp.yaml -m halfbyte RECIPE --config FILE
+--debug shows tracebacks. Exit codes: 0 done, 2 a mistake in the input, 130 SIGINT, 143 SIGTERM, 1 anything else.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code; the console script and ``python -m halfbyte``."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _run(arguments)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {type(error).__name__}: {_first_lines(str(error))}\n(--debug shows the traceback)")
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(version("halfbyte"))
+        return 0
+    if name == "recipes":
+        return _list(rest)
+    if name == "demo":
+        from halfbyte import demo
+
+        return demo.main(rest)
+    if name in recipes.COMMANDS:
+        raise UserError(f"`halfbyte {name}` is announced but not part of this version; see README.md")
+    if name.startswith("-"):
+        raise UserError(f"the recipe comes first: halfbyte RECIPE {name} ...")
+    recipe = recipes.load(name)
+    from halfbyte import train
+
+    return train.main(name, recipe, rest)
+
+
+def _list(arguments: list[str]) -> int:
+    unknown = [argument for argument in arguments if argument != "--json"]
+    if unknown:
+        raise UserError(f"halfbyte recipes: unknown option {unknown[0]!r}; the only one is --json")
+    listed = recipes.entries()
+    recipes.check(listed)
+    if arguments:
+        print(json.dumps([vars(entry) for entry in listed], indent=2))
+        return 0
+    width = max((len(entry.name) for entry in listed), default=0)
+    for entry in listed:
+        print(f"{entry.name:<{width}}  {entry.package} {entry.version}  {entry.object}")
+    if not listed:
+        print(f"no recipes are installed (entry points in the group {recipes.GROUP!r})")
+    return 0
+
+
+def _say(message: str) -> None:
+    """Print to standard error, once per job: under a launcher only the first local rank speaks."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(message, file=sys.stderr)
+
+
+def _first_lines(text: str, lines: int = 8) -> str:
+    return "\n".join(text.splitlines()[:lines])

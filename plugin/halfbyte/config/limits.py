@@ -1,0 +1,118 @@
+"""What values are allowed beyond their types: ranges, names, and names other versions used."""
+
+import functools
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+Check = Callable[[float], bool]
+
+# The first rule that the class's own default satisfies applies: GRPO's `beta` is 0 by default, DPO's is not.
+RANGES: tuple[tuple[str, Check, str], ...] = (
+    (
+        "greater than 0",
+        lambda v: v > 0,
+        "learning_rate num_train_epochs logging_steps save_steps eval_steps adam_epsilon beta "
+        "loraplus_lr_ratio temperature repetition_penalty desirable_weight undesirable_weight neftune_noise_alpha discopop_tau",
+    ),
+    (
+        "at least 0",
+        lambda v: v >= 0,
+        "beta warmup_steps weight_decay max_grad_norm eval_delay data_seed dataloader_num_workers top_k "
+        "router_aux_loss_coef",
+    ),
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
+        "lora_alpha max_length save_total_limit eval_accumulation_steps torch_empty_cache_steps "
+        "dataset_num_proc ddp_timeout dataloader_prefetch_factor pad_to_multiple_of precompute_ref_batch_size ref_model_sync_steps "
+        "ddp_bucket_cap_mb num_generations num_iterations max_completion_length generation_batch_size "
+        "steps_per_generation",
+    ),
+    ("-1 (not set) or at least 1", lambda v: v == -1 or v >= 1, "max_steps"),
+    (
+        "at least 0 and below 1",
+        lambda v: 0 <= v < 1,
+        "lora_dropout adam_beta1 adam_beta2 label_smoothing_factor",
+    ),
+    ("at least 0 and below 0.5", lambda v: 0 <= v < 0.5, "label_smoothing"),
+    ("between 0 and 1", lambda v: 0 <= v <= 1, "ref_model_mixup_alpha ld_alpha"),
+    ("above 0, at most 1", lambda v: 0 < v <= 1, "top_p"),
+    (
+        "a share between 0 and 1, or a whole number of rows",
+        lambda v: 0 < v < 1 or (v >= 1 and v == int(v)),
+        "test_split_size",
+    ),
+    ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed"),
+)
+
+# Declared float upstream, but a whole number counts steps or rows and a fraction is a share.
+COUNTS = ("eval_steps", "logging_steps", "save_steps", "test_split_size", "warmup_steps")
+
+# Names that upstream checks only where it uses them; tests hold each to upstream's own code.
+CHOICES: dict[str, Sequence[str]] = {
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
+    "pad_to_multiple_of": ("auto",),
+}
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+
+# What configurations written for other versions say, and what to write now.
+RENAMED = {
+    "evaluation_strategy": "write eval_strategy",
+    "group_by_length": "write train_sampling_strategy: group_by_length",
+    "logging_dir": "set TENSORBOARD_LOGGING_DIR on the command line",
+    "max_prompt_length": "write max_length, which bounds prompt and completion together",
+    "max_seq_length": "write max_length",
+    "no_cuda": "write use_cpu: true",
+    "torch_dtype": "write dtype",
+    "warmup_ratio": "write warmup_steps: a number below 1 is a share of all steps",
+}
+
+# The launcher's own options that are not `accelerate launch`'s spelling; the others are asked of accelerate.
+LAUNCHER = ("accelerate_config", "accelerate_config_file", "nproc_per_node", "nnodes", "node_rank")
+NOT_A_LAUNCHER_KEY = ("help", "module", "training_script", "training_script_args", "role", "tee")
+
+
+def range_for(name: str, default: Any) -> tuple[str, Check] | None:
+    """The words and the test of the range that holds for field `name`, or None."""
+    for words, check, names in RANGES:
+        if name in names.split():
+            number = isinstance(default, int | float) and not isinstance(default, bool)
+            if not number or check(default):
+                return words, check
+    return None
+
+
+def choices_for(owner: type, name: str, metadata: dict[str, Any], members: Sequence[Any]) -> tuple[Any, ...]:
+    """The values field `name` of `owner` may take, from upstream where upstream says; () for any.
+
+    `members` are the classes its annotation names, of which an Enum is a list of choices.
+    """
+    if metadata.get("choices"):
+        return tuple(metadata["choices"])
+    for member in members:
+        if isinstance(member, type) and issubclass(member, Enum):
+            return tuple(item.value for item in member)
+    if name == "report_to":
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        return ("none", "all", *sorted(INTEGRATION_TO_CALLBACK))
+    if name == "loss_type":
+        from trl import DPOConfig
+
+        return DPO_LOSSES if issubclass(owner, DPOConfig) else ()
+    return tuple(CHOICES.get(name, ()))
+
+
+@functools.cache
+def launcher_keys() -> frozenset[str]:
+    """The options of `accelerate launch` and of TRL's launcher, which are not options of a recipe."""
+    from accelerate.commands.launch import launch_command_parser
+
+    names = {action.dest for action in launch_command_parser()._actions}
+    return frozenset(names | set(LAUNCHER)) - set(NOT_A_LAUNCHER_KEY)

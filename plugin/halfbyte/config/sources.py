@@ -1,0 +1,251 @@
+"""What the user wrote, with where: a YAML file and a command line, both read into the same nodes."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from halfbyte.errors import UserError
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 20
+NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value was written: a line of a file, or an option of the command line."""
+
+    file: str | None = None
+    line: int = 0
+    option: str = ""
+
+    def __str__(self) -> str:
+        return self.option if self.file is None else f"{self.file}:{self.line}"
+
+    def at(self, key: str, path: str = "") -> str:
+        """The head of an error message about `key`, or about what is at `path` within its value."""
+        return f"{self}{path}" if self.file is None else f"{self}: {key}{path}"
+
+
+class OptionError(Exception):
+    """One wrong value; `read` collects them into one UserError.
+
+    `path` is where it is within the option's value, such as ``[0].split``, and `source` its own line.
+    """
+
+    def __init__(self, what: str, source: Source | None = None, path: str = "") -> None:
+        super().__init__(what)
+        self.source, self.path = source, path
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value before it has a type: None, raw text, a list or a mapping of nodes.
+
+    `plain` text was not quoted and may stand for a number, a truth value or nothing; quoted text and the
+    strings of JSON may be converted to the field's type as well, but never to None.
+    """
+
+    value: "str | list[Node] | dict[str, Node] | None"
+    source: Source
+    plain: bool = True
+
+
+@dataclass
+class Entries:
+    """The keys of one place in the order they were written; a repeated key is a mistake."""
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+    mistakes: list[tuple[Source, str]] = field(default_factory=list)
+
+    def add(self, key: str, node: Node) -> None:
+        if key in self.nodes:
+            self.mistakes.append(
+                f"{node.source.at(key)}: given twice (first at {self.nodes[key].source}); keep one"
+            )
+        else:
+            self.nodes[key] = node
+
+
+def read_yaml(path: str) -> Entries:
+    """The top-level keys of the flat YAML file at `path`; an empty file has none.
+
+    Raises UserError for a file that cannot be read, is not UTF-8 or is not a YAML mapping.
+    """
+    root = _compose(path, _text(path))
+    entries = Entries()
+    if root is None or (isinstance(root, yaml.ScalarNode) and root.tag == NULL):
+        return entries
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}:1: a list of `key: value` lines is needed, this is a {_kind(root)}")
+    _mapping(path, root, entries)
+    return entries
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--config: cannot read {path!r}: {reason}; give the path of a YAML file") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: more than {MAX_BYTES} bytes; a configuration is a short YAML file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+
+
+def _compose(path: str, text: str) -> yaml.Node | None:
+    try:
+        depth = 0
+        # The event stream is not recursive, so nesting and aliases are refused before yaml.compose recurses.
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            assert event.start_mark is not None
+            line = event.start_mark.line + 1
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(
+                    f"{path}:{line}: *{event.anchor}: aliases are not supported; write the value out"
+                )
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > MAX_DEPTH:
+                raise UserError(
+                    f"{path}:{line}: nested more than {MAX_DEPTH} levels deep; a configuration is flat"
+                )
+            if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
+                raise UserError(f"{path}:{line}: {event.tag}: tags are not supported; write the bare value")
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = " ".join((error.problem or error.context or "cannot be parsed").split())
+        where = f"{path}:{mark.line + 1}" if mark is not None else path
+        raise UserError(f"{where}: not valid YAML: {problem}; the form is `key: value`") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
+    except UserError:
+        raise
+    except (ValueError, OverflowError) as error:  # PyYAML lets chr() and int() fail on wild escapes
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+
+
+def _mapping(path: str, node: yaml.MappingNode, entries: Entries) -> None:
+    for key, value in node.value:
+        source = Source(path, key.start_mark.line + 1)
+        if isinstance(key, yaml.ScalarNode):
+            entries.add(key.value, _node(path, value, source))
+        else:
+            entries.mistakes.append((source, f"{source}: a key must be a name, this is a {_kind(key)}"))
+
+
+def _kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return "single value"
+    return "list" if isinstance(node, yaml.SequenceNode) else "mapping"
+
+
+def _node(path: str, node: yaml.Node, source: Source) -> Node:
+    if isinstance(node, yaml.ScalarNode):
+        plain = node.style is None
+        return Node(None if plain and node.tag == NULL else node.value, source, plain)
+    if isinstance(node, yaml.SequenceNode):
+        return Node(
+            [_node(path, item, Source(path, item.start_mark.line + 1)) for item in node.value], source
+        )
+    assert isinstance(node, yaml.MappingNode)
+    inner = Entries()
+    _mapping(path, node, inner)
+    if inner.mistakes:
+        raise UserError(inner.mistakes[0][1])
+    return Node(dict(inner.nodes), source)
+
+
+def parse_json(text: str, source: Source) -> Node:
+    """`text` as JSON with duplicate names, NaN and deep nesting refused; raises OptionError."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in items]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{repeated!r} is given twice")
+        return dict(items)
+
+    def node(value: Any, depth: int = 0) -> Node:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+        if isinstance(value, dict):
+            return Node({key: node(item, depth + 1) for key, item in value.items()}, source)
+        if isinstance(value, list):
+            return Node([node(item, depth + 1) for item in value], source)
+        if isinstance(value, bool):
+            return Node(str(value).lower(), source)
+        if isinstance(value, _Number):
+            return Node(str(value), source)
+        return Node(value, source, plain=False)
+
+    try:
+        return node(json.loads(text, object_pairs_hook=pairs, parse_int=_Number, parse_float=_Number,
+                               parse_constant=_Number))  # fmt: skip
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise OptionError(f"not valid JSON ({reason}), is {shown(text)}") from error
+
+
+class _Number(str):
+    """The digits of a JSON number, which are converted by the field's type like any other text."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line before its options are looked up: options with their values, and `--config`."""
+
+    options: list[tuple[str, list[str], Source]]
+    config: str | None
+    help: bool
+
+
+def split(argv: Sequence[str]) -> CommandLine:
+    """Options and values of `argv`; `--key=value` is `--key value`, and `-` within a name is `_`.
+
+    Raises UserError for a word that belongs to no option and for a second or empty `--config`.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        return CommandLine([], None, True)
+    options: list[tuple[str, list[str], Source]] = []
+    closed = True  # a `--key=value` takes no further words
+    for word in argv:
+        if word.startswith("--") and word != "--":
+            name, equals, value = word[2:].partition("=")
+            source = Source(option=f"--{shorten(name)}")
+            options.append((name.replace("-", "_"), [value] if equals else [], source))
+            closed = bool(equals)
+        elif closed or (word.startswith("-") and not re.fullmatch(r"-[\d.].*", word)):
+            hint = "; use spaces or `=`, not both" if options and closed else ""
+            raise UserError(f"{shown(word)}: belongs to no option; options are written --key value{hint}")
+        else:
+            options[-1][1].append(word)
+    files = [values for name, values, _ in options if name == "config"]
+    if len(files) > 1:
+        raise UserError("--config: given twice; keep one file and give the rest as --key value")
+    if files and (len(files[0]) != 1 or not files[0][0]):
+        raise UserError("--config: takes the path of one YAML file")
+    rest = [option for option in options if option[0] != "config"]
+    return CommandLine(rest, files[0][0] if files else None, False)
+
+
+def shown(value: Any) -> str:
+    """`value` as one short line for an error message."""
+    text = repr(str(value) if isinstance(value, str) else value)
+    return shorten(text)
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,0 +1,197 @@
+"""Where rows come from: the hub, a local file or directory, or a mixture of them."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import trl
+from trl.scripts.utils import DatasetConfig
+
+from halfbyte.data.formats import suggestion
+from halfbyte.errors import UserError
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+ACCEPTED = "json, jsonl, csv, parquet, arrow, a `save_to_disk` directory, or a directory of such files"
+
+Splits = Mapping[str, Any]  # split name -> Dataset, or IterableDataset when streaming
+
+
+def read(script: Any, mixture: Any, *, seed: int) -> Splits:
+    """All splits that ``dataset_name`` or ``datasets:`` names (trl.ScriptArguments, DatasetMixtureConfig).
+
+    ``seed`` draws the test split of a mixture, so that every process draws the same one. Raises UserError.
+    """
+    if mixture.datasets:
+        _refuse_unused(
+            "with `datasets:`",
+            dataset_name=(script.dataset_name, "leave one of the two out"),
+            dataset_config=(script.dataset_config, "write `name:` beside the `path:`"),
+            dataset_streaming=(script.dataset_streaming, "write `streaming: true`"),
+        )
+        return _mixture(mixture, seed)
+    _refuse_unused(
+        "without `datasets:`",
+        streaming=(mixture.streaming, "write `dataset_streaming: true`"),
+        test_split_size=(mixture.test_split_size is not None, "name the data as `datasets: [{path: ...}]`"),
+    )
+    if not script.dataset_name:
+        raise UserError("no data: give `dataset_name` (a hub id or a local path) or `datasets:`")
+    return _one(script.dataset_name, script.dataset_config, script.dataset_streaming)
+
+
+def split(splits: Splits, name: str, option: str) -> Any:
+    """The split called ``name``, as ``option`` asks. Raises UserError naming the splits that exist."""
+    if name in splits:
+        return splits[name]
+    advice = f"set `{option}` to one of them"
+    if option == "dataset_test_split":
+        advice += (
+            ", cut one off with `datasets: [{path: ...}]` and `test_split_size: 0.1`, or `eval_strategy: no`"
+        )
+    raise UserError(
+        f"{option}: no split {name!r}{suggestion(name, splits)}\n  found: {', '.join(splits)}\n  {advice}"
+    )
+
+
+def _refuse_unused(where: str, **given: tuple[Any, str]) -> None:
+    for option, (value, advice) in given.items():
+        if value:
+            raise UserError(f"{option}: has no effect {where}; {advice}")
+
+
+def _one(name: str, config: str | None, streaming: bool) -> Splits:
+    path = Path(name).expanduser()
+    if path.is_file():
+        if config:
+            raise UserError(f"dataset_config: {config!r} has no effect on one local file; leave it out")
+        return _load(
+            name, path=_builder(path), data_files={"train": _literal(path)}, split=None, streaming=streaming
+        )
+    if path.is_dir():
+        if _saved(path):
+            if config:
+                raise UserError(f"dataset_config: {config!r} has no effect on a saved data set; leave it out")
+            return _from_disk(name, path, streaming)
+        _refuse_strays(name, path, config)
+        return _load(name, path=str(path), name=config, streaming=streaming)
+    _refuse_missing(name, path)
+    return _load(name, path=name, name=config, streaming=streaming)
+
+
+def _mixture(mixture: Any, seed: int) -> Splits:
+    if mixture.streaming and mixture.test_split_size is not None:
+        raise UserError("test_split_size: a stream cannot be split; give its test data by another split")
+    parts = [_local_part(part) for part in mixture.datasets]
+    names = ", ".join(part.path for part in mixture.datasets)
+    # The split is drawn here and not by TRL, which draws it unseeded: another one in every process.
+    whole = dataclasses.replace(mixture, datasets=parts, test_split_size=None)
+    with _Reading(names):
+        splits = trl.get_dataset(whole)
+        if mixture.test_split_size is None:
+            return splits
+        return splits["train"].train_test_split(test_size=mixture.test_split_size, seed=seed)
+
+
+def _local_part(part: DatasetConfig) -> DatasetConfig:
+    """The same part, with a path to a local file or saved data set put as `load_dataset` wants it."""
+    path = Path(part.path).expanduser()
+    if part.data_files is not None or part.data_dir is not None:
+        return part
+    if path.is_file():
+        return dataclasses.replace(part, path=_builder(path), data_files={"train": _literal(path)})
+    if path.is_dir() and _saved(path):
+        folders = [path] if (path / "state.json").exists() else [p for p in path.iterdir() if p.is_dir()]
+        files = {
+            "train" if folder == path else folder.name: [_literal(p) for p in sorted(folder.glob("*.arrow"))]
+            for folder in folders
+        }
+        return dataclasses.replace(part, path="arrow", data_files=files)
+    if path.is_dir():
+        _refuse_strays(part.path, path, part.name)
+        return dataclasses.replace(part, path=str(path))
+    _refuse_missing(part.path, path)
+    return part
+
+
+def _builder(path: Path) -> str:
+    if path.suffix not in BUILDERS:
+        raise UserError(f"{path}: {path.suffix or 'a file without extension'} is not read; accepted: {ACCEPTED}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+    return BUILDERS[path.suffix]
+
+
+def _literal(path: Path) -> str:
+    """The path with nothing in it that `data_files` would take for a pattern."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in str(path.absolute()))
+
+
+def _saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
+def _from_disk(name: str, path: Path, streaming: bool) -> Splits:
+    with _Reading(name):
+        saved = datasets.load_from_disk(str(path))
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    return {key: value.to_iterable_dataset() if streaming else value for key, value in splits.items()}
+
+
+def _refuse_strays(name: str, path: Path, config: str | None) -> None:
+    """Name the files of a directory that `load_dataset` would pass over without a word."""
+    present = {
+        file.resolve()
+        for file in path.rglob("*")
+        if file.suffix in BUILDERS
+        and not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)
+    }
+    if not present:
+        raise UserError(f"{name}: no data files in this directory; accepted: {ACCEPTED}")
+    with _Reading(name):
+        files = datasets.load_dataset_builder(str(path), name=config).config.data_files or {}
+    used = {Path(str(file)).resolve() for paths in files.values() for file in paths}
+    # A README may declare configurations, and then the rest belongs to the others.
+    strays = sorted(str(file.relative_to(path.resolve())) for file in present - used)
+    if strays and not (path / "README.md").exists():
+        raise UserError(
+            f"{name}: {len(strays)} of its files would not be read, among them {', '.join(strays[:5])}\n"
+            "  all files must have one format and split names (train.jsonl, test.jsonl), or none of them a split"
+        )
+
+
+def _refuse_missing(name: str, path: Path) -> None:
+    """Tell a local path that does not exist from a hub id."""
+    if path.suffix in BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{name}: no such file or directory{suggestion(path.name, siblings)}")
+
+
+def _load(shown: str, **options: Any) -> Splits:
+    with _Reading(shown):
+        return datasets.load_dataset(**options)
+
+
+class _Reading:
+    """Turns whatever `datasets` raises while it reads ``name`` into a UserError with the first cause."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception) or isinstance(error, UserError):
+            return
+        if "OfflineMode" in str(error) or (datasets.config.HF_HUB_OFFLINE and isinstance(error, OSError)):
+            raise UserError(
+                f"{self.name}: not a local path, not in the cache, and HF_HUB_OFFLINE is set\n"
+                "  unset HF_HUB_OFFLINE, or give a local path"
+            ) from error
+        # "An error occurred while generating the dataset" says nothing; what caused it does.
+        generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        told = error.__cause__ if generic and error.__cause__ is not None else error
+        lines = [line.strip() for line in str(told).splitlines() if line.strip()] or [type(told).__name__]
+        raise UserError(f"{self.name}: cannot be read: " + "\n  ".join(line[:200] for line in lines[:3])) from error

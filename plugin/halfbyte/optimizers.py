@@ -1,0 +1,48 @@
+"""Optimizers for adapters: paged on CUDA, their named equivalents elsewhere, LoRA+ where asked."""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from transformers import Trainer
+
+DEFAULT = "paged_adamw_32bit"
+
+# bitsandbytes pages optimizer state through CUDA's unified memory; elsewhere it warns and drops the paging.
+_OFF_CUDA = {
+    "paged_adamw_32bit": "adamw_torch",
+    "paged_adamw": "adamw_torch",
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_ademamix_32bit": "ademamix",
+    "paged_ademamix_8bit": "ademamix_8bit",
+    "paged_lion_32bit": "lion_32bit",
+    "paged_lion_8bit": "lion_8bit",
+}
+
+
+def resolve(optim: str, device_type: str) -> tuple[str, str | None]:
+    """Return the optimizer to use on this device, and the line to print if it is not the one asked for."""
+    substitute = _OFF_CUDA.get(optim) if device_type != "cuda" else None
+    if substitute is None:
+        return optim, None
+    return substitute, f"optim: {optim} pages through CUDA memory; on {device_type} this run uses {substitute}"
+
+
+def create(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of ``model``, its 32-bit state paged on CUDA."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(parameter.is_cuda for parameter in parameters):
+        return bnb.optim.PagedAdamW32bit(parameters, lr=lr, weight_decay=weight_decay)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+
+def use_loraplus(trainer: Trainer, ratio: float) -> None:
+    """Give ``trainer`` its optimizer with B's learning rate ``ratio`` times A's (LoRA+, arXiv 2402.12354)."""
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    model = trainer.model
+    assert isinstance(model, PeftModel)
+    options: dict[str, Any] = {**kwargs, "weight_decay": trainer.args.weight_decay}
+    trainer.optimizer = create_loraplus_optimizer(model, cls, loraplus_lr_ratio=ratio, **options)

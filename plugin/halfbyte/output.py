@@ -1,0 +1,52 @@
+"""The output directory: claimed without losing what it holds, and the final weights renamed into it."""
+
+import shutil
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import Trainer
+
+_ADAPTER = "default"
+
+
+def claim(output_dir: str, *, overwrite: bool) -> Path | None:
+    """Make ``output_dir``; with ``overwrite`` what it holds is moved aside first and its new place returned."""
+    directory = Path(output_dir)
+    moved = None
+    if overwrite and directory.is_dir() and any(directory.iterdir()):
+        moved = aside(directory)
+        directory.rename(moved)
+    directory.mkdir(parents=True, exist_ok=True)
+    return moved
+
+
+def aside(directory: Path) -> Path:
+    """The first free name beside ``directory``: name.1, name.2, ..."""
+    number = 1
+    while (candidate := directory.with_name(f"{directory.name}.{number}")).exists():
+        number += 1
+    return candidate
+
+
+def save_final(trainer: Trainer, output_dir: str) -> None:
+    """Write the trained weights and the tokenizer into ``output_dir``: written aside, then renamed.
+
+    An adapter run writes PEFT's format, without the frozen reference adapter of a preference run; a
+    full-parameter run writes the model.
+    """
+    if trainer.accelerator.is_main_process:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        pending = Path(output_dir) / ".pending"
+        shutil.rmtree(pending, ignore_errors=True)
+        if isinstance(model, PeftModel):
+            model.save_pretrained(pending, selected_adapters=[_ADAPTER])
+        else:
+            model.save_pretrained(pending)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(pending)
+        # PEFT writes a model card of its own; the run's is written at the end.
+        (pending / "README.md").unlink(missing_ok=True)
+        for file in pending.iterdir():
+            file.replace(Path(output_dir) / file.name)
+        pending.rmdir()
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,317 @@
+"""QLoRAPlugin: one dataclass that loads a 4-bit base, puts adapters on it and builds any TRL trainer over it."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel
+from torch.utils.data import DataLoader
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from halfbyte import adapters, data, distributed, optimizers, quantization
+from halfbyte.errors import UserError
+
+_EVA_BATCHES = 32
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Training arguments a QLoRA run wants other than upstream's, for any TRL config class.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "optim": optimizers.DEFAULT,
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    # Adapters take part in every step; looking for unused ones breaks non-reentrant checkpointing under DDP.
+    "ddp_find_unused_parameters": False,
+    "report_to": "wandb",
+}
+
+
+@dataclass
+class QLoRAPlugin(ModelConfig):
+    """How to load a base in four bits and what adapters to put on it; fields are spelt as in the YAML.
+
+    A subclass of TRL's ``ModelConfig`` with QLoRA's defaults (arXiv 2305.14314): NF4, double quantization,
+    adapters on every linear layer.
+    """
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the base's 16-bit weights and of its computation; unset: bfloat16 where the device "
+            "has it natively, else float16 (CUDA) or float32 (CPU).",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    use_peft: bool = field(default=True, metadata={"help": "Whether to train adapters."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
+    )
+    load_in_4bit: bool = field(default=True, metadata={"help": "Whether to load the base in 4 bits."})
+    use_bnb_nested_quant: bool = field(
+        default=True, metadata={"help": "Whether to quantize the quantization constants too."}
+    )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Adapter to continue (sft), or to start from and to take as the reference (dpo)."},
+    )
+    init_lora_weights: str | None = field(
+        default=None, metadata={"help": "Initialization of fresh adapters: default, gaussian or eva."}
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: learning rate of B over that of A."}
+    )
+    lora_exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get no adapter although a target matches them."}
+    )
+    additional_special_tokens: list[str] | None = field(
+        default=None,
+        metadata={"help": "Template tokens to add to the vocabulary; their embedding rows are trained."},
+    )
+
+    coverage: quantization.Coverage | None = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        adapters.check_initialization(self.init_lora_weights)
+        if self.load_in_4bit and not self.use_peft:
+            raise UserError(
+                "use_peft: false on a 4-bit base trains nothing; write `load_in_4bit: false` as well to train "
+                "the full model, or take `use_peft: false` out"
+            )
+
+    def tokenizer(self, args: Any, model: str | None = None) -> tuple[PreTrainedTokenizerBase, list[int]]:
+        """The tokenizer of the adapter to start from, else of the base, with its chat template in place.
+
+        Returns it with the ids of the tokens that were added by name (``additional_special_tokens``).
+        Raises :class:`UserError` if ``chat_template_path`` contradicts the template an adapter was trained with.
+        """
+        name, adapter = self.resolve(model)
+        source = adapter if adapter is not None and _has_tokenizer(adapter) else name
+        tokenizer, added = data.prepare_tokenizer(
+            source,
+            revision=self.model_revision if source == name else "main",
+            trust_remote_code=args.trust_remote_code,
+            training=args,
+            additional_special_tokens=self.additional_special_tokens,
+        )
+        if source == adapter and source != name:
+            adapters.same_template(adapter, tokenizer, getattr(args, "chat_template_path", None))
+        return tokenizer, added
+
+    def base_record(self) -> dict[str, Any]:
+        """What run.json says of the base: name, revision, fingerprint, and its bytes once it is loaded."""
+        name, _ = self.resolve()
+        sha = quantization.fingerprint(name, self.model_revision)
+        measured = self.coverage.as_dict() if self.coverage is not None else {}
+        return {"name": name, "revision": self.model_revision, "sha": sha, **measured}
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype the base computes in on ``device``: what ``dtype`` says, else the device's best.
+
+        Rank 0 decides for all.
+        """
+        if self.dtype is not None and self.dtype != "auto":
+            return _DTYPES[self.dtype]
+        return distributed.agree(quantization.choose_compute_dtype(device))
+
+    def load(
+        self,
+        model: str | None = None,
+        *,
+        gradient_checkpointing: bool = True,
+        trust_remote_code: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        added_token_ids: Iterable[int] = (),
+        **model_init_kwargs: Any,
+    ) -> PreTrainedModel | PeftModel:
+        """Load ``model`` for this rank: quantized, adapters on (float32), checkpointing on.
+
+        ``model`` is a hub id, a directory, or an adapter directory, which stands for its base with that
+        adapter. With ``tokenizer`` the embeddings grow where its vocabulary is larger. Without ``use_peft``
+        all of the model's weights are trained, in float32.
+
+        Raises :class:`UserError` for a checkpoint or adapter that does not fit; see :mod:`halfbyte.quantization`
+        and :mod:`halfbyte.adapters`.
+        """
+        name, adapter = self.resolve(model)
+        device = PartialState().device
+        base = self._load_base(name, device, trust_remote_code, model_init_kwargs)
+        if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+            # Mean resizing draws at random: the new rows must be the same on every rank and after a reload.
+            base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        if not self.use_peft:
+            peft_model = base
+        elif adapter is not None:
+            adapters.same_base(adapter, name, quantization.fingerprint(name, self.model_revision))
+            peft_model = adapters.continue_from(base, adapter)
+        else:
+            peft_model = adapters.attach(
+                base,
+                self.lora_config(),
+                initialization=self.init_lora_weights,
+                added_token_ids=added_token_ids,
+            )
+        if gradient_checkpointing:
+            peft_model.gradient_checkpointing_enable({"use_reentrant": False})
+            peft_model.enable_input_require_grads()
+        return peft_model
+
+    def trainer(
+        self,
+        trainer_cls: type[Trainer],
+        *,
+        model: str | None = None,
+        args: Any,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> Trainer:
+        """Build ``trainer_cls``, any TRL trainer, over ``model`` loaded by this plugin.
+
+        ``args`` is taken as given; what must change for 4-bit training is changed and said in one line each.
+        """
+        distributed.refuse_unsupported()
+        distributed.strategy_in_force()
+        _, adapter = self.resolve(model)
+        for line in self._mend(args):
+            _say(line)
+        added_token_ids: list[int] = []
+        if processing_class is None:
+            processing_class, added_token_ids = self.tokenizer(args, model)
+        loaded = self.load(
+            model,
+            gradient_checkpointing=False,  # the trainer turns it on, as `args` say
+            trust_remote_code=args.trust_remote_code,
+            tokenizer=processing_class,
+            added_token_ids=added_token_ids,
+            **(args.model_init_kwargs or {}),
+        )
+        with adapters.kept_in_float32(loaded), _spent(args, "model_init_kwargs", "chat_template_path"):
+            trainer = trainer_cls(model=loaded, args=args, processing_class=processing_class, **kwargs)
+        if self.init_lora_weights == "eva" and adapter is None:
+            adapters.initialize_eva(loaded, _first_batches(trainer))
+        if self.loraplus_lr_ratio is not None:
+            optimizers.use_loraplus(trainer, self.loraplus_lr_ratio)
+        return trainer
+
+    def optimizer(self, model: torch.nn.Module, *, lr: float = 2e-4, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+        """The optimizer for a loop of one's own: paged 32-bit AdamW on CUDA, AdamW elsewhere."""
+        return optimizers.create(model, lr=lr, weight_decay=weight_decay)
+
+    def lora_config(self) -> LoraConfig:
+        """The PEFT configuration of a fresh adapter."""
+        config = get_peft_config(self)
+        targets = config.target_modules
+        if isinstance(targets, str) and targets.isidentifier():
+            # TRL makes a list of one a string, which PEFT would read as a pattern for whole module paths.
+            config.target_modules = {targets}
+        if self.lora_exclude_modules:
+            config.exclude_modules = set(self.lora_exclude_modules)
+        return config
+
+    def resolve(self, model: str | None = None) -> tuple[str, str | None]:
+        """Return the base to load and the adapter to start from, if any.
+
+        An adapter directory given as the model stands for its base and itself.
+        """
+        name, adapter = model or self.model_name_or_path, self.adapter_name_or_path
+        if name is not None and adapters.adapter_directory(name) is not None:
+            if adapter is not None and adapter != name:
+                raise UserError(
+                    f"model_name_or_path {name!r} is an adapter directory, and adapter_name_or_path {adapter!r} "
+                    f"names another: give one of them"
+                )
+            return adapters.base_of(name), name
+        if name is None and adapter is not None:
+            name = adapters.base_of(adapter)
+        if name is None:
+            raise UserError("no model: write `model_name_or_path` (a hub id or a directory)")
+        return name, adapter
+
+    def _load_base(
+        self, name: str, device: torch.device, trust_remote_code: bool, model_init_kwargs: dict[str, Any]
+    ) -> PreTrainedModel:
+        dtype = self.compute_dtype(device)
+        if not self.use_peft:
+            dtype = torch.float32  # full-parameter training keeps its master weights in float32
+        options = dict(model_init_kwargs)
+        for key in ("revision", "trust_remote_code", "dtype", "device_map", "quantization_config"):
+            if key in options:
+                raise UserError(f"model_init_kwargs: {key!r} has an option of its own in halfbyte; set that instead")
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        base = quantization.load_base(
+            name,
+            quantization=self._quantization_config(dtype),
+            dtype=dtype,
+            device=device,
+            revision=self.model_revision,
+            trust_remote_code=trust_remote_code,
+            task_type=self.lora_task_type,
+            **options,
+        )
+        self.coverage = quantization.measure_coverage(base)
+        if self.load_in_4bit:
+            self.coverage.require()
+        return base
+
+    def _quantization_config(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+        config = get_quantization_config(self)
+        if config is not None and config.load_in_4bit:
+            config.bnb_4bit_compute_dtype = dtype
+        return config
+
+    def _mend(self, args: Any) -> list[str]:
+        """Change in ``args`` what 4-bit training must have; return a line for each change."""
+        lines = []
+        optim, line = optimizers.resolve(str(getattr(args.optim, "value", args.optim)), args.device.type)
+        if line is not None:
+            args.optim = type(args.optim)(optim)
+            lines.append(line)
+        if args.ddp_find_unused_parameters is None and self.use_peft:
+            args.ddp_find_unused_parameters = False
+        kwargs = args.gradient_checkpointing_kwargs or {}
+        if args.gradient_checkpointing and kwargs.get("use_reentrant") and self.use_peft:
+            lines.append("gradient_checkpointing_kwargs: use_reentrant=True as given; DDP needs non-reentrant checkpointing")
+        elif args.gradient_checkpointing:
+            merged = {**kwargs, "use_reentrant": False}
+            args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = merged
+        return lines
+
+
+@contextmanager
+def _spent(args: Any, *fields: str) -> Iterator[None]:
+    """Hide options that halfbyte has acted on from TRL, which would act on them again or warn."""
+    kept = {name: getattr(args, name) for name in fields if hasattr(args, name)}
+    for name in kept:
+        setattr(args, name, None)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
+
+
+def _first_batches(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
+    """The first collated training batches, the same on every rank and drawing no random numbers."""
+    loader = DataLoader(
+        trainer.train_dataset,
+        batch_size=trainer.args.per_device_train_batch_size,
+        collate_fn=trainer.data_collator,
+    )
+    return list(islice(loader, _EVA_BATCHES))
+
+
+def _has_tokenizer(directory: str) -> bool:
+    path = adapters.adapter_directory(directory)
+    return path is not None and (path / "tokenizer_config.json").is_file()
+
+
+def _say(line: str) -> None:
+    if PartialState().is_main_process:
+        print(line, file=sys.stderr)

@@ -1,0 +1,98 @@
+"""How much of a loaded base is really in four bits, and what is not."""
+
+from dataclasses import dataclass, field
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from halfbyte.errors import UserError
+
+REQUIRED_SHARE = 0.95
+
+
+@dataclass
+class Coverage:
+    """Bytes of a base, and the share of its matrix-product weights that four bits hold."""
+
+    bytes_16bit: int = 0
+    bytes_4bit: int = 0
+    four_bit_weights: int = 0
+    sixteen_bit_weights: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def four_bit_share(self) -> float:
+        """Four-bit weights over all decoder weights used in matrix products; 0 to 1."""
+        total = self.four_bit_weights + sum(self.sixteen_bit_weights.values())
+        return self.four_bit_weights / total if total else 0.0
+
+    def as_dict(self) -> dict[str, float | int | dict[str, int]]:
+        return {
+            "bytes_16bit": self.bytes_16bit,
+            "bytes_4bit": self.bytes_4bit,
+            "four_bit_share": self.four_bit_share,
+            "left_out_bytes": self.left_out,
+        }
+
+    def require(self) -> None:
+        """Raise :class:`UserError` if less than 95% of the matrix-product weights is in four bits."""
+        if self.four_bit_share >= REQUIRED_SHARE:
+            return
+        largest = sorted(self.sixteen_bit_weights.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} ({weights:,} weights)" for name, weights in largest[:4])
+        more = f" and {len(largest) - 4} more" if len(largest) > 4 else ""
+        raise UserError(
+            f"only {self.four_bit_share:.1%} of the decoder's matrix weights is in 4 bits; not quantized: {shown}{more}.\n"
+            "bitsandbytes quantizes nn.Linear only and leaves fused mixture-of-experts parameters in 16 bits "
+            "without a word; use a dense model, or `load_in_4bit: false` to train on the unquantized base."
+        )
+
+
+def measure_coverage(model: PreTrainedModel) -> Coverage:
+    """Walk ``model`` once and sort every parameter: four bits, sixteen bits, or left out by design.
+
+    Left out by design: embeddings, the output head, routers, and everything of one dimension (norms, biases).
+    """
+    coverage = Coverage()
+    heads = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if isinstance(parameter, bnb.nn.Params4bit):
+                state = parameter.quant_state
+                coverage.four_bit_weights += state.shape.numel()
+                coverage.bytes_16bit += 2 * state.shape.numel()
+                coverage.bytes_4bit += parameter.nbytes + _state_bytes(state)
+                continue
+            coverage.bytes_16bit += 2 * parameter.numel()
+            coverage.bytes_4bit += parameter.nbytes
+            kind = _left_out_kind(name, module, parameter, id(module) in heads, model.config)
+            if kind is None:
+                coverage.sixteen_bit_weights[f"{name}.{leaf}"] = parameter.numel()
+            else:
+                coverage.left_out[kind] = coverage.left_out.get(kind, 0) + parameter.nbytes
+    return coverage
+
+
+def _left_out_kind(name: str, module: nn.Module, parameter: nn.Parameter, is_head: bool, config: object) -> str | None:
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if is_head or name.rpartition(".")[2] == "score":
+        return "head"
+    experts = {getattr(config, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")}
+    if parameter.dim() == 2 and parameter.shape[0] in experts - {None}:
+        return "routers"
+    return "norms and biases" if parameter.dim() < 2 else None
+
+
+def _state_bytes(state: bnb.functional.QuantState) -> int:
+    """Bytes of a quantization state: block scales and, when nested, the scales of the scales."""
+    tensors = [state.absmax, state.code]
+    if state.nested:
+        tensors += [state.offset, state.state2.absmax, state.state2.code]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))

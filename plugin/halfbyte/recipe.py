@@ -1,0 +1,112 @@
+"""What a recipe is, and how the installed ones are found: entry points in the group ``halfbyte.recipes``.
+
+Listing reads package metadata only; the one recipe that is named is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.errors import UserError
+
+if TYPE_CHECKING:
+    from halfbyte.data import DataFormat
+
+GROUP = "halfbyte.recipes"
+
+# Names the command line keeps for itself, present and announced.
+COMMANDS = frozenset(
+    ("cache", "demo", "doctor", "merge", "plan", "plot", "quantize", "recipes", "report", "runs", "verify")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way to train: a config class, a trainer class, and what data they need.
+
+    ``config`` is a TRL config class or a subclass of one. ``data`` names the columns the trainer reads
+    and has every row checked. ``build(config, plugin, data)`` makes the trainer where the default,
+    ``plugin.trainer(trainer, args=config, ...)``, does not do: reward functions, a value model. ``next``
+    is the command to suggest when the run is over; ``{output_dir}`` and ``{model}`` are filled in.
+    """
+
+    config: type
+    summary: str
+    trainer: type | None = None
+    data: type[DataFormat] | DataFormat | None = None
+    build: Callable[..., Any] | None = None
+    next: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.trainer is None and self.build is None:
+            raise ValueError("a Recipe needs a `trainer` class or a `build` function")
+
+
+@dataclass(frozen=True, order=True)
+class Entry:
+    """A recipe as package metadata announces it: nothing of it has been imported."""
+
+    name: str
+    package: str
+    version: str
+    object: str
+
+
+def entries() -> list[Entry]:
+    """Every announced recipe, sorted by name; a distribution seen twice on the path counts once."""
+    found = {
+        Entry(point.name, point.dist.name, point.dist.version, point.value)
+        for point in metadata.entry_points(group=GROUP)
+        if point.dist is not None
+    }
+    return sorted(found)
+
+
+def check(listed: list[Entry]) -> None:
+    """Raise :class:`UserError` if two packages claim one name, or one claims a command's."""
+    for entry in listed:
+        if entry.name in COMMANDS:
+            raise UserError(
+                f"the recipe {entry.name!r} of package {entry.package} {entry.version} takes the name of a "
+                f"halfbyte command; rename its entry point in {GROUP!r}, or uninstall {entry.package}"
+            )
+        claims = [other for other in listed if other.name == entry.name]
+        if len(claims) > 1:
+            packages = " and ".join(f"{c.package} {c.version} ({c.object})" for c in claims)
+            raise UserError(
+                f"the recipe name {entry.name!r} is claimed by {packages}; uninstall one, or rename its entry point"
+            )
+
+
+def load(name: str) -> Recipe:
+    """Import and return the recipe ``name``.
+
+    Raises :class:`UserError` for an unknown name, a name claimed twice, a module that does not import,
+    or an object that is not a :class:`Recipe`.
+    """
+    listed = entries()
+    claims = [entry for entry in listed if entry.name == name]
+    if not claims:
+        known = sorted({entry.name for entry in listed})
+        near = difflib.get_close_matches(name, [*known, *COMMANDS], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"no recipe or command named {name!r}; {hint}recipes: {', '.join(known) or 'none installed'}")
+    check(claims)
+    entry = claims[0]
+    point = metadata.EntryPoint(entry.name, entry.object, GROUP)
+    try:
+        recipe = point.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"the recipe {name!r} of package {entry.package} {entry.version} cannot be imported from "
+            f"{entry.object}: {error}"
+        ) from error
+    if not isinstance(recipe, Recipe):
+        raise UserError(
+            f"{entry.object} of package {entry.package} {entry.version} is {type(recipe).__name__}, not a halfbyte.Recipe"
+        )
+    return recipe

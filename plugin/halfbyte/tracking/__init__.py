@@ -1,0 +1,8 @@
+"""What a run writes: run.json, metrics.jsonl, plots, the model card, W&B, and progress on the terminal."""
+
+from .callback import Tracker, track
+from .record import RunRecord, peak_memory_bytes
+from .redaction import redact
+from .wandb_run import check_wandb, wandb_ready
+
+__all__ = ["RunRecord", "Tracker", "check_wandb", "peak_memory_bytes", "redact", "track", "wandb_ready"]

@@ -1,0 +1,234 @@
+"""The one callback through which a Trainer fills its run directory."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers.trainer
+from accelerate.utils import gather_object
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback as TqdmCallback
+from transformers.integrations import WandbCallback
+from transformers.trainer_utils import has_length
+
+from .card import model_card
+from .metrics import MetricsLog, Row, Throughput, is_evaluation
+from .progress import RunProgress, count, memory, print_summary
+from .record import RunRecord, peak_memory_bytes, replace_file
+from .wandb_run import WandbRun
+
+logger = logging.getLogger(__name__)
+
+# What the closing summary compares before and after training.
+_COMPARED = (
+    ("eval_loss", "eval loss"),
+    ("eval_mean_token_accuracy", "eval token accuracy"),
+    ("eval_rewards/accuracies", "eval accuracy"),
+    ("eval_rewards/margins", "eval margin"),
+    ("eval_reward", "eval reward"),
+)
+
+
+def track(trainer: Trainer, record: RunRecord) -> "Tracker":
+    """Makes a built trainer fill its run directory; on every rank, before `train`.
+
+    Takes the place of the Trainer's own progress bars, its WandbCallback (which sends nested secrets and
+    the command line; ``wandb`` stays in `report_to`, where TRL looks for it) and its model card. Other
+    trackers are left alone.
+    """
+    for callback in (
+        TqdmCallback,
+        PrinterCallback,
+        WandbCallback,
+        transformers.trainer.DEFAULT_PROGRESS_CALLBACK,  # in a notebook, one of its own
+    ):
+        trainer.remove_callback(callback)
+    tracker = Tracker(trainer, record)
+    trainer.add_callback(tracker)
+    trainer.create_model_card = tracker.write_card
+    return tracker
+
+
+class Tracker(TrainerCallback):
+    """Rows to metrics.jsonl, W&B and the terminal as they come; run.json, plots and card at each save.
+
+    Works on rank 0 alone, except that every rank says at the end of training how much memory it held.
+    """
+
+    def __init__(self, trainer: Trainer, record: RunRecord) -> None:
+        self.record = record
+        self.metrics = MetricsLog(record.output_dir / "metrics.jsonl")
+        self._main = trainer.is_world_process_zero()
+        self._throughput = Throughput()
+        self._progress = RunProgress(bar=not trainer.args.disable_tqdm)
+        self._wandb: WandbRun | None = None
+        self._warned: set[str] = set()
+        self._total_steps = 0
+        self._finished = False
+
+    # Events of the Trainer, in the order they come.
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._main:
+            return
+        self._total_steps = state.max_steps
+        self.record.update(status="running", steps=state.global_step)
+        self.record.write()
+        if "wandb" in args.report_to and self._wandb is None:
+            self._wandb = WandbRun(self.record, args.run_name)
+            if self._wandb.url:
+                print(f"wandb: {self._wandb.url}", flush=True)
+        self._progress.begin(state.global_step, state.max_steps)
+        self._throughput.resume()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._main:
+            self._throughput.step()
+            self._progress.step(state.global_step)
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self._main or logs is None:
+            return
+        row = self.metrics.append(logs, state.global_step, state.epoch)
+        rate = self._rate(row)
+        self.record.update(steps=state.global_step, tokens_per_second=self._throughput.rate)
+        self._progress.row(row, rate)
+        if self._wandb is not None:
+            self._wandb.log(row)
+
+    def on_prediction_step(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._main:
+            self._progress.evaluating(len(eval_dataloader) if has_length(eval_dataloader) else None)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._main:
+            self._progress.evaluated()
+            self._throughput.resume()
+
+    def on_predict(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.on_evaluate(args, state, control)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._main:
+            self._update_record()
+            self.record.write()
+            self._draw()
+            self._throughput.resume()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        peaks = gather_object([peak_memory_bytes()])  # a collective: every rank comes here
+        if self._main:
+            self.record.update(peak_memory_bytes=peaks)
+            self._progress.end()
+
+    # What the run calls.
+
+    def finish(self, status: str, next_command: str | None = None) -> None:
+        """Closes the run: run.json, plots, model card, W&B, and the summary with the next command.
+
+        Safe on every rank and after a failure; only rank 0 does anything, and only once.
+
+        Args:
+            status: completed, failed or interrupted.
+            next_command: the exact command that goes on from here.
+        """
+        if not self._main or self._finished:
+            return
+        self._finished = True
+        self._progress.end()
+        if not self.record["peak_memory_bytes"]:  # stopped before the ranks could say
+            self.record.update(peak_memory_bytes=[peak_memory_bytes()])
+        self._update_record()
+        self.record.update(status=status, next=next_command)
+        self.record.write()
+        plots = self._draw()
+        self.write_card()
+        self.metrics.close()
+        where = self._wandb.finish(0 if status == "completed" else 1) if self._wandb is not None else None
+        self._print_summary(plots, where)
+
+    def write_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md; takes the place of `Trainer.create_model_card`, whose arguments it accepts."""
+        if self._main:
+            self._try("the model card", lambda: self._write_card(model_name))
+
+    def _write_card(self, model_name: str | None) -> None:
+        self._update_record()
+        replace_file(self.record.output_dir / "README.md", model_card(self.record, model_name).encode())
+
+    def _update_record(self) -> None:
+        self.record.update(metrics=self.metrics.summary(), checkpoints=_checkpoints(self.record.output_dir))
+
+    def _draw(self) -> list[Path]:
+        def draw() -> list[Path]:
+            from . import plots  # matplotlib takes a second and, for its first run, a cache on disk
+
+            return plots.draw(self.metrics.rows, self.record.output_dir / "plots", self.record["recipe"])
+
+        return self._try("the plots", draw) or []
+
+    def _try(self, what: str, write: Callable[[], Any]) -> Any:
+        """Pictures and prose never stop training: their failures are said once."""
+        try:
+            return write()
+        except Exception as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                logger.warning("Could not write %s: %s: %s", what, type(error).__name__, error)
+            return None
+
+    def _rate(self, row: Row) -> float | None:
+        if is_evaluation(row) or "train_runtime" in row:
+            return None
+        tokens = row.get("num_tokens")
+        if tokens is None:  # a trainer that does not count them: take the data's size for each epoch
+            size, epoch = self.record["data"].get("tokens"), row.get("epoch")
+            tokens = size * epoch if size and epoch else None
+        return None if tokens is None else self._throughput.count(tokens)
+
+    def _print_summary(self, plots: list[Path], where: str | None) -> None:
+        values = self.record.as_dict()
+        metrics, peaks = values["metrics"], values["peak_memory_bytes"]
+        rows = [
+            ("status", values["status"]),
+            ("steps", f"{values['steps']} of {self._total_steps}" if self._total_steps else "0"),
+        ]
+        loss = metrics["train"].get("train_loss", metrics["train"].get("loss"))
+        if loss is not None:
+            rows.append(("train loss", f"{loss:.4f}"))
+        for key, label in _COMPARED:
+            found = [metrics[part][key] for part in ("before", "eval") if metrics[part].get(key) is not None]
+            if found:
+                rows.append((label, " -> ".join(f"{value:.4f}" for value in found)))
+        if values["tokens_per_second"]:
+            rows.append(("speed", f"{count(values['tokens_per_second'])} tokens/s"))
+        ranks = f", the most of {len(peaks)} ranks" if len(peaks) > 1 else ""
+        rows.append(("peak memory", memory(max(peaks)) + ranks))
+        rows.append(("output", os.fspath(self.record.output_dir)))
+        if plots:
+            rows.append(("plots", os.fspath(plots[0].parent / "*.png")))
+        commands = [("wandb", where), ("next", values["next"])]
+        print_summary(rows, [(label, line) for label, line in commands if line])
+
+
+def _checkpoints(output_dir: Path) -> list[str]:
+    found = [
+        path.name for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()
+    ]
+    return sorted(found, key=lambda name: int(name[11:]))

@@ -1,0 +1,161 @@
+"""README.md: the model card of a run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from .record import RunRecord
+
+# What a reader of the card asks for first; run.json has the rest.
+_SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "packing",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "beta",
+    "loss_type",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "dtype",
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "seed",
+)
+
+_UNREMARKABLE = ("runtime", "per_second", "num_tokens")
+
+
+def model_card(record: RunRecord, title: str | None = None) -> str:
+    """The card's text: metadata, what was trained on what, the settings, the results, how to load it.
+
+    Nothing of `run.json` that is secret is in it, and of a local path only the last name.
+    """
+    values = record.as_dict()
+    config = values["config"]
+    adapter = bool(config.get("use_peft"))
+    base = str(values["base"].get("name") or config.get("model_name_or_path") or "unknown")
+    title = title or record.output_dir.resolve().name
+    data = _datasets(config)
+    tags = ["halfbyte", "trl", values["recipe"]]
+    if adapter:
+        tags.append("qlora" if config.get("load_in_4bit") else "lora")
+    metadata = ModelCardData(
+        base_model=None if base == "unknown" or _is_path(base) else base,
+        datasets=[name for name in data if not _is_path(name)] or None,
+        library_name="peft" if adapter else "transformers",
+        model_name=title,
+        tags=tags,
+    )
+    what = "a LoRA adapter for" if adapter else "a model trained from"
+    sections = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {title}",
+        f"This is {what} `{_public(base)}`, trained with the `{values['recipe']}` recipe of halfbyte"
+        + (f" on {', '.join(f'`{_public(name)}`' for name in data)}" if data else "")
+        + f", {values['steps']} steps. `run.json` has every setting and `metrics.jsonl` every figure.",
+        "## Settings",
+        _table(
+            ("setting", "value"), [(key, config[key]) for key in _SETTINGS if config.get(key) is not None]
+        ),
+        *_results(values["metrics"]),
+        "## Use",
+        f"```python\n{_usage(_public(base), title, config, adapter)}\n```",
+        "## Versions",
+        _table(("package", "version"), list(values["versions"].items())),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _results(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    before, after = metrics["before"], metrics["eval"]
+    names = [
+        key
+        for key in {**before, **after}
+        if key.startswith("eval_") and not any(word in key for word in _UNREMARKABLE)
+    ]
+    if not names:
+        return []
+    columns = ("evaluation", "before", "after")
+    return ["## Results", _table(columns, [(name, before.get(name), after.get(name)) for name in names])]
+
+
+def _usage(base: str, name: str, config: Mapping[str, Any], adapter: bool) -> str:
+    if not adapter:
+        return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+    dtype = config.get("dtype")
+    dtype = dtype if dtype in ("bfloat16", "float16", "float32") else "bfloat16"
+    lines = ["import torch", "from peft import PeftModel"]
+    if config.get("load_in_4bit"):
+        lines += [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",
+            "",
+            "quantization = BitsAndBytesConfig(",
+            "    load_in_4bit=True,",
+            f'    bnb_4bit_quant_type="{config.get("bnb_4bit_quant_type") or "nf4"}",',
+            f"    bnb_4bit_use_double_quant={bool(config.get('use_bnb_nested_quant'))},",
+            f"    bnb_4bit_compute_dtype=torch.{dtype},",
+            ")",
+        ]
+        options = f'quantization_config=quantization, dtype=torch.{dtype}, device_map="auto"'
+    else:
+        lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        options = f'dtype=torch.{dtype}, device_map="auto"'
+    lines += [
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{base}", {options})',
+    ]
+    if config.get("additional_special_tokens"):
+        lines.append("model.resize_token_embeddings(len(tokenizer))")
+    lines.append(f'model = PeftModel.from_pretrained(model, "{name}")')
+    return "\n".join(lines)
+
+
+def _datasets(config: Mapping[str, Any]) -> list[str]:
+    mixture = [entry.get("path") for entry in config.get("datasets") or () if isinstance(entry, Mapping)]
+    return [str(name) for name in [config.get("dataset_name"), *mixture] if name]
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", "~", ".")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
+
+
+def _public(name: str) -> str:
+    """A hub id as it is; of a local path the last name."""
+    return Path(name).expanduser().resolve().name if _is_path(name) else name
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [columns, tuple("---" for _ in columns), *(tuple(_cell(value) for value in row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value).replace("|", "\\|").replace("\n", " ")

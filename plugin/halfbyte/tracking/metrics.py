@@ -1,0 +1,126 @@
+"""metrics.jsonl: every row that the Trainer logs, and what is read from it."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from .record import plain
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+class MetricsLog:
+    """Appends rows to ``metrics.jsonl``, each flushed as it is logged.
+
+    A resumed run goes on in the file of the run before it. The file is opened at the first row, so that a
+    run which never starts leaves nothing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        self._file: TextIO | None = None
+
+    def append(self, logs: Mapping[str, Any], step: int, epoch: float | None) -> Row:
+        """Writes one row and returns it: step, epoch, time (seconds since 1970), then what was logged."""
+        row: Row = plain({"step": step, "epoch": epoch, "time": round(time.time(), 3), **logs})
+        if self._file is None:
+            self._file = self._open()
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        self.rows.append(row)
+        return row
+
+    def _open(self) -> TextIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = read_rows(self.path)
+        file = self.path.open("a", encoding="utf-8")
+        if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+            file.write("\n")  # a killed run left half a row: keep ours off its line
+        return file
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def summary(self) -> dict[str, Row]:
+        """The last figures under TRL's own keys.
+
+        Returns:
+            ``train``: the last training row and the Trainer's closing one; ``eval``: the last evaluation
+            after step 0; ``before``: the evaluation at step 0 (`eval_on_start`). Each carries its step.
+        """
+        train: Row = {}
+        closing: Row = {}
+        last: Row = {}
+        before: Row = {}
+        for row in self.rows:
+            figures = {key: value for key, value in row.items() if key != "time"}
+            if is_evaluation(row):
+                # One evaluation logs one row for each of its data sets.
+                if row["step"] == 0:
+                    before |= figures
+                else:
+                    last = last | figures if last.get("step") == row["step"] else figures
+            elif "train_runtime" in row:
+                closing = figures
+            elif "loss" in row:
+                train, closing = figures, {}
+        return {"train": train | closing, "eval": last, "before": before}
+
+
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(key.startswith("eval_") for key in row)
+
+
+class Throughput:
+    """Training tokens per second, evaluations and saves left out.
+
+    Tokens are TRL's `num_tokens`, which counts those of all ranks from 0 in every session.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.tokens = 0.0
+        self._mark = time.perf_counter()
+        self._counted = (0.0, 0.0)  # seconds and tokens at the last row
+
+    def resume(self) -> None:
+        """Starts the clock, after an evaluation or a save."""
+        self._mark = time.perf_counter()
+
+    def step(self) -> None:
+        """Counts the time since the last step or `resume`."""
+        now = time.perf_counter()
+        self.seconds += now - self._mark
+        self._mark = now
+
+    def count(self, tokens: float) -> float | None:
+        """Takes the tokens of the session so far; returns the rate since the last call."""
+        seconds, before = self._counted
+        self.tokens, self._counted = tokens, (self.seconds, tokens)
+        elapsed = self.seconds - seconds
+        return (tokens - before) / elapsed if elapsed > 0 else None
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second of the session, up to the last `count`; None when nothing was counted."""
+        seconds = self._counted[0]
+        return self.tokens / seconds if seconds > 0 and self.tokens > 0 else None

@@ -1,0 +1,137 @@
+"""plots/*.png, drawn from the rows of metrics.jsonl."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .metrics import Row
+from .record import replace_file
+
+Points = list[tuple[int, float]]
+
+# Okabe and Ito's palette, which the colour-blind can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture: `keys` are TRL's names without ``eval_``, in the order they are drawn."""
+
+    name: str
+    title: str
+    label: str
+    keys: tuple[str, ...]
+    bounds: tuple[float, float] | None = None
+    chance: float | None = None
+
+
+PLOTS = (
+    Plot("loss", "Loss", "loss", ("loss",)),
+    Plot("learning_rate", "Learning rate", "learning rate", ("learning_rate",)),
+    Plot("grad_norm", "Gradient norm, before clipping", "gradient norm", ("grad_norm",)),
+    Plot("token_accuracy", "Next-token accuracy", "share of tokens", ("mean_token_accuracy",)),
+    Plot("accuracy", "Preference accuracy", "share of pairs", ("rewards/accuracies",), (0, 1), chance=0.5),
+    Plot("margin", "Reward margin, chosen minus rejected", "margin", ("rewards/margins",)),
+    Plot("rewards", "Implicit rewards", "reward", ("rewards/chosen", "rewards/rejected")),
+    Plot("reward", "Reward", "reward", ("reward",)),
+)
+
+
+def draw(rows: Sequence[Row], directory: Path, title: str) -> list[Path]:
+    """Draws every plot that `rows` have figures for.
+
+    Args:
+        rows: the rows of ``metrics.jsonl``; of rows with one step the last counts (a resumed run repeats
+            steps).
+        directory: where the pictures go.
+        title: the run's recipe, set above every picture.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    for plot in PLOTS:
+        series = _series(rows, plot.keys)
+        if series:
+            path = directory / f"{plot.name}.png"
+            replace_file(path, _png(plot, series, title))
+            written.append(path)
+    return written
+
+
+def _series(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple[str, str], Points]:
+    """Points by (key, "train" or the evaluation's name), in the order of `keys`, training first."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for key in keys:
+        # Evaluation on several data sets logs eval_NAME_loss.
+        evaluation = re.compile(rf"eval_(?:(.+)_)?{re.escape(key)}")
+        found[key, "train"] = {}
+        for row in rows:
+            for name, value in row.items():
+                if not isinstance(value, int | float):
+                    continue
+                if name == key:
+                    found[key, "train"][row["step"]] = value
+                elif match := evaluation.fullmatch(name):
+                    part = f"eval {match[1]}" if match[1] else "eval"
+                    found.setdefault((key, part), {})[row["step"]] = value
+    return {name: sorted(points.items()) for name, points in found.items() if points}
+
+
+def _png(plot: Plot, series: dict[tuple[str, str], Points], title: str) -> bytes:
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, ((key, part), points) in enumerate(series.items()):
+        label = part if len(plot.keys) == 1 else f"{key.rsplit('/', 1)[-1]}, {part}"
+        _line(axes, points, label, _COLOURS[index % len(_COLOURS)], evaluation=part != "train")
+    if plot.chance is not None:
+        axes.axhline(plot.chance, color="#888888", linewidth=1, linestyle=":", label="chance")
+    if plot.bounds is not None:
+        low, high = plot.bounds
+        axes.set_ylim(low - 0.02 * (high - low), high + 0.02 * (high - low))
+    axes.set_title(f"{plot.title}  ·  {title}", loc="left", fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel(plot.label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def _line(axes: Axes, points: Points, label: str, colour: str, evaluation: bool) -> None:
+    steps, values = zip(*points, strict=True)
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.6}
+    if evaluation:
+        axes.plot(steps, values, label=label, marker="o", markersize=4.5, linestyle="--", **style)
+    elif len(values) > 100:
+        # Every batch differs: show the rows faintly and their running mean over them.
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+        axes.plot(steps, _smooth(values), label=f"{label} (smoothed)", **style)
+    else:
+        few = len(values) < 15
+        axes.plot(steps, values, label=label, marker="o" if few else "", markersize=3, **style)
+
+
+def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
+    """The exponential running mean, with the bias of its start taken out."""
+    mean, total, smoothed = 0.0, 0.0, []
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        total = weight * total + (1 - weight)
+        smoothed.append(mean / total)
+    return smoothed

@@ -1,0 +1,123 @@
+"""run.json: what a run was told, what it ran on, and what came of it."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .redaction import redact
+
+_PACKAGES = ("halfbyte", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
+
+
+class RunRecord:
+    """The contents of ``run.json``; nothing is on disk before `write`.
+
+    Rank 0 alone writes; the caller sees to it. The keys are those of DESIGN.md's "What a run writes to
+    output_dir", and whatever else `update` is given.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str], recipe: str) -> None:
+        self.output_dir = Path(output_dir)
+        self.path = self.output_dir / "run.json"
+        self._values: dict[str, Any] = {
+            "status": "running",
+            "recipe": recipe,
+            "run_id": uuid.uuid4().hex[:12],
+            "config": {},
+            "versions": versions(),
+            "base": {},
+            "data": {},
+            "strategy": {},
+            "steps": 0,
+            "tokens_per_second": None,
+            "peak_memory_bytes": [],
+            "metrics": {"train": {}, "eval": {}, "before": {}},
+            "checkpoints": [],
+            "next": None,
+        }
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def update(self, **values: Any) -> None:
+        """Sets top-level keys; a mapping is merged, one level deep, into the mapping that is there."""
+        for key, value in values.items():
+            old = self._values.get(key)
+            if isinstance(old, dict) and isinstance(value, Mapping):
+                self._values[key] = {**old, **value}
+            else:
+                self._values[key] = value
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `write` puts on disk: plain JSON values, without secrets."""
+        return dict(redact(plain(self._values)))
+
+    def write(self) -> None:
+        """Replaces ``run.json`` in one step: a reader sees the old file or the new one, never a part."""
+        text = json.dumps(self.as_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        replace_file(self.path, text.encode())
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+            found[package] = "unknown"
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: on its CUDA devices if it used one, else resident in RAM."""
+    import torch
+
+    if torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        if peak := sum(torch.cuda.max_memory_allocated(device) for device in devices):
+            return peak
+    try:
+        # ru_maxrss survives exec, so that on Linux a small child of a large launcher reports the launcher.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def plain(value: Any) -> Any:
+    """`value` in types that JSON has: NaN and infinity become None, tensors of one element become numbers."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy and torch
+        return plain(value.tolist())
+    return str(value)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Puts `content` at `path` atomically and durably, creating the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

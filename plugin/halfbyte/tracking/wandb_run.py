@@ -1,0 +1,161 @@
+"""The W&B run: what metrics.jsonl and run.json have, and nothing else of this machine."""
+
+import logging
+import os
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import wandb
+from wandb.errors import AuthenticationError
+from wandb.sdk import wandb_setup
+from wandb.sdk.lib import wbauth
+
+from halfbyte.errors import UserError
+
+from .metrics import Row
+from .record import RunRecord
+from .redaction import redact
+
+logger = logging.getLogger(__name__)
+
+# Seconds that a server which does not answer may cost: once before the first step, once after the last.
+_INIT_TIMEOUT = 10.0
+_FINISH_TIMEOUT = 60.0
+
+
+def check_wandb(report_to: str | Iterable[str] | None) -> None:
+    """Refuses a run that reports to W&B and cannot; asks nobody and opens no connection.
+
+    Raises:
+        UserError: `report_to` names wandb, there is no login, and W&B is neither offline nor disabled.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    if not {"wandb", "all"}.intersection(names):
+        return
+    try:
+        ready = wandb_ready()
+    except AuthenticationError as error:
+        raise UserError(f"report_to: wandb: {error}. Log in again with `wandb login --relogin`.") from None
+    if not ready:
+        raise UserError(
+            "report_to: wandb: there is no W&B login on this machine. Run `wandb login`, or set\n"
+            "WANDB_MODE=offline to record the run here and upload it later with `wandb sync`,\n"
+            "or write `report_to: none`."
+        )
+
+
+def wandb_ready() -> bool:
+    """Whether a W&B run could start without asking: a login, or offline or disabled by the environment.
+
+    Raises:
+        wandb.errors.AuthenticationError: the login that was found is malformed.
+    """
+    # The public wandb.login() prompts on a terminal; these are what it calls before it does.
+    settings = wandb_setup.singleton().settings
+    if settings.mode in ("offline", "dryrun", "disabled"):
+        return True
+    login = wbauth.authenticate_session(
+        host=settings.base_url, source="halfbyte", prompt=False, update_session=False
+    )
+    return login is not None
+
+
+class WandbRun:
+    """One W&B run on rank 0; no trouble with W&B reaches training: it is said once, and training goes on.
+
+    The project is WANDB_PROJECT or ``halfbyte``; entity, group, id, mode and directory follow W&B's own
+    environment variables, and a sweep agent's. A server that does not answer makes the run an offline one.
+    """
+
+    def __init__(self, record: RunRecord, run_name: str | None) -> None:
+        for variable in ("WANDB_LOG_MODEL", "WANDB_WATCH"):
+            if os.environ.get(variable, "false").lower() not in ("", "false", "0"):
+                logger.warning("%s is not supported and has no effect here.", variable)
+        self._broken = False
+        self._run: Any = None
+        settings = wandb_setup.singleton().settings
+        if settings.mode == "disabled":
+            return
+        swept = settings.sweep_id is not None  # an agent names the project, and each of its runs
+        options: dict[str, Any] = {
+            "project": None if swept else settings.project or "halfbyte",
+            "name": run_name or settings.run_name or (None if swept else record.output_dir.resolve().name),
+            "config": _config(record),
+            "dir": None if os.environ.get("WANDB_DIR") else str(record.output_dir),
+            "settings": _settings(),
+        }
+        try:
+            self._run = self._start(options)
+            # One history row for each row of metrics.jsonl, on the run's own step: W&B's step may not go
+            # back, and a resumed run's does.
+            self._run.define_metric("step", hidden=True)
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:
+            self._give_up(error)
+
+    def _start(self, options: dict[str, Any]) -> Any:
+        try:
+            return wandb.init(**options)
+        except Exception as error:
+            reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
+            logger.warning("W&B does not answer (%s): this run is recorded offline.", reason)
+            return wandb.init(**options, mode="offline")
+
+    def _give_up(self, error: Exception) -> None:
+        if not self._broken:
+            self._broken = True
+            logger.warning("W&B failed, training goes on without it: %s", redact(str(error)))
+
+    @property
+    def url(self) -> str | None:
+        """Where the run can be watched; None when it is offline."""
+        return None if self._run is None or self._run.offline else self._run.url
+
+    def log(self, row: Row) -> None:
+        """Logs one row of ``metrics.jsonl`` under its own names."""
+        if self._run is None or self._broken:
+            return
+        try:
+            self._run.log({key: value for key, value in row.items() if value is not None})
+        except Exception as error:
+            self._give_up(error)
+
+    def finish(self, exit_code: int) -> str | None:
+        """Ends the run; returns the line that tells the user where it is."""
+        if self._run is None:
+            return None
+        offline, directory = self._run.offline, Path(self._run.settings.sync_dir)
+        try:
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            if not isinstance(error, TimeoutError):
+                self._give_up(error)
+            offline = True
+        self._run, url = None, self.url
+        return f"wandb sync {shlex.quote(os.path.relpath(directory))}" if offline or self._broken else url
+
+
+def _config(record: RunRecord) -> dict[str, Any]:
+    """The resolved configuration, flat; what the run stands on, under the name ``halfbyte``."""
+    values = record.as_dict()
+    about = {key: values[key] for key in ("recipe", "run_id", "versions", "base", "data", "strategy")}
+    return {**values["config"], "halfbyte": about}
+
+
+def _settings() -> wandb.Settings:
+    """No prompt, no chatter, bounded waits; no command line, code or console in the run, for those hold
+    secrets."""
+    return wandb.Settings(
+        silent=True,
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        save_code=False,
+        x_disable_meta=True,
+        init_timeout=_INIT_TIMEOUT,
+        finish_timeout=_FINISH_TIMEOUT,
+        finish_timeout_raises=True,
+        x_transaction_log_flush_interval=1.0,
+    )

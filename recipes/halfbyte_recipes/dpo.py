@@ -1,0 +1,27 @@
+"""Direct preference optimization (arXiv 2305.18290): learn from pairs of a better and a worse answer.
+
+Without ``adapter_name_or_path`` the reference is the base with the adapter off; with it, a frozen copy of
+that adapter. Neither needs a second model.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import DPOConfig, DPOTrainer
+
+from halfbyte.data import PreferencePairs
+from halfbyte.recipe import Recipe
+
+
+@dataclass
+class DPOArguments(DPOConfig):
+    """TRL's DPO options with the learning rate of its LoRA examples."""
+
+    learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate."})
+
+
+recipe = Recipe(
+    config=DPOArguments,
+    trainer=DPOTrainer,
+    data=PreferencePairs,
+    summary="Direct preference optimization on pairs of a chosen and a rejected answer",
+)

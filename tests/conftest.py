@@ -1,0 +1,41 @@
+"""Shared fixtures: the offline environment, and tiny models saved once for the whole run."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    WANDB_MODE="disabled",
+)
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``model_dir("llama")``: the directory of a tiny random model with its tokenizer."""
+    from tests import tiny
+
+    saved: dict[tuple, Path] = {}
+
+    def get(arch: str = "llama", **options) -> Path:
+        key = (arch, *sorted(options.items()))
+        if key not in saved:
+            saved[key] = tiny.save_model(tmp_path_factory.mktemp(arch), arch, **options)
+        return saved[key]
+
+    return get
