@@ -144,6 +144,15 @@ def kept_in_float32(model: nn.Module) -> Iterator[None]:
             parameter.data = kept[name].to(parameter.device)
 
 
+def drop_reference_copy(model: nn.Module) -> None:
+    """Take away the frozen copy that TRL's preference trainers make of any adapter they are given.
+
+    A fresh adapter needs none: its reference is the base with the adapter off, which TRL falls back to.
+    """
+    if isinstance(model, PeftModel) and "ref" in model.peft_config:
+        model.delete_adapter("ref")
+
+
 def adapter_directory(name_or_path: str) -> Path | None:
     """Return the path if it is a local adapter directory, else None."""
     path = Path(name_or_path)

@@ -193,6 +193,8 @@ class QLoRAPlugin(ModelConfig):
         )
         with adapters.kept_in_float32(loaded), _spent(args, "model_init_kwargs", "chat_template_path"):
             trainer = trainer_cls(model=loaded, args=args, processing_class=processing_class, **kwargs)
+        if adapter is None:
+            adapters.drop_reference_copy(loaded)
         if self.init_lora_weights == "eva" and adapter is None:
             adapters.initialize_eva(loaded, _first_batches(trainer))
         if self.loraplus_lr_ratio is not None:

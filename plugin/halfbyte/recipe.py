@@ -37,7 +37,7 @@ class Recipe:
     config: type
     summary: str
     trainer: type | None = None
-    data: type[DataFormat] | DataFormat | None = None
+    data: DataFormat | None = None
     build: Callable[..., Any] | None = None
     next: str | None = None
 

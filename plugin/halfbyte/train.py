@@ -3,9 +3,7 @@
 Everything that can fail on what the user wrote fails before the output directory is touched.
 """
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, Trainer
+from datasets import disable_progress_bars
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 from trl import DatasetMixtureConfig
@@ -85,7 +84,7 @@ def decide(settings: Settings) -> list[str]:
     if line is not None:
         settings.override("optim", optim)
         lines.append(line)
-    if "report_to" not in settings.given and not tracking.wandb_is_ready():
+    if "report_to" not in settings.given and not tracking.wandb_ready():
         settings.set_default("report_to", "none")
         lines.append("wandb: no login found, so nothing is reported; `wandb login` or WANDB_MODE=offline turns it on")
     tracking.check_wandb(settings["report_to"])
@@ -124,39 +123,37 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
     resume = _resume_from(training)
     if (problem := distributed.agree(claim_problem(run, resume))) is not None:
         raise UserError(problem)
-    for line in lines:
-        tracking.say(line, is_main)
     with distributed.on_every_rank("preparing the data"):
         tokenizer, _ = plugin.tokenizer(training)
         rows = data.load(run.script, run.mixture, training, run.recipe.data, tokenizer)
     with distributed.on_every_rank("building the trainer"):
-        trainer = _build(run, rows, tokenizer)
+        trainer = _build(run, rows)
         if run.recipe.data is not None:
             data.check_labels(trainer, rows.report)
-    for line in rows.report.lines():
-        tracking.say(line, is_main)
-
     if is_main:
         moved = claim(training.output_dir, overwrite=run.script.overwrite_output_dir and resume is None)
         if moved is not None:
-            tracking.say(f"the earlier run in {training.output_dir} is now in {moved}")
+            lines = [*lines, f"the earlier run in {training.output_dir} is now in {moved}"]
+        print(*lines, *rows.report.lines(), sep="\n", flush=True)
     PartialState().wait_for_everyone()
+
     record = tracking.RunRecord(training.output_dir, recipe=run.name)
     record.update(
-        config=tracking.redact(run.resolved),
+        config=run.resolved,
         base=plugin.base_record(),
         data=rows.report.as_dict(),
-        strategy={**strategy.as_dict(), "devices": sum(distributed.gather(strategy.devices), [])},
+        strategy={**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
     )
-    with tracking.tracked(trainer, record, config=run.resolved) as tracker:
+    tracker = tracking.track(trainer, record)
+    try:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.eval_dataset is not None and not _evaluated_last(trainer):
             trainer.evaluate()
         save_final(trainer, training.output_dir)
-        tracker.finish(
-            peak_memory_bytes=distributed.gather(tracking.peak_memory_bytes()),
-            next_command=_next_command(run),
-        )
+    except BaseException as error:
+        tracker.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    tracker.finish("completed", _next_command(run))
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
 
@@ -188,7 +185,7 @@ def _resume_from(training: Any) -> str | None:
     return str(wanted)
 
 
-def _build(run: Run, rows: data.RunData, tokenizer: PreTrainedTokenizerBase) -> Trainer:
+def _build(run: Run, rows: data.RunData) -> Trainer:
     recipe = run.recipe
     if recipe.build is not None:
         return recipe.build(run.training, run.plugin, rows)
@@ -217,9 +214,6 @@ def _quieten() -> None:
     """Silence upstream's progress bars and deprecation notices: this run prints its own lines."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()
-    with contextlib.suppress(ImportError):
-        from datasets import disable_progress_bars
-
-        disable_progress_bars()
+    disable_progress_bars()
 
 

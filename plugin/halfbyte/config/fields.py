@@ -8,10 +8,12 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union
 
 from halfbyte.config.limits import COUNTS, choices_for, range_for
 from halfbyte.config.sources import Node, OptionError, parse_json, shorten, shown
+from halfbyte.errors import UserError
 
 TRUE, FALSE = ("true", "yes", "on", "y", "t", "1"), ("false", "no", "off", "n", "f", "0")
 INTEGER = re.compile(r"[+-]?(0|[1-9](_?[0-9])*)")
@@ -73,7 +75,8 @@ def fields_of(classes: Iterable[type]) -> dict[str, Field]:
             if not declared.init:
                 continue
             name = declared.name
-            assert name not in ("config", "help"), f"{owner.__name__}.{name} is reserved for the command line"
+            if name in ("config", "help"):
+                raise UserError(f"{owner.__name__}.{name}: --{name} is reserved; give the field another name")
             metadata: dict[str, Any] = {}
             for base in reversed(owner.__mro__):
                 metadata |= dict(getattr(base, "__dataclass_fields__", {}).get(name, declared).metadata)
@@ -113,7 +116,7 @@ def _origins(hint: Any) -> list[Any]:
 
 def described(hint: Any) -> str:
     """The type in words, for errors and help."""
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list",
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path", list: "a list",
              dict: "a mapping", type(None): "null", Any: "any value"}  # fmt: skip
     words = []
     for member, origin in zip(members(hint), _origins(hint), strict=True):
@@ -165,6 +168,13 @@ def _mapping(node: Node, value: dict[str, Node], kinds: dict[Any, Any], hint: An
     for key, entry in value.items():
         if key not in known:
             raise OptionError(f"unknown key {shown(key)}{_nearest(key, tuple(known))}", entry.source)
+    for item in dataclasses.fields(record):
+        if (
+            item.init
+            and item.default is item.default_factory is dataclasses.MISSING
+            and item.name not in value
+        ):
+            raise OptionError(f"{item.name} is missing; add it")
     try:
         return record(**{key: _at(f".{key}", entry, known[key].type) for key, entry in value.items()})
     except (TypeError, ValueError) as error:
@@ -208,12 +218,13 @@ def _text(node: Node, text: str, kinds: dict[Any, Any], hint: Any, choices: Sequ
                 raise
     record = any(dataclasses.is_dataclass(kind) for kind in kinds)
     if (dict in kinds or record) and (text.startswith("{") or str not in kinds):
-        parsed = parse_json(text, node.source)
-        if not isinstance(parsed.value, dict):
-            raise OptionError(f"must be a mapping, in JSON on the command line, is {shown(text)}")
-        return _convert(parsed, hint, choices)
+        if not text.lstrip().startswith("{"):
+            raise OptionError(f"must be a mapping (JSON on the command line), is {shown(text)}")
+        return _convert(parse_json(text, node.source), hint, choices)
     if str in kinds:
         return text
+    if Path in kinds:
+        return Path(text)
     if list in kinds:
         return [_convert(node, (*typing.get_args(kinds[list]), Any)[0], choices)]
     if lowered.lstrip("+-.") in NOT_FINITE:

@@ -13,7 +13,8 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
         "greater than 0",
         lambda v: v > 0,
         "learning_rate num_train_epochs logging_steps save_steps eval_steps adam_epsilon beta "
-        "loraplus_lr_ratio temperature repetition_penalty desirable_weight undesirable_weight neftune_noise_alpha discopop_tau",
+        "loraplus_lr_ratio temperature repetition_penalty desirable_weight undesirable_weight "
+        "neftune_noise_alpha discopop_tau",
     ),
     (
         "at least 0",
@@ -26,7 +27,8 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
         lambda v: v >= 1,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
         "lora_alpha max_length save_total_limit eval_accumulation_steps torch_empty_cache_steps "
-        "dataset_num_proc ddp_timeout dataloader_prefetch_factor pad_to_multiple_of precompute_ref_batch_size ref_model_sync_steps "
+        "dataset_num_proc ddp_timeout dataloader_prefetch_factor pad_to_multiple_of "
+        "precompute_ref_batch_size ref_model_sync_steps "
         "ddp_bucket_cap_mb num_generations num_iterations max_completion_length generation_batch_size "
         "steps_per_generation",
     ),

@@ -188,10 +188,11 @@ def _across(settings: Settings) -> list[str]:
             mistakes.append(
                 f"{settings.at('load_in_8bit')}: load_in_4bit is true as well; keep one of the two"
             )
-    four_bit = "load_in_4bit" in settings and settings["load_in_4bit"]
-    if four_bit and "use_peft" in settings and not settings["use_peft"]:
-        mistakes.append(f"{settings.at('use_peft')}: a 4-bit base trains only through adapters; "
-                        "write load_in_4bit: false as well, or leave use_peft out")  # fmt: skip
+    if all(key in settings for key in ("load_in_4bit", "use_peft")):
+        key = "use_peft" if "use_peft" in settings.given else "load_in_4bit"
+        if settings["load_in_4bit"] and not settings["use_peft"]:
+            text = "a 4-bit base trains only through adapters; write use_peft: true or load_in_4bit: false"
+            mistakes.append(f"{settings.at(key)}: {text}")
     if "report_to" in settings.given and settings["report_to"] is None:
         mistakes.append(f"{settings.at('report_to')}: null names nothing; write none or wandb")
     return mistakes

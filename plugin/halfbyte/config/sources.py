@@ -64,9 +64,9 @@ class Entries:
 
     def add(self, key: str, node: Node) -> None:
         if key in self.nodes:
-            self.mistakes.append(
-                f"{node.source.at(key)}: given twice (first at {self.nodes[key].source}); keep one"
-            )
+            first = self.nodes[key].source
+            text = f"{node.source.at(shorten(key))}: given twice (first at {first}); keep one"
+            self.mistakes.append((node.source, text))
         else:
             self.nodes[key] = node
 
@@ -111,7 +111,7 @@ def _compose(path: str, text: str) -> yaml.Node | None:
             line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):
                 raise UserError(
-                    f"{path}:{line}: *{event.anchor}: aliases are not supported; write the value out"
+                    f"{path}:{line}: *{shorten(event.anchor)}: aliases are not supported; write the value out"
                 )
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
@@ -122,7 +122,9 @@ def _compose(path: str, text: str) -> yaml.Node | None:
                     f"{path}:{line}: nested more than {MAX_DEPTH} levels deep; a configuration is flat"
                 )
             if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
-                raise UserError(f"{path}:{line}: {event.tag}: tags are not supported; write the bare value")
+                raise UserError(
+                    f"{path}:{line}: {shorten(event.tag)}: tags are not supported; write the bare value"
+                )
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -227,7 +229,7 @@ def split(argv: Sequence[str]) -> CommandLine:
             options.append((name.replace("-", "_"), [value] if equals else [], source))
             closed = bool(equals)
         elif closed or (word.startswith("-") and not re.fullmatch(r"-[\d.].*", word)):
-            hint = "; use spaces or `=`, not both" if options and closed else ""
+            hint = "; a value that begins with - is written --key=VALUE" if word.startswith("-") else ""
             raise UserError(f"{shown(word)}: belongs to no option; options are written --key value{hint}")
         else:
             options[-1][1].append(word)

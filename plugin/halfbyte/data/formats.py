@@ -53,7 +53,9 @@ def _conversation(value: Any, roles: Collection[str], who: str, what: str) -> st
         return "the conversation is empty"
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
-            return f"message {number}: expected a mapping with {who!r} and {what!r}, found {describe(message)}"
+            return (
+                f"message {number}: expected a mapping with {who!r} and {what!r}, found {describe(message)}"
+            )
         role, content = message.get(who), message.get(what)
         if not isinstance(role, str):
             keys = ", ".join(sorted(key for key, held in message.items() if held is not None)) or "none"
@@ -61,7 +63,7 @@ def _conversation(value: Any, roles: Collection[str], who: str, what: str) -> st
         if role not in roles:
             known = FOREIGN_ROLES.get(role)
             return f"message {number}: the chat template knows no role {role!r}" + (
-                f"; write {known!r}" if known else f", only {', '.join(sorted(roles))}"
+                f"; write {known!r}" if known else f", expected one of {', '.join(sorted(ROLES))}"
             )
         spoken = isinstance(content, str) or (isinstance(content, list) and content)
         if not spoken and not (content is None and message.get("tool_calls")):
@@ -101,7 +103,7 @@ class Layout:
     def problem(self, row: Mapping[str, Any], roles: Collection[str] = ROLES) -> str | None:
         """What is wrong with one row, or None."""
         for column, kind in self.columns.items():
-            if wrong := kind(row[column], roles):
+            if wrong := kind(row.get(column), roles):
                 return f"column {column!r}: {wrong}"
         shapes = {column: isinstance(row[column], str) for column in self.columns}
         if text_or_messages in self.columns.values() and len(set(shapes.values())) > 1:
@@ -117,7 +119,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class DataFormat:
-    """What a recipe's trainer accepts: its layouts, in the order in which the trainer decides between them."""
+    """What a recipe's trainer accepts: its layouts, in the order in which it decides between them."""
 
     name: str
     layouts: tuple[Layout, ...]

@@ -22,6 +22,8 @@ class SplitReport:
     equal_rows: list[int] = field(default_factory=list)
     lost_rows: int = 0
     counted: bool = False
+    # the rows.RowCheck that the rows passed, to find one that fails later
+    check: Any = field(default=None, repr=False)
 
     @property
     def dropped(self) -> int | None:

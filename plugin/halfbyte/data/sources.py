@@ -1,7 +1,8 @@
 """Where rows come from: the hub, a local file or directory, or a mixture of them."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _mixture(mixture: Any, seed: int) -> Splits:
     names = ", ".join(part.path for part in mixture.datasets)
     # The split is drawn here and not by TRL, which draws it unseeded: another one in every process.
     whole = dataclasses.replace(mixture, datasets=parts, test_split_size=None)
-    with _Reading(names):
+    with reading(names):
         splits = trl.get_dataset(whole)
         if mixture.test_split_size is None:
             return splits
@@ -117,7 +118,9 @@ def _local_part(part: DatasetConfig) -> DatasetConfig:
 
 def _builder(path: Path) -> str:
     if path.suffix not in BUILDERS:
-        raise UserError(f"{path}: {path.suffix or 'a file without extension'} is not read; accepted: {ACCEPTED}")
+        raise UserError(
+            f"{path}: {path.suffix or 'a file without extension'} is not read; accepted: {ACCEPTED}"
+        )
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     return BUILDERS[path.suffix]
@@ -133,7 +136,10 @@ def _saved(path: Path) -> bool:
 
 
 def _from_disk(name: str, path: Path, streaming: bool) -> Splits:
-    with _Reading(name):
+    for state in path.rglob("state.json"):
+        if not any(state.parent.glob("*.arrow")):  # how a split without rows is saved, and cannot be read
+            raise UserError(f"{state.parent}: the split has no rows")
+    with reading(name):
         saved = datasets.load_from_disk(str(path))
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     return {key: value.to_iterable_dataset() if streaming else value for key, value in splits.items()}
@@ -149,7 +155,7 @@ def _refuse_strays(name: str, path: Path, config: str | None) -> None:
     }
     if not present:
         raise UserError(f"{name}: no data files in this directory; accepted: {ACCEPTED}")
-    with _Reading(name):
+    with reading(name):
         files = datasets.load_dataset_builder(str(path), name=config).config.data_files or {}
     used = {Path(str(file)).resolve() for paths in files.values() for file in paths}
     # A README may declare configurations, and then the rest belongs to the others.
@@ -157,7 +163,7 @@ def _refuse_strays(name: str, path: Path, config: str | None) -> None:
     if strays and not (path / "README.md").exists():
         raise UserError(
             f"{name}: {len(strays)} of its files would not be read, among them {', '.join(strays[:5])}\n"
-            "  all files must have one format and split names (train.jsonl, test.jsonl), or none of them a split"
+            "  give all files one format, and all or none of them a split's name (train.jsonl, test.jsonl)"
         )
 
 
@@ -169,29 +175,27 @@ def _refuse_missing(name: str, path: Path) -> None:
 
 
 def _load(shown: str, **options: Any) -> Splits:
-    with _Reading(shown):
+    with reading(shown):
         return datasets.load_dataset(**options)
 
 
-class _Reading:
-    """Turns whatever `datasets` raises while it reads ``name`` into a UserError with the first cause."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, UserError):
-            return
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn whatever `datasets` raises while it reads ``name`` into a UserError with the first cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
         if "OfflineMode" in str(error) or (datasets.config.HF_HUB_OFFLINE and isinstance(error, OSError)):
             raise UserError(
-                f"{self.name}: not a local path, not in the cache, and HF_HUB_OFFLINE is set\n"
+                f"{name}: not a local path, not in the cache, and HF_HUB_OFFLINE is set\n"
                 "  unset HF_HUB_OFFLINE, or give a local path"
             ) from error
         # "An error occurred while generating the dataset" says nothing; what caused it does.
         generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
         told = error.__cause__ if generic and error.__cause__ is not None else error
         lines = [line.strip() for line in str(told).splitlines() if line.strip()] or [type(told).__name__]
-        raise UserError(f"{self.name}: cannot be read: " + "\n  ".join(line[:200] for line in lines[:3])) from error
+        raise UserError(
+            f"{name}: cannot be read: " + "\n  ".join(line[:200] for line in lines[:3])
+        ) from error

@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import json
+import os
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -153,11 +154,15 @@ def _assistant(text: str) -> list[dict[str, str]]:
 
 
 def _sources(root: Path) -> list[Path]:
-    def kept(path: Path) -> bool:
-        parts = path.relative_to(root).parts
-        return not any(part in _SKIPPED or part.startswith(("config-", "_sysconfigdata")) for part in parts)
-
-    return sorted((p for p in root.rglob("*.py") if kept(p)), key=lambda p: p.relative_to(root).as_posix())
+    found: list[Path] = []
+    for directory, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED and not name.startswith("config-")]
+        found += [
+            Path(directory, name)
+            for name in files
+            if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _documented(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, str]]:

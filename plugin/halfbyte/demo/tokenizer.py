@@ -11,7 +11,7 @@ VOCABULARY = 2048
 _START, _END, _PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 
-def train_tokenizer(texts: Iterable[str], *, max_length: int, vocabulary: int = VOCABULARY) -> Any:
+def train_tokenizer(texts: Iterable[str], *, vocabulary: int = VOCABULARY) -> Any:
     """A `PreTrainedTokenizerFast` with at most ``vocabulary`` tokens; any text round-trips through it.
 
     A turn and a plain text both end with ``<|im_end|>``, the EOS token, so that generation stops there.
@@ -31,7 +31,6 @@ def train_tokenizer(texts: Iterable[str], *, max_length: int, vocabulary: int = 
         eos_token=_END,
         pad_token=_PAD,
         additional_special_tokens=[_START],
-        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = (files("halfbyte.demo") / "chatml.jinja").read_text(encoding="utf-8")

@@ -26,10 +26,10 @@ class Strategy:
 
     name: str
     world_size: int
-    devices: list[str]
+    device: str
 
     def as_dict(self) -> dict[str, object]:
-        return {"name": self.name, "world_size": self.world_size, "devices": self.devices}
+        return {"name": self.name, "world_size": self.world_size}
 
 
 def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
@@ -58,7 +58,7 @@ def strategy_in_force(environment: Mapping[str, str] = os.environ) -> Strategy:
         name = "ddp"
     else:
         raise UserError(f"4-bit training under {state.distributed_type.value} is not proven; use DDP: {_DDP_LINE}")
-    return Strategy(name, state.num_processes, [device_name(state.device)])
+    return Strategy(name, state.num_processes, device_name(state.device))
 
 
 def device_name(device: torch.device) -> str:

@@ -58,6 +58,11 @@ def load_base(
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"the model {name_or_path!r} brings Python code of its own; read it, and if you trust it write "
+                f"`trust_remote_code: true`"
+            ) from error
         raise UserError(f"cannot load the model {name_or_path!r}: {_first_line(error)}") from error
     # No caller of a training model reads the cache, and padding-free attention is wrong with one.
     model.config.use_cache = False

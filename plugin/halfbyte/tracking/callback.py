@@ -85,6 +85,7 @@ class Tracker(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
+            self.record.update(steps=state.global_step)
             self._throughput.step()
             self._progress.step(state.global_step)
 
@@ -100,7 +101,7 @@ class Tracker(TrainerCallback):
             return
         row = self.metrics.append(logs, state.global_step, state.epoch)
         rate = self._rate(row)
-        self.record.update(steps=state.global_step, tokens_per_second=self._throughput.rate)
+        self.record.update(tokens_per_second=self._throughput.rate)
         self._progress.row(row, rate)
         if self._wandb is not None:
             self._wandb.log(row)
@@ -213,6 +214,8 @@ class Tracker(TrainerCallback):
         if loss is not None:
             rows.append(("train loss", f"{loss:.4f}"))
         for key, label in _COMPARED:
+            if key == "eval_mean_token_accuracy" and "eval_rewards/accuracies" in metrics["eval"]:
+                continue  # of preference pairs, the pairs' accuracy is the one that matters
             found = [metrics[part][key] for part in ("before", "eval") if metrics[part].get(key) is not None]
             if found:
                 rows.append((label, " -> ".join(f"{value:.4f}" for value in found)))

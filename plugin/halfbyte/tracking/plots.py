@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,11 +30,12 @@ class Plot:
     keys: tuple[str, ...]
     bounds: tuple[float, float] | None = None
     chance: float | None = None
+    noisy: bool = True
 
 
 PLOTS = (
     Plot("loss", "Loss", "loss", ("loss",)),
-    Plot("learning_rate", "Learning rate", "learning rate", ("learning_rate",)),
+    Plot("learning_rate", "Learning rate", "learning rate", ("learning_rate",), noisy=False),
     Plot("grad_norm", "Gradient norm, before clipping", "gradient norm", ("grad_norm",)),
     Plot("token_accuracy", "Next-token accuracy", "share of tokens", ("mean_token_accuracy",)),
     Plot("accuracy", "Preference accuracy", "share of pairs", ("rewards/accuracies",), (0, 1), chance=0.5),
@@ -91,8 +91,16 @@ def _png(plot: Plot, series: dict[tuple[str, str], Points], title: str) -> bytes
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, ((key, part), points) in enumerate(series.items()):
-        label = part if len(plot.keys) == 1 else f"{key.rsplit('/', 1)[-1]}, {part}"
-        _line(axes, points, label, _COLOURS[index % len(_COLOURS)], evaluation=part != "train")
+        if len(plot.keys) == 1:
+            label, colour = part, _COLOURS[index % len(_COLOURS)]
+        else:
+            label, colour = f"{key.rsplit('/', 1)[-1]}, {part}", _COLOURS[plot.keys.index(key)]
+        if part != "train":
+            axes.plot(
+                *_columns(points), label=label, color=colour, marker="o", markersize=4.5, linestyle="--"
+            )
+        else:
+            _training_line(axes, points, label, colour, plot.noisy)
     if plot.chance is not None:
         axes.axhline(plot.chance, color="#888888", linewidth=1, linestyle=":", label="chance")
     if plot.bounds is not None:
@@ -113,18 +121,18 @@ def _png(plot: Plot, series: dict[tuple[str, str], Points], title: str) -> bytes
     return picture.getvalue()
 
 
-def _line(axes: Axes, points: Points, label: str, colour: str, evaluation: bool) -> None:
-    steps, values = zip(*points, strict=True)
-    style: dict[str, Any] = {"color": colour, "linewidth": 1.6}
-    if evaluation:
-        axes.plot(steps, values, label=label, marker="o", markersize=4.5, linestyle="--", **style)
-    elif len(values) > 100:
+def _training_line(axes: Axes, points: Points, label: str, colour: str, noisy: bool) -> None:
+    steps, values = _columns(points)
+    if noisy and len(values) > 100:
         # Every batch differs: show the rows faintly and their running mean over them.
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-        axes.plot(steps, _smooth(values), label=f"{label} (smoothed)", **style)
-    else:
-        few = len(values) < 15
-        axes.plot(steps, values, label=label, marker="o" if few else "", markersize=3, **style)
+        values, label = _smooth(values), f"{label} (smoothed)"
+    marker = "o" if len(values) < 15 else ""
+    axes.plot(steps, values, label=label, color=colour, linewidth=1.6, marker=marker, markersize=3)
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:

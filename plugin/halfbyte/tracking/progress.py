@@ -105,6 +105,8 @@ def figures(row: Mapping[str, Any], tokens_per_second: float | None = None) -> s
     prefix = "eval_" if is_evaluation(row) else ""
     parts = []
     for key, name, form in _FIGURES:
+        if key == "mean_token_accuracy" and f"{prefix}rewards/accuracies" in row:
+            continue  # of preference pairs, the pairs' accuracy is the one that matters
         value = row.get(prefix + key)
         if isinstance(value, int | float):
             parts.append(f"{name} {value:{form}}")

@@ -1,0 +1,76 @@
+"""Conversations through the chat template, to find the row that it refuses before training does."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import extract_prompt, maybe_convert_to_chatml
+
+from halfbyte.data.formats import ROLES
+from halfbyte.errors import UserError
+
+Messages = list[dict[str, Any]]
+
+
+def known_roles(tokenizer: Any) -> frozenset[str]:
+    """The usual roles and every word that the chat template quotes, which may be a role of its own."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return ROLES | frozenset(re.findall(r"""['"](\w+)['"]""", str(template)))
+
+
+def training_template(tokenizer: Any, training: Any) -> str | None:
+    """The template that TRL renders with: another than the tokenizer's where assistant_only_loss needs marks.
+
+    Raises UserError where there is no template, or none with ``{% generation %}`` marks when they are needed.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        advice = "use a model whose tokenizer has one"
+        if hasattr(training, "chat_template_path"):
+            advice = "set `chat_template_path` to a .jinja file, or to a model whose template to take"
+        raise UserError(f"the data holds conversations, but the tokenizer has no chat template\n  {advice}")
+    if not getattr(training, "assistant_only_loss", False) or has_generation_markers(tokenizer.chat_template):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise UserError(
+            "assistant_only_loss: the chat template does not mark the assistant's words\n"
+            "  put them in {% generation %}...{% endgeneration %}, in a file that `chat_template_path` names"
+        ) from error
+
+
+def refusal(row: Mapping[str, Any], tokenizer: Any, template: str | None) -> str | None:
+    """Why the chat template cannot render a row, in its own words, or None."""
+    tools = row.get("tools")
+    options = dict(row.get("chat_template_kwargs") or {})
+    try:
+        options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+        for messages, prompt_only in _renderings(row):
+            tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                chat_template=template,
+                add_generation_prompt=prompt_only,
+                **options,
+            )
+    # A template is a program of the user's: any exception may come out of it.
+    except Exception as error:
+        return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    return None
+
+
+def _renderings(row: Mapping[str, Any]) -> Iterator[tuple[Messages, bool]]:
+    """What TRL renders of a row: conversations, each with whether the generation prompt follows."""
+    if "conversations" in row:
+        turns = [dict(turn) for turn in row["conversations"]]
+        yield maybe_convert_to_chatml({"conversations": turns})["messages"], False
+    elif "messages" in row:
+        yield row["messages"], False
+    else:
+        parts = row if "prompt" in row else extract_prompt(dict(row))
+        yield parts["prompt"], True
+        for side in ("completion", "chosen", "rejected"):
+            if side in parts:
+                yield parts["prompt"] + parts[side], False

@@ -1,0 +1,124 @@
+"""The data of one run: read, recognised, checked and described before any model is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from halfbyte.data import sources
+from halfbyte.data.formats import DataFormat, Layout
+from halfbyte.data.rendering import known_roles, training_template
+from halfbyte.data.report import DataReport, SplitReport
+from halfbyte.data.rows import RowCheck, digest, equal_rows, unequal_arriving
+from halfbyte.errors import UserError
+
+# Columns by which TRL decides how to read a row: left beside another layout they change what is trained.
+DECIDING = {
+    *("prompt", "completion", "chosen", "rejected", "messages", "conversations"),
+    *("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths", "attention_mask"),
+}
+BESIDE_TOKENS = {"labels", "completion_mask", "assistant_masks", "seq_lengths", "attention_mask"}
+
+
+@dataclass
+class RunData:
+    """Both splits, ready for the trainer; each a Dataset, or an IterableDataset when streaming."""
+
+    train: Any
+    eval: Any | None
+    report: DataReport
+
+
+def load(script: Any, mixture: Any, training: Any, format: DataFormat | None, tokenizer: Any) -> RunData:
+    """Read what ``dataset_name`` or ``datasets:`` names and check every row.
+
+    ``script``, ``mixture`` and ``training`` are TRL's ScriptArguments, DatasetMixtureConfig and trainer
+    config. ``eval`` is read only with ``eval_strategy``. Without a format only an empty split is refused.
+    Raises UserError, with the row number where a row is at fault.
+    """
+    splits = sources.read(script, mixture, seed=training.seed)
+    wanted = {"train": (script.dataset_train_split, "dataset_train_split")}
+    if training.eval_strategy != "no":
+        wanted["eval"] = (script.dataset_test_split, "dataset_test_split")
+    found = {name: sources.split(splits, *asked) for name, asked in wanted.items()}
+    report = DataReport()
+    ready = {}
+    for name, dataset in found.items():
+        ready[name], counts = _split(name, dataset, training, format, tokenizer, report)
+        if name == "train":
+            report.train = counts
+        else:
+            report.eval = counts
+    if tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token:
+        report.notes.append(f"padding with the end token {tokenizer.pad_token}: only the padding is masked")
+    return RunData(ready["train"], ready.get("eval"), report)
+
+
+def _split(
+    name: str, dataset: Any, training: Any, format: DataFormat | None, tokenizer: Any, report: DataReport
+) -> tuple[Any, SplitReport]:
+    streaming = isinstance(dataset, datasets.IterableDataset)
+    with sources.reading(name):
+        first = next(iter(dataset), None)
+    if first is None:
+        raise UserError(f"{name}: the split has no rows")
+    counts = SplitReport(streaming=streaming)
+    if not streaming:
+        dataset = dataset.with_format(None)
+        counts.rows, counts.sha = len(dataset), digest(dataset)
+    if format is None:
+        return dataset, counts
+    columns = dataset.column_names or list(first)
+    text_field = getattr(training, "dataset_text_field", "text")
+    layout = format.detect(columns, first, text_field)
+    if spare := _deciding(columns, layout, text_field):
+        dataset = dataset.remove_columns(spare)
+        report.notes.append(f"{name}: read as {layout}; columns not used: {', '.join(spare)}")
+    conversational = layout.conversational(first)
+    _refuse_options(training, layout, conversational, tokenizer, first)
+    check = RowCheck(
+        split=name,
+        layout=layout,
+        tokenizer=tokenizer,
+        roles=known_roles(tokenizer),
+        template=training_template(tokenizer, training) if conversational else None,
+        conversational=conversational,
+        assistant_only=getattr(training, "assistant_only_loss", False),
+    )
+    counts.check = check
+    pairs = "rejected" in layout.columns
+    if streaming:
+        dataset = check.arriving(dataset)
+        return (dataset.filter(unequal_arriving(name), with_indices=True) if pairs else dataset), counts
+    check.all(dataset)
+    if pairs and (equal := equal_rows(dataset, name)):
+        counts.equal_rows = equal
+        gone = set(equal)
+        dataset = dataset.select([i for i in range(len(dataset)) if i + 1 not in gone])
+    return dataset, counts
+
+
+def _deciding(columns: list[str], layout: Layout, text_field: str) -> list[str]:
+    allowed = set(layout.columns) | (BESIDE_TOKENS if "input_ids" in layout.columns else set())
+    return [column for column in columns if column in (DECIDING | {text_field}) - allowed]
+
+
+def _refuse_options(
+    training: Any, layout: Layout, conversational: bool, tokenizer: Any, first: dict[str, Any]
+) -> None:
+    """Refuse the options that TRL would pass over for this data, or fail on without naming."""
+    if "image" in first or "images" in first:
+        raise UserError("the data has an image column: text models only; leave it out with `columns:`")
+    if getattr(training, "packing", False) and training.max_length is None:
+        raise UserError("packing: needs `max_length`, the length to pack to")
+    tokenized = "input_ids" in layout.columns
+    if getattr(training, "assistant_only_loss", False) and not conversational:
+        raise UserError(f"assistant_only_loss: needs conversations, but the data has {layout}")
+    masked = "completion" in layout.columns or "completion_mask" in first
+    if getattr(training, "completion_only_loss", None) and not masked:
+        raise UserError(f"completion_only_loss: needs prompt + completion, but the data has {layout}")
+    if not conversational and not tokenized and tokenizer.eos_token is None:
+        advice = "; set `eos_token`" if hasattr(training, "eos_token") else ""
+        raise UserError(
+            f"the tokenizer has no end-of-sequence token: a model would never learn to stop{advice}"
+        )

@@ -1,0 +1,146 @@
+"""The tokenizer of a run, its chat template, and the tokens that template needs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import AddedToken, AutoTokenizer
+
+from halfbyte.data.formats import suggestion
+from halfbyte.errors import UserError
+
+# What a template writes as a special token: <|name|>, and the form of it with a full-width bar.
+SPECIAL = re.compile(r"<([|\uff5c])[^\s|\uff5c<>'\"{}+]+\1>")
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+CONTENT = "7fae"  # stands for a message's words in a probe
+
+
+def prepare_tokenizer(
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    training: Any,
+    additional_special_tokens: list[str] | None = None,
+) -> tuple[Any, list[int]]:
+    """Load the tokenizer at ``path`` and give it the template and tokens that the options name.
+
+    Applies ``chat_template_path``, ``eos_token`` and ``pad_token`` of ``training`` where its class has them.
+    A template is taken without its tokens: those that the vocabulary lacks must be named in
+    ``additional_special_tokens``. ``training.chat_template_path`` becomes None, since TRL would add the
+    tokens of another model and resize the embeddings by itself; ``training.eos_token`` becomes the end token
+    that came with the template, so that TRL sets it on the model's configuration. Without a pad token, the
+    end token pads. Returns the tokenizer and the ids of the tokens that were added. Raises UserError.
+    """
+    tokenizer = _read(path, revision, trust_remote_code, "no tokenizer")
+    added = _add(tokenizer, additional_special_tokens or [])
+    template_path = getattr(training, "chat_template_path", None)
+    source = None
+    if template_path is not None:
+        source = _apply_template(tokenizer, template_path, trust_remote_code)
+        training.chat_template_path = None
+    eos = getattr(training, "eos_token", None)
+    if eos is None and source is not None and source.eos_token:
+        eos = training.eos_token = source.eos_token
+    for option, token in (("eos_token", eos), ("pad_token", getattr(training, "pad_token", None))):
+        if token is None:
+            continue
+        vocabulary = tokenizer.get_vocab()
+        if token not in vocabulary:
+            special = tokenizer.all_special_tokens
+            raise UserError(
+                f"{option}: {token!r} is not in the vocabulary of {path}{suggestion(token, special)}\n"
+                f"  its special tokens: {', '.join(special) or 'none'}\n"
+                f"  to add it: `additional_special_tokens: [{token!r}]`"
+            )
+        setattr(tokenizer, option, token)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"{path}: the tokenizer has no pad token and no end token; set `pad_token`")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, added
+
+
+def stop_ids(tokenizer: Any, template: str | None = None) -> set[int]:
+    """The ids that end what a model says: the end of sequence, and what the template writes after a turn."""
+    stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    rendered = _probe(tokenizer, template)
+    if CONTENT in rendered:
+        tail = tokenizer(rendered.rpartition(CONTENT)[2], add_special_tokens=False)["input_ids"]
+        special = set(tokenizer.get_added_vocab().values())
+        stops |= set([token for token in tail if token in special][:1])
+    return stops
+
+
+def _probe(tokenizer: Any, template: str | None = None) -> str:
+    """A short conversation that ends with the assistant, rendered; empty where the template refuses it."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": CONTENT}]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template))
+    except jinja2.TemplateSyntaxError:
+        raise
+    # No template, or one that wants other messages than these.
+    except Exception:
+        return ""
+
+
+def _read(path: str, revision: str | None, trust_remote_code: bool, what: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    # From here come OSError, ValueError, KeyError and the json and tokenizers libraries' own.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"{path}: {what} could be loaded: {reason}") from error
+
+
+def _add(tokenizer: Any, names: list[str]) -> list[int]:
+    """Add the tokens that the vocabulary lacks and return their ids."""
+    if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
+        raise UserError(f"additional_special_tokens: {wrong[0]!r} is not a token")
+    vocabulary = tokenizer.get_vocab()
+    new = [name for name in dict.fromkeys(names) if name not in vocabulary]
+    tokenizer.add_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in new], special_tokens=True
+    )
+    return [int(index) for index in tokenizer.convert_tokens_to_ids(new)]
+
+
+def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool) -> Any | None:
+    """Put a named template on the tokenizer; returns the tokenizer it came from, or None for a file."""
+    file = Path(template_path).expanduser()
+    source = None
+    if file.suffix in (".jinja", ".j2"):
+        if not file.is_file():
+            near = suggestion(
+                file.name, [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+            )
+            raise UserError(f"chat_template_path: no file {template_path}{near}")
+        template = file.read_text(encoding="utf-8")
+    elif file.is_file():
+        raise UserError(f"chat_template_path: {template_path}: a template file must end in .jinja or .j2")
+    else:
+        source = _read(template_path, None, trust_remote_code, "chat_template_path: no tokenizer")
+        if not source.chat_template:
+            raise UserError(f"chat_template_path: the tokenizer of {template_path} has no chat template")
+        template = source.get_chat_template()
+    tokenizer.chat_template = template
+    try:
+        written = COMMENT.sub("", template) + _probe(tokenizer)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"chat_template_path: {template_path}:{error.lineno}: {error.message}") from error
+    if source is None:
+        needed = [found.group() for found in SPECIAL.finditer(written)]
+    else:
+        needed = [t.content for t in source.added_tokens_decoder.values() if t.content in written]
+        needed += [source.eos_token] if source.eos_token else []
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in dict.fromkeys(needed) if token not in vocabulary]
+    if missing:
+        raise UserError(
+            f"chat_template_path: {template_path} writes {len(missing)} tokens that the vocabulary lacks:\n"
+            f"  {', '.join(missing)}\n"
+            "  to add them and train their rows:\n"
+            f"  additional_special_tokens: [{', '.join(repr(token) for token in missing)}]"
+        )
+    return source

@@ -1,0 +1,210 @@
+"""Which layouts are recognised, and what is said about rows that are not what they should be."""
+
+import datasets
+import pytest
+from halfbyte.data import PreferencePairs, Text
+from halfbyte.errors import UserError
+
+from tests import tiny
+from tests.data.conftest import dpo, plain, run_data, sft, turn
+
+TALK = [turn("user", "hi"), turn("assistant", "hello")]
+OTHER = [turn("user", "hi"), turn("assistant", "no")]
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"text": "a"}, "text"),
+        ({"messages": TALK}, "messages"),
+        ({"conversations": [{"from": "user", "value": "a"}]}, "conversations"),
+        ({"prompt": "a", "completion": "b"}, "prompt + completion"),
+        ({"prompt": TALK[:1], "completion": TALK[1:]}, "prompt + completion"),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "input_ids"),
+        ({"prompt": "a", "prompt_id": "x", "messages": TALK}, "messages"),
+    ],
+)
+def test_text_layouts(write, row, layout):
+    data = run_data(write("a.jsonl", [row] * 3))
+    assert str(data.report.train.check.layout) == layout
+    assert len(data.train) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "prompt + chosen + rejected"),
+        ({"prompt": TALK[:1], "chosen": TALK[1:], "rejected": OTHER[1:]}, "prompt + chosen + rejected"),
+        ({"chosen": "a b", "rejected": "a c"}, "chosen + rejected"),
+        ({"chosen": TALK, "rejected": OTHER}, "chosen + rejected"),
+        ({"prompt": "hi", "chosen": TALK, "rejected": OTHER, "messages": TALK}, "chosen + rejected"),
+    ],
+)
+def test_preference_layouts(write, row, layout):
+    data = run_data(write("a.jsonl", [row] * 3), format=PreferencePairs)
+    assert str(data.report.train.check.layout) == layout
+
+
+def test_columns_that_would_change_what_trl_reads_are_left_out_and_named(write):
+    path = write("a.jsonl", [{"prompt": "a", "messages": TALK, "labels": 1, "score": 2}] * 3)
+    data = run_data(path)
+    assert sorted(data.train.column_names) == ["messages", "score"]
+    assert "train: read as messages; columns not used: prompt, labels" in data.report.lines()
+
+
+def test_another_text_field(write, tmp_path):
+    path = write("a.jsonl", [{"body": "a", "text": 3}] * 3)
+    data = run_data(path, sft(tmp_path, dataset_text_field="body"))
+    assert str(data.report.train.check.layout) == "body"
+
+
+def refused(path: str, *words: str, training=None, format=Text, **options) -> None:
+    with pytest.raises(UserError) as caught:
+        list(run_data(path, training, format, **options).train)  # a stream is checked as its rows arrive
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 10
+    for word in words:
+        assert word in message, message
+
+
+def test_missing_columns(write):
+    path = write("a.jsonl", [{"massages": TALK}])
+    refused(path, "found: massages", "did you mean 'messages'?", "prompt + completion", "text")
+    refused(path, "chosen + rejected", "prompt + chosen + rejected", format=PreferencePairs)
+
+
+GOOD = {
+    "text": [{"text": "a"}] * 4,
+    "messages": [{"messages": TALK}] * 4,
+    "pairs": [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4,
+    "implicit": [{"chosen": TALK, "rejected": OTHER}] * 4,
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("good", "bad", "words"),
+    [
+        ("text", {"text": None}, ["column 'text'", "expected a string, found None"]),
+        ("text", {"text": 5}, ["expected a string, found 5"]),
+        ("text", {"text": ["x", "y"]}, ["found a list of 2"]),
+        ("messages", {"messages": None}, ["list of messages, found None"]),
+        ("messages", {"messages": []}, ["the conversation is empty"]),
+        ("messages", {"messages": "hi"}, ["found a string of 2 characters"]),
+        ("messages", {"messages": ["hi"]}, ["message 1", "expected a mapping"]),
+        ("messages", {"messages": [turn("user", "a"), {"role": "assistant", "contents": "b"}]},
+         ["message 2", "'content' is None", "its keys: contents, role"]),
+        ("messages", {"messages": [{"speaker": "user", "content": "a"}]}, ["'role' is None", "speaker"]),
+        ("messages", {"messages": [turn("user", 5)]}, ["'content' is 5"]),
+        ("messages", {"messages": [turn("human", "a")]}, ["no role 'human'", "write 'user'"]),
+        ("messages", {"messages": [turn("alien", "a")]}, ["no role 'alien'", "assistant, developer"]),
+        ("pairs", {"prompt": "a", "chosen": None, "rejected": "c"}, ["column 'chosen'", "found None"]),
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": TALK}, ["'rejected' is messages"]),
+        ("pairs", {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": OTHER[1:]},
+         ["a conversation, but row 1 is a string"]),
+        ("implicit", {"chosen": TALK, "rejected": [turn("user", "other"), TALK[1]]},
+         ["no `prompt` column", "do not begin alike"]),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named(write, streaming, good, bad, words):
+    path = write("a.jsonl", [*GOOD[good], bad, *GOOD[good]])
+    format = Text if good in ("text", "messages") else PreferencePairs
+    refused(path, "train row 5:", *words, format=format, dataset_streaming=streaming)
+
+
+def test_a_number_column_in_csv(write):
+    refused(write("a.csv", [{"text": 1}, {"text": 2}]), "train row 1", "expected a string, found 1")
+
+
+def test_an_empty_split(write, tmp_path):
+    empty = datasets.Dataset.from_dict(
+        {"text": []}, features=datasets.Features(text=datasets.Value("string"))
+    )
+    empty.save_to_disk(str(tmp_path / "saved"))
+    empty.to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.csv").write_text("text\n")
+    for name in ("saved", "a.parquet", "a.csv"):
+        for options in ({}, {"format": None}, {"dataset_streaming": True}):
+            refused(str(tmp_path / name), "the split has no rows", **options)
+
+
+REFUSES = tiny.CHAT_TEMPLATE.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_conversation_that_the_template_refuses(write, streaming):
+    rows = [*GOOD["messages"], {"messages": [turn("user", "bad")]}]
+    tokenizer = tiny.tokenizer(chat_template=REFUSES)
+    refused(
+        write("a.jsonl", rows), "train row 5", "no bad words",
+        tokenizer=tokenizer, dataset_streaming=streaming,
+    )  # fmt: skip
+    pair = {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": [turn("assistant", "bad")]}
+    path = write("b.jsonl", [{**pair, "rejected": OTHER[1:]}] * 2 + [pair])
+    refused(path, "train row 3", "no bad words", tokenizer=tokenizer, format=PreferencePairs)
+
+
+def test_conversations_without_a_template(write, tmp_path):
+    path = write("a.jsonl", GOOD["messages"])
+    bare = tiny.tokenizer(chat_template=None)
+    refused(path, "no chat template", "chat_template_path", training=sft(tmp_path), tokenizer=bare)
+    path = write("b.jsonl", GOOD["implicit"])
+    refused(path, "no chat template", training=dpo(tmp_path), format=PreferencePairs, tokenizer=bare)
+
+
+def test_loss_options_that_this_data_cannot_have(write, tmp_path):
+    text, talk = write("a.jsonl", GOOD["text"]), write("b.jsonl", GOOD["messages"])
+    only = {"training": sft(tmp_path, assistant_only_loss=True)}
+    refused(text, "assistant_only_loss", "needs conversations", **only)
+    unmarked = tiny.CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    refused(talk, "{% generation %}", tokenizer=tiny.tokenizer(chat_template=unmarked), **only)
+    mute = write("c.jsonl", [*GOOD["messages"], {"messages": [turn("user", "a")]}])
+    refused(mute, "train row 5", "no message of the assistant's", **only)
+    refused(talk, "completion_only_loss", training=sft(tmp_path, completion_only_loss=True))
+    refused(text, "packing", "max_length", training=sft(tmp_path, packing=True, max_length=None))
+    endless = tiny.tokenizer()
+    endless.eos_token = None
+    refused(text, "no end-of-sequence token", "eos_token", training=sft(tmp_path), tokenizer=endless)
+
+
+def pairs(rows: int, equal: list[int]) -> list[dict]:
+    return [
+        {"prompt": "a", "chosen": f"b{n}", "rejected": f"b{n}" if n in equal else f"c{n}"}
+        for n in range(1, rows + 1)
+    ]
+
+
+def test_pairs_with_equal_sides_are_dropped_counted_and_named(write):
+    data = run_data(write("a.jsonl", pairs(400, [3, 90, 400])), format=PreferencePairs)
+    assert len(data.train) == 397
+    assert all(row["chosen"] != row["rejected"] for row in data.train)
+    report = data.report.as_dict()
+    assert (report["rows"], report["dropped"], report["dropped_equal_pairs"]) == (400, 3, 3)
+    assert "3 dropped (equal sides: row 3, 90, 400)" in data.report.lines()[0]
+
+
+def test_more_than_one_percent_of_equal_pairs_is_an_error(write):
+    path = write("a.jsonl", pairs(400, [1, 2, 3, 4, 5]))
+    refused(path, "equal in 5 of 400 rows", "row 1, 2, 3, 4, 5", format=PreferencePairs)
+
+
+def test_equal_sides_of_conversations_and_of_a_stream(write):
+    rows = [{"chosen": TALK, "rejected": OTHER}] * 120
+    rows[7] = {"chosen": TALK, "rejected": [TALK[0], dict(TALK[1], score=1)]}
+    data = run_data(write("a.jsonl", rows), format=PreferencePairs)
+    assert (len(data.train), data.report.train.equal_rows) == (119, [8])
+    path = write("b.jsonl", pairs(1200, [3]))
+    stream = run_data(path, format=PreferencePairs, dataset_streaming=True)
+    assert len(list(stream.train)) == 1199
+    assert (stream.report.as_dict()["rows"], stream.report.as_dict()["sha"]) == (None, None)
+    assert "unknown (streaming)" in stream.report.lines()[0]
+    path = write("c.jsonl", pairs(1200, list(range(1, 30))))
+    refused(path, "equal in 29 of 1,000 rows", format=PreferencePairs, dataset_streaming=True)
+
+
+def test_without_a_format_rows_are_left_alone(write):
+    data = run_data(write("a.jsonl", [{"question": 1, "labels": 2}]), plain(), format=None)
+    assert data.train.column_names == ["question", "labels"]

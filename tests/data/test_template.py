@@ -1,0 +1,123 @@
+"""Tokens and templates are taken by name, added by name, and refused with what to write."""
+
+import pytest
+from halfbyte.data import prepare_tokenizer
+from halfbyte.data.template import stop_ids
+from halfbyte.errors import UserError
+from transformers import AutoTokenizer
+
+from tests import tiny
+from tests.data.conftest import dpo, sft
+
+LLAMA3 = (
+    "{# not a token: <|comment|> #}{{ bos_token }}{% for m in messages %}"
+    "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>{% endfor %}"
+)
+PHI3 = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+NEEDED = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny.tokenizer(chat_template=None).save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def refused(*words: str, path: str, training, **options) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare_tokenizer(path, training=training, **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 10
+    for word in words:
+        assert word in message, message
+
+
+def test_a_template_file(base, tmp_path):
+    file = tmp_path / "chatml.jinja"
+    file.write_text(tiny.CHAT_TEMPLATE)
+    training = sft(tmp_path, chat_template_path=str(file))
+    tokenizer, added = prepare_tokenizer(base, training=training)
+    assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
+    assert added == []
+    assert training.chat_template_path is None
+    assert stop_ids(tokenizer) == {2}
+
+
+def test_missing_tokens_are_added_by_name_only_and_come_back(base, tmp_path):
+    file = tmp_path / "llama.jinja"
+    file.write_text(LLAMA3)
+    training = sft(tmp_path, chat_template_path=str(file))
+    refused("writes 3 tokens", "additional_special_tokens: [", *NEEDED, path=base, training=training)
+    refused("writes 1 tokens", "['<|eot_id|>']", path=base, training=training,
+            additional_special_tokens=NEEDED[:2])  # fmt: skip
+    tokenizer, added = prepare_tokenizer(
+        base, training=training, additional_special_tokens=[*NEEDED, "<pad>"]
+    )
+    assert added == [tiny.VOCABULARY, tiny.VOCABULARY + 1, tiny.VOCABULARY + 2]
+    assert stop_ids(tokenizer) == {2, added[2]}
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again("a<|eot_id|>")["input_ids"][-1] == added[2]
+    assert again.decode(added, skip_special_tokens=True) == ""
+    assert again.chat_template == LLAMA3
+
+
+def test_tokens_put_together_by_the_template_are_found(base, tmp_path):
+    file = tmp_path / "phi.j2"
+    file.write_text(PHI3)
+    training = sft(tmp_path, chat_template_path=str(file))
+    refused("<|user|>, <|assistant|>", path=base, training=training)
+
+
+def test_the_template_of_another_model(base, tmp_path):
+    other = tiny.tokenizer(chat_template=LLAMA3)
+    other.add_special_tokens({"eos_token": "<|eot_id|>"})
+    other.add_tokens([*NEEDED[:2], "<|unused|>"], special_tokens=True)
+    other.save_pretrained(tmp_path / "other")
+    training = sft(tmp_path, chat_template_path=str(tmp_path / "other"))
+    refused("writes 3 tokens", *NEEDED, path=base, training=training)
+    tokenizer, added = prepare_tokenizer(base, training=training, additional_special_tokens=NEEDED)
+    assert tokenizer.chat_template == LLAMA3
+    assert "<|unused|>" not in tokenizer.get_vocab()
+    assert len(tokenizer) == tiny.VOCABULARY + 3
+    assert (tokenizer.eos_token, training.eos_token) == ("<|eot_id|>", "<|eot_id|>")
+    assert stop_ids(tokenizer) == {added[2]}
+
+
+def test_template_paths_that_cannot_be_used(base, tmp_path):
+    (tmp_path / "chatml.jinja").write_text("{% for m in messages %}\n{{ m[ }}{% endfor %}")
+    (tmp_path / "plain.txt").write_text("x")
+    for name, words in {
+        "chatlm.jinja": ["no file", "did you mean 'chatml.jinja'?"],
+        "chatml.jinja": ["chatml.jinja:2: "],
+        "plain.txt": [".jinja or .j2"],
+        "base": ["has no chat template"],
+        "nothing": ["no tokenizer could be loaded"],
+    }.items():
+        training = sft(tmp_path, chat_template_path=str(tmp_path / name))
+        refused("chat_template_path", *words, path=base, training=training)
+
+
+def test_end_and_pad_tokens_must_be_in_the_vocabulary(base, tmp_path):
+    refused("eos_token", "'<|im_endd|>'", "did you mean '<|im_end|>'?", path=base,
+            training=sft(tmp_path, eos_token="<|im_endd|>"))  # fmt: skip
+    refused("pad_token", "'<nopad>'", path=base, training=dpo(tmp_path, pad_token="<nopad>"))
+    training = sft(tmp_path, eos_token="<|im_start|>", pad_token="<|endoftext|>")
+    tokenizer, _ = prepare_tokenizer(base, training=training)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|endoftext|>")
+
+
+def test_the_end_pads_where_nothing_else_does(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    prepared, _ = prepare_tokenizer(str(tmp_path / "base"), training=dpo(tmp_path))
+    assert prepared.pad_token == "<|im_end|>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    refused("no pad token and no end token", path=str(tmp_path / "endless"), training=dpo(tmp_path))
+
+
+def test_tokenizers_and_tokens_that_cannot_be(base, tmp_path):
+    refused("no tokenizer could be loaded", path=str(tmp_path / "nowhere"), training=sft(tmp_path))
+    refused("''", "not a token", path=base, training=sft(tmp_path), additional_special_tokens=[""])

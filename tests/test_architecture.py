@@ -1,0 +1,122 @@
+"""The tree keeps its promises: imports run one way, files stay small, the plugin names no recipe."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PLUGIN = ROOT / "plugin" / "halfbyte"
+RECIPES = ROOT / "recipes" / "halfbyte_recipes"
+
+# Each room may import from halfbyte only what stands in a row above its own.
+LAYERS = [
+    {"errors"},
+    {"config", "quantization", "adapters", "optimizers", "data", "distributed", "output"},
+    {"fast", "checkpoint", "tracking", "plan"},
+    {"plugin"},
+    {"recipe"},
+    {"train", "demo"},
+    {"cli", "__main__", "__init__"},
+]
+# Rows whose rooms may not import each other either.
+SEPARATE = 1
+
+
+def modules() -> list[Path]:
+    return sorted(PLUGIN.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    inside = path.relative_to(PLUGIN).parts
+    return inside[0].removesuffix(".py")
+
+
+def layer(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def imports(path: Path) -> set[str]:
+    """The halfbyte rooms that ``path`` imports when it is run (not only for type checking)."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found.update({node.module} if node.module != "halfbyte" else {f"halfbyte.{a.name}" for a in node.names})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return {name.split(".")[1] for name in found if name.startswith("halfbyte.")}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PLUGIN)))
+def test_imports_run_one_way(path: Path) -> None:
+    own = room(path)
+    for other in imports(path) - {own}:
+        assert layer(other) < layer(own) or (layer(other) == layer(own) and layer(own) != SEPARATE), (
+            f"{path.relative_to(ROOT)} imports halfbyte.{other}"
+        )
+
+
+def test_the_plugin_imports_no_recipe() -> None:
+    for path in modules():
+        assert "halfbyte_recipes" not in path.read_text(encoding="utf-8"), path
+
+
+def test_recipes_import_the_plugin_and_not_each_other() -> None:
+    for path in RECIPES.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        named = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not any(name and name.startswith("halfbyte_recipes") for name in named), path
+
+
+@pytest.mark.parametrize("path", [*modules(), *sorted(RECIPES.glob("*.py"))], ids=lambda p: p.name)
+def test_files_are_small_and_say_what_they_are(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    assert path.name != "utils.py"
+    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+
+
+def test_readme_glosses_every_file() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in [*modules(), *RECIPES.glob("*.py")]:
+        if path.name != "__init__.py":
+            assert path.name in readme, f"README.md does not gloss {path.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["recipes", "--json"]])
+def test_listing_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from halfbyte.cli import main; assert main(sys.argv[1:]) == 0; "
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'numpy', 'wandb', 'datasets', 'halfbyte_recipes'}; "
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_options_we_add_are_a_frozen_list() -> None:
+    from dataclasses import fields
+
+    from trl import ModelConfig, ScriptArguments
+
+    from halfbyte.config import RunArguments
+    from halfbyte.plugin import QLoRAPlugin
+
+    ours = {f.name for f in fields(QLoRAPlugin) if f.init} - {f.name for f in fields(ModelConfig)}
+    assert ours == {
+        "adapter_name_or_path",
+        "additional_special_tokens",
+        "init_lora_weights",
+        "lora_exclude_modules",
+        "loraplus_lr_ratio",
+    }
+    assert {f.name for f in fields(RunArguments)} - {f.name for f in fields(ScriptArguments)} == {"overwrite_output_dir"}

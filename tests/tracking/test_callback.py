@@ -1,0 +1,72 @@
+import json
+import re
+
+from transformers import PrinterCallback, ProgressCallback
+from transformers.integrations import WandbCallback
+
+from tests.tracking.conftest import CANARY, TrackedRun
+
+
+def test_run_json_has_the_keys_of_the_design(tracked: TrackedRun) -> None:
+    record = json.loads((tracked.directory / "run.json").read_text())
+    assert list(record) == [
+        *("status", "recipe", "run_id", "config", "versions", "base", "data", "strategy", "steps"),
+        *("tokens_per_second", "peak_memory_bytes", "metrics", "checkpoints", "next"),
+    ]
+    assert (record["status"], record["recipe"], record["steps"]) == ("completed", "sft", 3)
+    assert record["tokens_per_second"] > 0
+    assert len(record["peak_memory_bytes"]) == 1
+    assert record["peak_memory_bytes"][0] > 1e6
+    assert record["checkpoints"] == ["checkpoint-2", "checkpoint-3"]
+    assert record["next"] == "halfbyte dpo --adapter_name_or_path out/sft"
+    assert record["base"]["revision"] == "0123456789" * 4
+    assert record["config"]["learning_rate"] == 2e-4
+    assert record["config"]["eos_token"] == "<|im_end|>"
+
+
+def test_metrics_before_and_after(tracked: TrackedRun) -> None:
+    metrics = json.loads((tracked.directory / "run.json").read_text())["metrics"]
+    assert metrics["before"]["step"] == 0
+    assert metrics["eval"]["step"] == 3
+    assert metrics["eval"]["eval_loss"] < metrics["before"]["eval_loss"]
+    assert {"loss", "grad_norm", "learning_rate", "train_loss", "train_runtime"} <= set(metrics["train"])
+
+
+def test_metrics_jsonl_has_every_row(tracked: TrackedRun) -> None:
+    rows = [json.loads(line) for line in (tracked.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 3]
+    assert all({"epoch", "time"} <= set(row) for row in rows)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3]
+    assert "train_runtime" in rows[-1]
+    state = json.loads((tracked.directory / "checkpoint-3" / "trainer_state.json").read_text())
+    for row, logged in zip(rows[:4], state["log_history"][:4], strict=True):
+        assert {key: row[key] for key in logged} == logged
+
+
+def test_plots_and_card_are_written(tracked: TrackedRun) -> None:
+    plots = {path.name for path in (tracked.directory / "plots").iterdir()}
+    assert plots == {"loss.png", "learning_rate.png", "grad_norm.png", "token_accuracy.png"}
+    assert "recipe of halfbyte" in (tracked.directory / "README.md").read_text()
+
+
+def test_no_secret_is_written_anywhere(tracked: TrackedRun) -> None:
+    files = [path for path in tracked.directory.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    assert CANARY not in tracked.output
+
+
+def test_upstream_progress_and_wandb_are_gone(tracked: TrackedRun) -> None:
+    stock = (PrinterCallback, ProgressCallback, WandbCallback)
+    assert [callback for callback in tracked.callbacks if isinstance(callback, stock)] == []
+
+
+def test_plain_lines_and_summary(tracked: TrackedRun) -> None:
+    lines = tracked.output.splitlines()
+    line = re.compile(r"step 2/3  loss \d\S*  lr \d\.\de-\d\d  grad \S+  token accuracy \S+  \S+ tok/s")
+    assert any(line.fullmatch(text) for text in lines), tracked.output
+    assert any(re.fullmatch(r"step 0/3  eval  loss \S+  token accuracy \S+", text) for text in lines)
+    assert any(re.fullmatch(r"eval loss +\d\S+ -> \d\S+", text) for text in lines)
+    assert any(re.fullmatch(r"wandb: wandb sync \S+/offline-run-\S+", text) for text in lines)
+    assert lines[-1] == "next: halfbyte dpo --adapter_name_or_path out/sft"
