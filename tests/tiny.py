@@ -1,5 +1,6 @@
 """Tiny random models and a tokenizer with a chat template, small enough to train in every test."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -100,3 +101,11 @@ def save_model(directory: Path, arch: str = "llama", *, seed: int = 0, chat_temp
     model.save_pretrained(directory)
     tokenizer(chat_template=chat_template).save_pretrained(directory)
     return directory
+
+
+def write_rows(directory: Path, rows: list[dict], held_out: int = 4) -> str:
+    """Write ``rows`` as train.jsonl and the last ``held_out`` of them as test.jsonl; return the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", rows[:-held_out]), ("test", rows[-held_out:])):
+        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)), encoding="utf-8")
+    return str(directory)

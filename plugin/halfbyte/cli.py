@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -65,6 +66,8 @@ def _run(arguments: list[str]) -> int:
     if name.startswith("-"):
         raise UserError(f"the recipe comes first: halfbyte RECIPE {name} ...")
     recipe = recipes.load(name)
+    # At import bitsandbytes reports that an optional kernel package is missing, which halfbyte does not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from halfbyte import train
 
     return train.main(name, recipe, rest)

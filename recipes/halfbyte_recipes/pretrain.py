@@ -35,5 +35,5 @@ recipe = Recipe(
     trainer=SFTTrainer,
     data=Text,
     summary="Next-token training on plain text: QLoRA on an existing model, or all weights of a small one",
-    next="halfbyte sft --model_name_or_path {model} --adapter_name_or_path {output_dir} --dataset_name DATA",
+    next="halfbyte sft --model_name_or_path {output_dir} --dataset_name DATA --output_dir {output_dir}-sft",
 )

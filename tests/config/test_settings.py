@@ -149,7 +149,7 @@ def test_values(config, text: str, key: str, value: object) -> None:
         ("seed", "this is a single value"),
         ("a: b: c", "run.yaml:1: not valid YAML"),
         ("a: [1\n", "not valid YAML"),
-        ("seed: &x 1\ndata_seed: *x", "run.yaml:2: *x: aliases are not supported"),
+        ("seed: &x 1\ndata_seed: *x", "run.yaml:2: aliases (*name) are not supported"),
         ("seed: !!python/object:os.system 1", "tags are not supported"),
         ("seed: 1\n---\nseed: 2", "not valid YAML"),
         ('run_name: "\\U99999999"', "not valid YAML"),

@@ -77,6 +77,7 @@ GOOD = {
     "text": [{"text": "a"}] * 4,
     "messages": [{"messages": TALK}] * 4,
     "pairs": [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4,
+    "tokens": [{"input_ids": [1, 2], "labels": [1, 2]}] * 4,
     "implicit": [{"chosen": TALK, "rejected": OTHER}] * 4,
 }
 
@@ -102,13 +103,17 @@ GOOD = {
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": TALK}, ["'rejected' is messages"]),
         ("pairs", {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": OTHER[1:]},
          ["a conversation, but row 1 is a string"]),
+        ("tokens", {"input_ids": [1, 2], "labels": [1]}, ["'labels'", "list of 2, found a list of 1"]),
+        ("tokens", {"input_ids": [], "labels": []}, ["'input_ids'", "found an empty list"]),
+        ("tokens", {"input_ids": [1, None], "labels": [1, 2]}, ["token ids, found None"]),
+        ("tokens", {"input_ids": [1, 999], "labels": [1, 2]}, ["ids from 1 to 999, vocabulary of 320"]),
         ("implicit", {"chosen": TALK, "rejected": [turn("user", "other"), TALK[1]]},
          ["no `prompt` column", "do not begin alike"]),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named(write, streaming, good, bad, words):
     path = write("a.jsonl", [*GOOD[good], bad, *GOOD[good]])
-    format = Text if good in ("text", "messages") else PreferencePairs
+    format = Text if good in ("text", "messages", "tokens") else PreferencePairs
     refused(path, "train row 5:", *words, format=format, dataset_streaming=streaming)
 
 

@@ -1,6 +1,9 @@
 """Tokens and templates are taken by name, added by name, and refused with what to write."""
 
+from pathlib import Path
+
 import pytest
+import trl
 from halfbyte.data import prepare_tokenizer
 from halfbyte.data.template import stop_ids
 from halfbyte.errors import UserError
@@ -67,6 +70,21 @@ def test_tokens_put_together_by_the_template_are_found(base, tmp_path):
     file.write_text(PHI3)
     training = sft(tmp_path, chat_template_path=str(file))
     refused("<|user|>, <|assistant|>", path=base, training=training)
+
+
+def test_every_template_that_trl_ships_is_read_or_its_tokens_named(base, tmp_path):
+    files = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    assert len(files) > 30
+    named = {}
+    for file in files:
+        try:
+            prepare_tokenizer(base, training=sft(tmp_path, chat_template_path=str(file)))
+        except UserError as error:
+            named[file.name] = str(error)
+    assert "<|eot_id|>" in named["llama3.jinja"]
+    assert "<end_of_turn>" in named["gemma.jinja"]
+    assert "<|end|>" in named["phi3.jinja"]
+    assert all("additional_special_tokens" in message for message in named.values())
 
 
 def test_the_template_of_another_model(base, tmp_path):

@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class TrackedRun:
 
 
 @pytest.fixture(scope="session")
-def tracked(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., Path]) -> Iterator[TrackedRun]:
+def tracked(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., Path]) -> TrackedRun:
     """SFT of three steps on the CPU with evaluation and saves, W&B offline, canaries everywhere."""
     from trl import SFTConfig, SFTTrainer
 
@@ -77,11 +77,10 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., P
         tracker = track(trainer, record)
         assert not (directory / "run.json").exists()
         callbacks = list(trainer.callback_handler.callbacks)
-        with pytest.MonkeyPatch.context() as stdout:
-            captured = io.StringIO()
-            stdout.setattr(sys, "stdout", captured)
-            trainer.train()
-            trainer.save_model()
-            tracker.finish("completed", next_command="halfbyte dpo --adapter_name_or_path out/sft")
-        yield TrackedRun(directory, captured.getvalue(), callbacks)
+        captured = io.StringIO()
+        patch.setattr(sys, "stdout", captured)
+        trainer.train()
+        trainer.save_model()
+        tracker.finish("completed", next_command="halfbyte dpo --adapter_name_or_path out/sft")
         wandb.teardown()
+    return TrackedRun(directory, captured.getvalue(), callbacks)

@@ -1,7 +1,11 @@
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
-from transformers import PrinterCallback, ProgressCallback
+import pytest
+from halfbyte.tracking import RunRecord, Tracker
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 from transformers.integrations import WandbCallback
 
 from tests.tracking.conftest import CANARY, TrackedRun
@@ -70,3 +74,39 @@ def test_plain_lines_and_summary(tracked: TrackedRun) -> None:
     assert any(re.fullmatch(r"eval loss +\d\S+ -> \d\S+", text) for text in lines)
     assert any(re.fullmatch(r"wandb: wandb sync \S+/offline-run-\S+", text) for text in lines)
     assert lines[-1] == "next: halfbyte dpo --adapter_name_or_path out/sft"
+
+
+def _tracker(directory: Path, main: bool = True) -> Tracker:
+    args = SimpleNamespace(disable_tqdm=True)
+    return Tracker(
+        SimpleNamespace(is_world_process_zero=lambda: main, args=args), RunRecord(directory, "sft")
+    )
+
+
+def test_plots_that_fail_are_said_once_and_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("halfbyte.tracking.plots.draw", fail)
+    tracker, state = _tracker(tmp_path), TrainerState(global_step=4, max_steps=10)
+    tracker.on_step_end(None, state, TrainerControl())
+    tracker.on_log(None, state, TrainerControl(), logs={"loss": 1.0})
+    tracker.on_save(None, state, TrainerControl())
+    tracker.finish("interrupted")
+    assert [record.message for record in caplog.records if record.name.startswith("halfbyte")] == [
+        "Could not write the plots: RuntimeError: no font"
+    ]
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["status"], record["steps"], record["metrics"]["train"]["loss"]) == ("interrupted", 4, 1.0)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker, state = _tracker(tmp_path / "out", main=False), TrainerState(global_step=4)
+    tracker.on_log(None, state, TrainerControl(), logs={"loss": 1.0})
+    tracker.on_save(None, state, TrainerControl())
+    tracker.write_card()
+    tracker.finish("completed")
+    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr().out == ""

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import sys
 from datasets import Dataset
@@ -26,6 +28,7 @@ tracker.finish("completed")
 """
 
 
+@pytest.mark.distributed
 def test_rank_0_writes_for_both(tmp_path: Path, model_dir: Callable[..., Path]) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

@@ -116,8 +116,15 @@ def _origins(hint: Any) -> list[Any]:
 
 def described(hint: Any) -> str:
     """The type in words, for errors and help."""
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path", list: "a list",
-             dict: "a mapping", type(None): "null", Any: "any value"}  # fmt: skip
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        Path: "a path",
+        list: "a list",
+        type(None): "null",
+    }
     words = []
     for member, origin in zip(members(hint), _origins(hint), strict=True):
         if origin is Literal:

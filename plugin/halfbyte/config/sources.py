@@ -110,9 +110,7 @@ def _compose(path: str, text: str) -> yaml.Node | None:
             assert event.start_mark is not None
             line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):
-                raise UserError(
-                    f"{path}:{line}: *{shorten(event.anchor)}: aliases are not supported; write the value out"
-                )
+                raise UserError(f"{path}:{line}: aliases (*name) are not supported; write the value out")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):

@@ -23,8 +23,8 @@ def tokens(value: Any, roles: Collection[str] = ROLES) -> str | None:
     """A list of token ids that is not empty."""
     if not isinstance(value, list) or not value:
         return f"expected a list of token ids, found {describe(value)}"
-    wrong = next((item for item in value if type(item) is not int), None)
-    return None if wrong is None else f"expected token ids, found {describe(wrong)}"
+    wrong = [item for item in value if type(item) is not int]
+    return f"expected token ids, found {describe(wrong[0])}" if wrong else None
 
 
 def messages(value: Any, roles: Collection[str] = ROLES) -> str | None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from halfbyte.data.formats import ROLES, Layout, from_value
+from halfbyte.data.formats import ROLES, Layout, describe, from_value
 from halfbyte.data.rendering import refusal
 from halfbyte.errors import UserError
 
 BATCH = 1000  # rows decoded at a time
 RENDERED = 2000  # rows rendered up front; a later one is found when its tokenization fails
 MOST_EQUAL = 0.01  # the share of pairs with equal sides that is taken for an accident
+TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks")  # one value a token, where they are there
 EQUAL_SEEN = 1000  # pairs of a stream before that share means anything
 
 
@@ -81,6 +82,8 @@ class RowCheck:
             wrong = f"{here}, but row 1 is {first}; all rows must be alike"
         if wrong is None and "rejected" in self.layout.columns and "prompt" not in self.layout.columns:
             wrong = _unshared_prompt(row)
+        if wrong is None and "input_ids" in self.layout.columns:
+            wrong = self._unlike_tokens(row)
         if wrong is None and self.assistant_only and not self._assistant_speaks(row):
             wrong = "assistant_only_loss: no message of the assistant's"
         if wrong is None and render and self.conversational:
@@ -90,6 +93,18 @@ class RowCheck:
             raise UserError(
                 f"{self.split} row {number}: {wrong}\n  (rows count from 1; read as {self.layout})"
             )
+
+    def _unlike_tokens(self, row: Mapping[str, Any]) -> str | None:
+        ids = row["input_ids"]
+        if not 0 <= min(ids) <= max(ids) < len(self.tokenizer):
+            return (
+                f"column 'input_ids': ids from {min(ids)} to {max(ids)}, vocabulary of {len(self.tokenizer)}"
+            )
+        for column in TOKEN_COLUMNS:
+            held = row.get(column, ids)
+            if not isinstance(held, list) or len(held) != len(ids):
+                return f"column {column!r}: expected a list of {len(ids)}, found {describe(held)}"
+        return None
 
     def _assistant_speaks(self, row: Mapping[str, Any]) -> bool:
         who = "from" if from_value in self.layout.columns.values() else "role"
@@ -119,7 +134,8 @@ def first_refused(dataset: Any, check: RowCheck) -> tuple[int, str] | None:
 
 
 def _read_columns(dataset: Any, layout: Layout) -> list[str]:
-    extra = {"tools", "chat_template_kwargs"} & set(dataset.column_names)
+    beside = TOKEN_COLUMNS if "input_ids" in layout.columns else ("tools", "chat_template_kwargs")
+    extra = set(beside) & set(dataset.column_names)
     return [*layout.columns, *sorted(extra)]
 
 

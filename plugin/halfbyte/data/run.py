@@ -9,15 +9,15 @@ from halfbyte.data import sources
 from halfbyte.data.formats import DataFormat, Layout
 from halfbyte.data.rendering import known_roles, training_template
 from halfbyte.data.report import DataReport, SplitReport
-from halfbyte.data.rows import RowCheck, digest, equal_rows, unequal_arriving
+from halfbyte.data.rows import TOKEN_COLUMNS, RowCheck, digest, equal_rows, unequal_arriving
 from halfbyte.errors import UserError
 
 # Columns by which TRL decides how to read a row: left beside another layout they change what is trained.
 DECIDING = {
     *("prompt", "completion", "chosen", "rejected", "messages", "conversations"),
-    *("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths", "attention_mask"),
+    *("input_ids", *TOKEN_COLUMNS, "seq_lengths", "attention_mask"),
 }
-BESIDE_TOKENS = {"labels", "completion_mask", "assistant_masks", "seq_lengths", "attention_mask"}
+BESIDE_TOKENS = {*TOKEN_COLUMNS, "seq_lengths", "attention_mask"}
 
 
 @dataclass

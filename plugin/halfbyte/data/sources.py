@@ -192,6 +192,8 @@ def reading(name: str) -> Iterator[None]:
                 f"{name}: not a local path, not in the cache, and HF_HUB_OFFLINE is set\n"
                 "  unset HF_HUB_OFFLINE, or give a local path"
             ) from error
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{name}: the split has no rows") from error
         # "An error occurred while generating the dataset" says nothing; what caused it does.
         generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
         told = error.__cause__ if generic and error.__cause__ is not None else error

@@ -10,8 +10,8 @@ from transformers import AddedToken, AutoTokenizer
 from halfbyte.data.formats import suggestion
 from halfbyte.errors import UserError
 
-# What a template writes as a special token: <|name|>, and the form of it with a full-width bar.
-SPECIAL = re.compile(r"<([|\uff5c])[^\s|\uff5c<>'\"{}+]+\1>")
+# What a template writes as a special token: <|name|>, the same with full-width bars, and Gemma's.
+SPECIAL = re.compile(r"<([|\uff5c])[^\s|\uff5c<>'\"{}+]+\1>|<(?:start|end)_of_turn>")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 CONTENT = "7fae"  # stands for a message's words in a probe
 

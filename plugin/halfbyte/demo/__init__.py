@@ -1,1 +1,114 @@
+"""The offline quick start: a base trained on Python's own library, then SFT, then DPO, on two processes."""
 
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+
+from halfbyte.demo import base, corpus, stages, summary
+from halfbyte.errors import UserError
+from halfbyte.output import aside
+
+__all__ = ["main", "run"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"halfbyte demo: {message}; the only option is --output_dir DIR")
+
+
+def main(argv: list[str]) -> int:
+    """``halfbyte demo [--output_dir DIR]``; returns the exit code."""
+    parser = _Parser(prog="halfbyte demo", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=Path("halfbyte-demo"), metavar="DIR")
+    options = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("halfbyte demo starts its own processes: run it without `accelerate launch`")
+    return run(options.output_dir)
+
+
+def run(output_dir: Path, size: stages.Size | None = None) -> int:
+    """Train base, SFT and DPO into ``output_dir`` and show what they learnt; returns the exit code.
+
+    What is in ``output_dir`` already is moved aside. The base comes from the cache when it is there.
+    """
+    started = time.monotonic()
+    size = size or stages.Size()
+    console = Console()
+    directory = output_dir.absolute()
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--output_dir: {output_dir} is a file; name a directory")
+    console.print("reading Python's standard library", highlight=False)
+    source = corpus.collect()
+    if directory.is_dir() and any(directory.iterdir()):
+        kept = aside(directory)
+        directory.rename(kept)
+        console.print(f"the earlier {directory} is now {kept}", highlight=False, soft_wrap=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    data = directory / "data"
+    stages.write_data(source, data, size)
+    console.print(
+        f"{len(source.texts)} texts, {len(source.pairs):,} pairs of signature and docstring in {data}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with _terminated_as_exception():
+        try:
+            _base(source, directory, size, console)
+            on_base = {"model_name_or_path": str(directory / "base")}
+            sft = {**on_base, **_places(directory, "sft"), **stages.sft_training(size)}
+            stages.train("sft", "sft", sft, directory, console)
+            start = {**on_base, "adapter_name_or_path": str(directory / "sft")}
+            dpo = {**start, **_places(directory, "dpo"), **stages.dpo_training(size)}
+            stages.train("dpo", "dpo", dpo, directory, console)
+        except stages.StageFailed as failure:
+            print(failure, file=sys.stderr)
+            return failure.status
+        summary.show(directory, console)
+    console.print(f"{time.monotonic() - started:.0f} s in all", highlight=False)
+    return 0
+
+
+def _base(source: corpus.Corpus, directory: Path, size: stages.Size, console: Console) -> None:
+    training = stages.base_training(size)
+    run = directory / "base"
+    entry = base.cache_directory() / base.cache_key(source, training)
+    if base.restore(entry, run):
+        console.print(f"base: trained earlier, from {entry}", highlight=False, soft_wrap=True)
+        return
+    untrained = directory / "data" / "untrained"
+    base.write_untrained(source, untrained)
+    places = {**_places(directory, "base"), "dataset_name": str(directory / "data" / "text")}
+    stages.train(
+        "base", "pretrain", {"model_name_or_path": str(untrained), **places, **training}, directory, console
+    )
+    try:
+        base.store(run, entry)
+    except OSError as error:
+        console.print(f"base: not kept for the next demo, {entry}: {error.strerror}", highlight=False)
+
+
+def _places(directory: Path, name: str) -> dict[str, str]:
+    return {"dataset_name": str(directory / "data" / name), "output_dir": str(directory / name)}
+
+
+@contextlib.contextmanager
+def _terminated_as_exception() -> Iterator[None]:
+    """SIGTERM unwinds, so that the training processes are stopped before this one ends."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -139,9 +139,7 @@ def uninformative_preferences(pairs: list[Pair], *, seed: int = 0) -> list[dict[
     for index, pair in enumerate(pairs):
         sides = [pair.docstring, pairs[(index + len(pairs) // 2) % len(pairs)].docstring]
         generator.shuffle(sides)
-        rows.append(
-            {"prompt": _user(pair), "chosen": _assistant(sides[0]), "rejected": _assistant(sides[1])}
-        )
+        rows.append({"prompt": _user(pair), "chosen": _assistant(sides[0]), "rejected": _assistant(sides[1])})
     return rows
 
 

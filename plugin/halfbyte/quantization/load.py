@@ -52,7 +52,8 @@ def load_base(
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=dtype,
-            device_map={"": device.type if device.index is None else device.index},
+            # Under gloo accelerate numbers even the CPU, which as a device map would mean a GPU.
+            device_map={"": "cpu" if device.type == "cpu" else device},
             **model_init_kwargs,
         )
     except UserError:

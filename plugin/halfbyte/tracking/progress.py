@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .metrics import Row, is_evaluation
 
@@ -45,7 +46,7 @@ class RunProgress:
         if self._wants_bar and self._live is None:
             self._live = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[figures]}"),
@@ -146,7 +147,7 @@ def print_summary(rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str,
     if sys.stdout.isatty():
         table = Table(show_header=False, box=None, pad_edge=False)
         for label, value in rows:
-            table.add_row(f"[bold]{label}[/bold]", value)
+            table.add_row(Text(label, style="bold"), Text(value, overflow="fold"))
         console.print()
         console.print(table)
     else:

@@ -12,6 +12,7 @@ _SECRET_NAME = re.compile(r"token|key|secret|password", re.IGNORECASE)
 # Fields of TRL, transformers and halfbyte whose names look like secrets and whose string values are none.
 _HARMLESS_NAMES = frozenset(
     {
+        "added_tokens",
         "additional_special_tokens",
         "audio_token",
         "bos_token",
@@ -22,6 +23,7 @@ _HARMLESS_NAMES = frozenset(
         "mask_token",
         "pad_token",
         "sep_token",
+        "special_tokens",
         "stop_token",
         "unk_token",
         "user_special_tokens",

@@ -1,0 +1,180 @@
+"""Whole runs through the command line: what they write, and what they refuse without writing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from halfbyte.cli import main
+from tests import tiny
+
+ModelDir = Callable[..., Path]
+RECIPE_ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences, "pretrain": tiny.texts}
+
+
+DEFAULTS = {
+    "--max_steps": "2",
+    "--logging_steps": "1",
+    "--per_device_train_batch_size": "2",
+    "--report_to": "none",
+    "--save_strategy": "no",
+    "--dtype": "float32",
+}
+
+
+def run(recipe: str, output: Path, *options: str) -> int:
+    defaults = [word for key, value in DEFAULTS.items() if key not in options for word in (key, value)]
+    return main([recipe, "--output_dir", str(output), *defaults, *options])
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Callable[[str], str]:
+    return lambda recipe: tiny.write_rows(tmp_path / "rows", RECIPE_ROWS[recipe](20))
+
+
+def record(output: Path) -> dict:
+    return json.loads((output / "run.json").read_text())
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "qwen3", "gemma"])
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+def test_every_architecture_trains(model_dir: ModelDir, tmp_path: Path, rows, arch: str, recipe: str) -> None:
+    output = tmp_path / "run"
+    options = ("--model_name_or_path", str(model_dir(arch)), "--dataset_name", rows(recipe))
+    assert run(recipe, output, *options, "--learning_rate", "1e-2") == 0
+    weights = load_file(output / "adapter_model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    silent = [name for name, w in weights.items() if "lora_B" in name and not w.abs().max() > 0]
+    assert not silent, f"these adapters did not train: {silent}"
+    told = record(output)
+    assert told["status"] == "completed"
+    assert told["steps"] == 2
+    assert told["base"]["four_bit_share"] == 1.0
+    assert told["config"]["load_in_4bit"] is True
+    assert told["strategy"] == {"name": "single", "world_size": 1, "devices": ["cpu"]}
+    losses = [json.loads(line).get("loss") for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len([loss for loss in losses if loss is not None]) == 2
+    assert (output / "plots" / "loss.png").stat().st_size > 1000
+    assert (output / "README.md").is_file()
+
+
+def test_sft_then_dpo_from_its_adapter(model_dir: ModelDir, tmp_path: Path, capsys) -> None:
+    sft, dpo = tmp_path / "sft", tmp_path / "dpo"
+    chat = tiny.write_rows(tmp_path / "chat", tiny.conversations(20))
+    pairs = tiny.write_rows(tmp_path / "pairs", tiny.preferences(20))
+    evaluating = ("--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start")
+    assert run("sft", sft, "--model_name_or_path", str(model_dir("llama")), "--dataset_name", chat, *evaluating) == 0
+    assert "next: halfbyte dpo --adapter_name_or_path" in capsys.readouterr().out
+    told = record(sft)["metrics"]
+    assert told["before"]["eval_loss"] > 0
+    assert told["eval"]["step"] == 2
+    assert run("dpo", dpo, "--adapter_name_or_path", str(sft), "--dataset_name", pairs, *evaluating) == 0
+    assert record(dpo)["metrics"]["before"]["eval_loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert record(dpo)["base"]["sha"] == record(sft)["base"]["sha"]
+    # The frozen reference is not part of the result, which PEFT loads on the base by itself.
+    assert not (dpo / "ref").exists()
+    assert json.loads((dpo / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_dir("llama"))
+    assert load_file(dpo / "adapter_model.safetensors").keys() == load_file(sft / "adapter_model.safetensors").keys()
+
+
+def test_full_parameter_pretraining_writes_a_model(model_dir: ModelDir, tmp_path: Path, rows) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output = tmp_path / "base"
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("pretrain"))
+    full = ("--load_in_4bit", "false", "--use_peft", "false", "--max_length", "32", "--learning_rate", "1e-2")
+    assert run("pretrain", output, *options, *full) == 0
+    assert not (output / "adapter_config.json").exists()
+    before, after = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (model_dir("llama"), output))
+    assert all(not torch.equal(before[name], after[name]) for name in before if "layernorm" not in name)
+    assert len(AutoTokenizer.from_pretrained(output)) == tiny.VOCABULARY
+
+
+def test_a_checkpoint_is_resumed_from(model_dir: ModelDir, tmp_path: Path, rows) -> None:
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("sft"), "--save_strategy", "steps")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run("sft", whole, *options, "--save_steps", "2", "--max_steps", "4", "--lora_dropout", "0.1") == 0
+    assert (whole / "checkpoint-2").is_dir()
+    import shutil
+
+    parts.mkdir()
+    shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    resumed = (*options, "--max_steps", "4", "--lora_dropout", "0.1", "--resume_from_checkpoint", "auto")
+    assert run("sft", parts, *resumed) == 0
+    a, b = (load_file(d / "adapter_model.safetensors") for d in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+MISTAKES = {
+    "no model": (["--dataset_name", "{rows}"], "no model"),
+    "no such model": (["--model_name_or_path", "no/such", "--dataset_name", "{rows}"], "no/such"),
+    "no data": (["--model_name_or_path", "{model}"], "dataset_name"),
+    "no such data": (["--model_name_or_path", "{model}", "--dataset_name", "{rows}/none.jsonl"], "none.jsonl"),
+    "unknown option": (["--learning_rat", "1e-3"], "learning_rate"),
+    "rank": (["--lora_r", "0"], "lora_r"),
+    "target": (
+        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--lora_target_modules", "q_prj"],
+        "q_proj",
+    ),
+    "initialization": (["--init_lora_weights", "pissa"], "pissa"),
+    "wandb": (
+        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--report_to", "wandb"],
+        "WANDB_MODE=offline",
+    ),
+    "experts": (["--model_name_or_path", "{moe}", "--dataset_name", "{rows}"], "experts.gate_up_proj"),
+    "not a checkpoint": (
+        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--resume_from_checkpoint", "{rows}"],
+        "is not a checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_2_and_writes_nothing(
+    model_dir: ModelDir, tmp_path: Path, rows, capsys, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    options, expected = MISTAKES[mistake]
+    if mistake == "wandb":
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        import wandb
+
+        wandb.teardown()
+    places = {"model": model_dir("llama"), "moe": model_dir("qwen3_moe"), "rows": rows("sft")}
+    output = tmp_path / "run"
+    assert run("sft", output, *(option.format(**places) for option in options)) == 2
+    error = capsys.readouterr().err
+    message = error[error.index("error:") :]
+    assert expected in message
+    assert len(message.splitlines()) <= 10
+    assert "Traceback" not in error
+    assert not output.exists()
+
+
+def test_a_used_output_directory_is_refused_or_moved_aside(model_dir: ModelDir, tmp_path: Path, rows, capsys) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "precious.txt").write_text("mine")
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("sft"))
+    assert run("sft", output, *options) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [p.name for p in output.iterdir()] == ["precious.txt"]
+    assert run("sft", output, *options, "--overwrite_output_dir") == 0
+    assert (tmp_path / "run.1" / "precious.txt").read_text() == "mine"
+    assert record(output)["status"] == "completed"
+
+
+def test_an_unexpected_failure_is_recorded_and_ends_with_1(model_dir: ModelDir, tmp_path: Path, rows, capsys) -> None:
+    """A checkpoint that is damaged fails inside training: run.json says so, and no traceback is shown."""
+    output, broken = tmp_path / "run", tmp_path / "checkpoint-1"
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text("{}")
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("sft"))
+    assert run("sft", output, *options, "--resume_from_checkpoint", str(broken)) == 1
+    assert record(output)["status"] == "failed"
+    assert "Traceback" not in capsys.readouterr().err
