@@ -15,6 +15,7 @@ import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -76,7 +77,7 @@ def attach(
     # EVA's A is set later from data; until then PEFT leaves it as it is, and B is zero.
     peft_model = get_peft_model(model, config)
     _check_head(peft_model)
-    return _to_float32(peft_model)
+    return _show_head_bias(_to_float32(peft_model))
 
 
 def continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
@@ -87,7 +88,7 @@ def continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
         raise UserError(f"cannot load the adapter {adapter!r}: {str(error).splitlines()[0]}") from error
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):
         raise UserError(f"the adapter {adapter!r} has no trainable weights")
-    return _to_float32(peft_model)
+    return _show_head_bias(_to_float32(peft_model))
 
 
 def initialize_eva(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:
@@ -142,6 +143,33 @@ def kept_in_float32(model: nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if name in kept:
             parameter.data = kept[name].to(parameter.device)
+
+
+@contextmanager
+def whole_reference(model: nn.Module) -> Iterator[None]:
+    """Make the reference that TRL's preference trainers copy from an adapter a copy of all of it, and frozen.
+
+    TRL 1.16 copies the parameters that have ``.default.`` in their name (trainer/dpo_trainer.py:690), which
+    passes over trained embedding rows, whose names end in ``.default``.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+
+    def add_adapter(name: str, config: LoraConfig, *args: Any, **kwargs: Any) -> None:
+        PeftModel.add_adapter(model, name, config, *args, **kwargs)
+        for path, parameter in list(model.named_parameters()):
+            parts = path.split(".")
+            if "default" in parts:
+                copied = ".".join(name if part == "default" else part for part in parts)
+                model.get_parameter(copied).data.copy_(parameter.data)
+                model.get_parameter(copied).requires_grad_(False)
+
+    model.__dict__["add_adapter"] = add_adapter
+    try:
+        yield
+    finally:
+        del model.__dict__["add_adapter"]
 
 
 def drop_reference_copy(model: nn.Module) -> None:
@@ -230,6 +258,19 @@ def _to_float32(model: PeftModel) -> PeftModel:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    return model
+
+
+def _show_head_bias(model: PeftModel) -> PeftModel:
+    """Let the head's bias be read where PEFT wraps the head to train rows of it.
+
+    TRL's fused head reads ``weight`` and ``bias`` (trainer/utils.py:1633); PEFT 0.21's wrapper passes on
+    the weight only.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        # Not through nn.Module, which would register the parameter a second time.
+        object.__setattr__(head, "bias", head.original_module.bias)
     return model
 
 

@@ -26,8 +26,7 @@ On several processes: accelerate launch --config_file launch/ddp.yaml -m halfbyt
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; the console script and ``python -m halfbyte``."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments, debug = _take_debug(arguments)
     try:
         return _run(arguments)
     except UserError as error:
@@ -71,6 +70,17 @@ def _run(arguments: list[str]) -> int:
     from halfbyte import train
 
     return train.main(name, recipe, rest)
+
+
+def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """Split off our ``--debug``, which has no value; TRL's own option of that name has one."""
+    followed = [*arguments[1:], "--"]
+    kept = [
+        word
+        for place, (word, after) in enumerate(zip(arguments, followed, strict=False))
+        if word != "--debug" or (place > 0 and not after.startswith("-"))
+    ]
+    return kept, len(kept) < len(arguments)
 
 
 def _list(arguments: list[str]) -> int:

@@ -191,7 +191,11 @@ class QLoRAPlugin(ModelConfig):
             added_token_ids=added_token_ids,
             **(args.model_init_kwargs or {}),
         )
-        with adapters.kept_in_float32(loaded), _spent(args, "model_init_kwargs", "chat_template_path"):
+        with (
+            adapters.kept_in_float32(loaded),
+            adapters.whole_reference(loaded),
+            _spent(args, "model_init_kwargs", "chat_template_path"),
+        ):
             trainer = trainer_cls(model=loaded, args=args, processing_class=processing_class, **kwargs)
         if adapter is None:
             adapters.drop_reference_copy(loaded)

@@ -100,10 +100,10 @@ def load(name: str) -> Recipe:
     point = metadata.EntryPoint(entry.name, entry.object, GROUP)
     try:
         recipe = point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise UserError(
             f"the recipe {name!r} of package {entry.package} {entry.version} cannot be imported from "
-            f"{entry.object}: {error}"
+            f"{entry.object}: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(recipe, Recipe):
         raise UserError(

@@ -17,6 +17,10 @@ class DPOArguments(DPOConfig):
     """TRL's DPO options with the learning rate of its LoRA examples."""
 
     learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate."})
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={"help": "Chat template to use: a .jinja file, or a model whose template to take."},
+    )
 
 
 recipe = Recipe(

@@ -42,7 +42,6 @@ def test_a_template_file(base, tmp_path):
     tokenizer, added = prepare_tokenizer(base, training=training)
     assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
     assert added == []
-    assert training.chat_template_path is None
     assert stop_ids(tokenizer) == {2}
 
 

@@ -28,8 +28,8 @@ def prepare_tokenizer(
 
     Applies ``chat_template_path``, ``eos_token`` and ``pad_token`` of ``training`` where its class has them.
     A template is taken without its tokens: those that the vocabulary lacks must be named in
-    ``additional_special_tokens``. ``training.chat_template_path`` becomes None, since TRL would add the
-    tokens of another model and resize the embeddings by itself; ``training.eos_token`` becomes the end token
+    ``additional_special_tokens``. The caller must keep ``chat_template_path`` from TRL, which would add the
+    tokens of another model and resize the embeddings by itself. ``training.eos_token`` becomes the end token
     that came with the template, so that TRL sets it on the model's configuration. Without a pad token, the
     end token pads. Returns the tokenizer and the ids of the tokens that were added. Raises UserError.
     """
@@ -39,7 +39,6 @@ def prepare_tokenizer(
     source = None
     if template_path is not None:
         source = _apply_template(tokenizer, template_path, trust_remote_code)
-        training.chat_template_path = None
     eos = getattr(training, "eos_token", None)
     if eos is None and source is not None and source.eos_token:
         eos = training.eos_token = source.eos_token

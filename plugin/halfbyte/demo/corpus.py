@@ -83,10 +83,12 @@ def collect(root: Path | None = None) -> Corpus:
         except (OSError, SyntaxError, ValueError):
             continue
         module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        if source.strip() and source not in seen_texts:
-            seen_texts.add(source)
-            texts.append(Text(module, source[:_TEXT_CHARACTERS]))
-        for signature, docstring in _documented(tree.body, ""):
+        documented = list(_documented(tree.body, ""))
+        text = _outline(ast.get_docstring(tree), documented)[:_TEXT_CHARACTERS]
+        if text and text not in seen_texts:
+            seen_texts.add(text)
+            texts.append(Text(module, text))
+        for signature, docstring in _rows(documented):
             # One docstring, one row: a copy in another module would leak across the split.
             if docstring.lower() not in seen_docstrings:
                 seen_docstrings.add(docstring.lower())
@@ -164,22 +166,30 @@ def _sources(root: Path) -> list[Path]:
 
 
 def _documented(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, str]]:
-    """(signature, docstring) of each documented function and class, methods under their class's name."""
+    """(signature, whole docstring) of each function and class, methods under their class's name."""
     for node in body:
         if isinstance(node, ast.ClassDef):
-            yield from _row(f"class {owner}{node.name}", node)
-            yield from _documented(node.body, f"{owner}{node.name}.")
+            signature = f"class {owner}{node.name}"
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _row(f"def {owner}{node.name}({ast.unparse(node.args)})", node)
+            signature = f"def {owner}{node.name}({ast.unparse(node.args)})"
+        else:
+            continue
+        if docstring := ast.get_docstring(node):
+            yield signature, docstring
+        if isinstance(node, ast.ClassDef):
+            yield from _documented(node.body, f"{owner}{node.name}.")
 
 
-def _row(
-    signature: str, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-) -> Iterator[tuple[str, str]]:
-    docstring = ast.get_docstring(node)
-    if not docstring or len(signature) > _SIGNATURE_CHARACTERS:
-        return
-    paragraph = " ".join(docstring.split("\n\n")[0].split())
-    words = paragraph.split()
-    if len(words) in _WORDS and len(set(words)) > 1 and paragraph.isascii():
-        yield signature, paragraph
+def _outline(docstring: str | None, documented: list[tuple[str, str]]) -> str:
+    """A module as prose: its docstring, then each signature with its own. Bodies would teach little English."""
+    return "\n\n".join([docstring or "", *(f"{signature}\n{text}" for signature, text in documented)]).strip()
+
+
+def _rows(documented: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The signatures, with the first paragraph of the docstring, that make good rows."""
+    for signature, docstring in documented:
+        paragraph = " ".join(docstring.split("\n\n")[0].split())
+        words = paragraph.split()
+        good = len(words) in _WORDS and len(set(words)) > 1 and paragraph.isascii()
+        if good and len(signature) <= _SIGNATURE_CHARACTERS:
+            yield signature, paragraph

@@ -1,0 +1,152 @@
+"""The command line: what it prints, what it passes on, and one exit code for each way to end."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from halfbyte import recipe as recipes
+from halfbyte.cli import main
+from tests import packages
+
+Fail = Callable[[str], None]
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fail:
+    """``failing(code)``: install a recipe named ``failing`` whose config class runs ``code`` when it is made."""
+
+    def install(code: str) -> None:
+        lines = [
+            "import dataclasses",
+            "from halfbyte import Recipe",
+            "from trl import SFTConfig, SFTTrainer",
+            "@dataclasses.dataclass",
+            "class Config(SFTConfig):",
+            "    def __post_init__(self):",
+            f"        {code}",
+            "recipe = Recipe(config=Config, trainer=SFTTrainer, summary='fails')",
+        ]
+        site = packages.write(tmp_path / "site", "failing", {"failing": "failing:recipe"}, code="\n".join(lines))
+        monkeypatch.syspath_prepend(str(site))
+        monkeypatch.delitem(sys.modules, "failing", raising=False)
+
+    return install
+
+
+def test_help_names_the_commands_and_the_exit_codes(capsys) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert "halfbyte RECIPE --config FILE" in text
+        assert "accelerate launch" in text
+        assert "130 SIGINT" in text
+
+
+def test_version_is_the_installed_one(capsys) -> None:
+    from importlib.metadata import version
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == version("halfbyte")
+
+
+def test_recipes_are_listed_one_a_line(capsys) -> None:
+    assert main(["recipes"]) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert lines["sft"][1] == "halfbyte"
+    assert lines["sft"][-1] == "halfbyte_recipes.sft:recipe"
+
+
+def test_recipes_are_listed_as_json(capsys) -> None:
+    assert main(["recipes", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert all(set(entry) == {"name", "package", "version", "object"} for entry in listed)
+    assert {"dpo", "pretrain", "sft"} <= {entry["name"] for entry in listed}
+
+
+def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
+    assert main(["recipes", "--jsn"]) == 2
+    assert "--jsn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["stf"], "did you mean 'sft'"),
+        (["--config", "x.yaml"], "the recipe comes first"),
+        (["doctor"], "not part of this version"),
+        (["sft", "--config", "no-such.yaml"], "no-such.yaml"),
+    ],
+)
+def test_a_mistake_ends_with_2_and_is_said_on_standard_error(capsys, arguments: list[str], said: str) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert said in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_every_reserved_name_answers(capsys) -> None:
+    for name in sorted(recipes.COMMANDS - {"demo", "recipes"}):
+        assert main([name]) == 2
+        assert name in capsys.readouterr().err
+
+
+def test_a_package_that_takes_a_command_name_breaks_the_listing(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(packages.write(tmp_path, "grabber", {"merge": "grabber:recipe"})))
+    assert main(["recipes"]) == 2
+    assert "grabber 1.0" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_with_130(failing: Fail, capsys, tmp_path: Path) -> None:
+    failing("raise KeyboardInterrupt")
+    assert main(["failing", "--output_dir", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_nobody_foresaw_ends_with_1(failing: Fail, capsys, tmp_path: Path) -> None:
+    failing("raise ZeroDivisionError('nobody foresaw this')")
+    assert main(["failing", "--output_dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "error: ZeroDivisionError: nobody foresaw this\n(--debug shows the traceback)" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("place", ["first", "after the recipe", "last"])
+def test_debug_shows_the_traceback_wherever_it_stands(capsys, place: str) -> None:
+    options = ["--learning_rat", "1"]
+    arguments = {
+        "first": ["--debug", "sft", *options],
+        "after the recipe": ["sft", "--debug", *options],
+        "last": ["sft", *options, "--debug"],
+    }[place]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    assert "learning_rate" in error
+
+
+def test_debug_with_a_value_is_trl_s_own_option(failing: Fail, capsys, tmp_path: Path) -> None:
+    failing("raise ZeroDivisionError(f'debug={self.debug}')")
+    options = ["--debug", "underflow_overflow", "--output_dir", str(tmp_path / "run")]
+    assert main(["failing", *options]) == 1
+    error = capsys.readouterr().err
+    assert "debug=underflow_overflow" in error
+    assert "Traceback" not in error
+    assert main(["failing", *options, "--debug"]) == 1
+    error = capsys.readouterr().err
+    assert "debug=underflow_overflow" in error
+    assert "Traceback" in error
+
+
+@pytest.mark.parametrize("command", [["-m", "halfbyte"], ["-c", "import sys; from halfbyte.cli import main; sys.exit(main())"]])
+def test_the_module_and_the_console_script_exit_with_the_code(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command, "stf"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "did you mean 'sft'" in done.stderr

@@ -1,0 +1,115 @@
+"""Recipes are found by metadata alone, and every way a package can get one wrong names that package."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from halfbyte import recipe as recipes
+from halfbyte.errors import UserError
+from halfbyte.recipe import Recipe
+from tests import packages
+
+Install = Callable[..., Path]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Install a package of recipes for one test."""
+
+    def add(package: str, points: dict[str, str], **options: str) -> Path:
+        site = packages.write(tmp_path / package, package, points, **options)
+        monkeypatch.syspath_prepend(str(site))
+        monkeypatch.delitem(sys.modules, package.replace("-", "_"), raising=False)
+        return site
+
+    return add
+
+
+def test_the_shipped_recipes_are_announced_like_any_other() -> None:
+    shipped = {entry.name: entry for entry in recipes.entries() if entry.package == "halfbyte"}
+    assert set(shipped) == {"dpo", "pretrain", "sft"}
+    assert shipped["sft"].object == "halfbyte_recipes.sft:recipe"
+    assert [entry.name for entry in recipes.entries()] == sorted(entry.name for entry in recipes.entries())
+
+
+def test_listing_imports_nothing(install: Install) -> None:
+    install("explosive", {"boom": "explosive:recipe"}, code="raise SystemExit('imported')")
+    entry = next(entry for entry in recipes.entries() if entry.name == "boom")
+    assert (entry.package, entry.version, entry.object) == ("explosive", "1.0", "explosive:recipe")
+    recipes.check(recipes.entries())
+    assert "explosive" not in sys.modules
+
+
+def test_only_the_named_recipe_is_imported(install: Install) -> None:
+    install("chosen-one", {"chosen": "chosen_one:recipe"})
+    install("other-one", {"other": "other_one:recipe"})
+    recipe = recipes.load("chosen")
+    assert isinstance(recipe, Recipe)
+    assert recipe.summary == "a stranger's"
+    assert "other_one" not in sys.modules
+
+
+def test_a_package_on_the_path_twice_is_one(install: Install, tmp_path: Path, monkeypatch) -> None:
+    install("twice", {"again": "twice:recipe"})
+    monkeypatch.syspath_prepend(str(packages.write(tmp_path / "second", "twice", {"again": "twice:recipe"})))
+    recipes.check(recipes.entries())
+    assert recipes.load("again").summary == "a stranger's"
+
+
+def test_a_name_claimed_twice_names_both_packages(install: Install) -> None:
+    install("first-claim", {"mine": "first_claim:recipe"})
+    install("second-claim", {"mine": "second_claim:recipe"}, version="2.5")
+    for attempt in (lambda: recipes.load("mine"), lambda: recipes.check(recipes.entries())):
+        with pytest.raises(UserError, match=r"'mine' is claimed by first-claim 1\.0 .* and second-claim 2\.5"):
+            attempt()
+    assert recipes.load("sft").summary  # the claim on another name stops nobody else
+
+
+def test_a_stranger_cannot_take_a_shipped_name_unseen(install: Install) -> None:
+    install("pretender", {"sft": "pretender:recipe"})
+    with pytest.raises(UserError, match=r"'sft' is claimed by halfbyte .* and pretender 1\.0"):
+        recipes.load("sft")
+
+
+@pytest.mark.parametrize("name", sorted(recipes.COMMANDS))
+def test_a_command_name_is_reserved(install: Install, name: str) -> None:
+    install("grabber", {name: "grabber:recipe"})
+    with pytest.raises(UserError, match=rf"'{name}' of package grabber 1\.0 takes the name of a halfbyte command"):
+        recipes.check(recipes.entries())
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("stf", "sft"), ("dop", "dpo"), ("recipe", "recipes"), ("dmo", "demo")])
+def test_an_unknown_name_lists_the_known_and_suggests_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(UserError, match=rf"no recipe or command named '{wrong}'; did you mean '{right}'\?") as caught:
+        recipes.load(wrong)
+    assert "recipes: dpo, pretrain, sft" in str(caught.value)
+
+
+def test_a_name_near_nothing_gets_no_suggestion() -> None:
+    with pytest.raises(UserError) as caught:
+        recipes.load("zzzzzz")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_an_object_that_is_no_recipe(install: Install) -> None:
+    install("confused", {"odd": "confused:recipe"}, code="recipe = {'config': None}")
+    with pytest.raises(UserError, match=r"confused:recipe of package confused 1\.0 is dict, not a halfbyte\.Recipe"):
+        recipes.load("odd")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import a_module_that_is_not_there", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
+        ("recipes = None", "AttributeError: module 'broken' has no attribute 'recipe'"),
+        ("recipe = = 1", "SyntaxError: invalid syntax"),
+        ("from halfbyte import Recipe\nrecipe = Recipe(config=int, summary='')", "needs a `trainer` class"),
+    ],
+)
+def test_a_recipe_that_does_not_import_names_its_package(install: Install, code: str, reason: str) -> None:
+    install("broken", {"bad": "broken:recipe"}, code=code)
+    with pytest.raises(UserError, match=r"'bad' of package broken 1\.0 cannot be imported") as caught:
+        recipes.load("bad")
+    assert reason in str(caught.value)
