@@ -15,7 +15,9 @@ recipe = Recipe(config=Config, trainer=Trainer, summary="a stranger's")
 """
 
 
-def write(site: Path, package: str, recipes: dict[str, str], *, version: str = "1.0", code: str = RECIPE) -> Path:
+def write(
+    site: Path, package: str, recipes: dict[str, str], *, version: str = "1.0", code: str = RECIPE
+) -> Path:
     """Write the distribution ``package`` with ``code`` as its module and ``recipes`` as its entry points."""
     module = package.replace("-", "_")
     site.mkdir(parents=True, exist_ok=True)

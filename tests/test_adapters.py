@@ -62,7 +62,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     ],
     ids=lambda o: next(iter(o), "default"),
 )
-def test_a_fresh_adapter_changes_nothing_and_then_trains(model_dir: ModelDir, tmp_path: Path, options: dict) -> None:
+def test_a_fresh_adapter_changes_nothing_and_then_trains(
+    model_dir: ModelDir, tmp_path: Path, options: dict
+) -> None:
     plugin = QLoRAPlugin(dtype="float32", **options)
     trainer = sft(plugin, model_dir("llama"), tmp_path)
     model = trainer.model
@@ -83,7 +85,9 @@ def test_a_fresh_adapter_changes_nothing_and_then_trains(model_dir: ModelDir, tm
         assert len(rates) == 1 or max(rates) / min(r for r in rates if r > 0) == pytest.approx(16)
     if options.get("init_lora_weights") == "eva":
         a = next(p for n, p in before.items() if "lora_A" in n)
-        assert torch.allclose(a @ a.T, torch.eye(len(a)) * (a @ a.T).diagonal(), atol=1e-4), "EVA's rows are orthogonal"
+        assert torch.allclose(a @ a.T, torch.eye(len(a)) * (a @ a.T).diagonal(), atol=1e-4), (
+            "EVA's rows are orthogonal"
+        )
 
 
 def test_loraplus_gives_b_its_own_rate(model_dir: ModelDir, tmp_path: Path) -> None:
@@ -94,9 +98,13 @@ def test_loraplus_gives_b_its_own_rate(model_dir: ModelDir, tmp_path: Path) -> N
             assert group["lr"] == pytest.approx(1e-3 * (16 if "lora_B" in names[id(parameter)] else 1))
 
 
-@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "orthogonal"])
+@pytest.mark.parametrize(
+    "name", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "orthogonal"]
+)
 def test_initializations_that_harm_a_4bit_base_are_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(UserError, match=f"init_lora_weights: '{name}' is refused: .*4-bit.*write one of") as error:
+    with pytest.raises(
+        UserError, match=f"init_lora_weights: '{name}' is refused: .*4-bit.*write one of"
+    ) as error:
         QLoRAPlugin(init_lora_weights=name)
     assert len(str(error.value).splitlines()) <= 10
 
@@ -109,13 +117,18 @@ def test_an_unknown_initialization_suggests_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["q_projj"], "'q_projj' matches no layer; did you mean 'q_proj'.*linear layers: down_proj, gate_proj"),
+        (
+            ["q_projj"],
+            "'q_projj' matches no layer; did you mean 'q_proj'.*linear layers: down_proj, gate_proj",
+        ),
         (["q_proj", "nowhere"], "'nowhere' matches no layer"),
         (["q_proj", "lm_head"], "lm_head is the output head"),
         (["lm_head"], "lm_head is the output head"),
     ],
 )
-def test_targets_that_would_not_train_are_errors(model_dir: ModelDir, targets: list[str], message: str) -> None:
+def test_targets_that_would_not_train_are_errors(
+    model_dir: ModelDir, targets: list[str], message: str
+) -> None:
     plugin = QLoRAPlugin(dtype="float32", lora_target_modules=targets)
     with pytest.raises(UserError, match=message):
         plugin.load(str(model_dir("llama")))
@@ -123,7 +136,9 @@ def test_targets_that_would_not_train_are_errors(model_dir: ModelDir, targets: l
 
 def test_one_target_is_a_name_and_exclusions_count(model_dir: ModelDir) -> None:
     model = QLoRAPlugin(dtype="float32", lora_target_modules=["q_proj"]).load(str(model_dir("llama")))
-    assert {n.split(".lora_")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"q_proj"}
+    assert {
+        n.split(".lora_")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad
+    } == {"q_proj"}
     plugin = QLoRAPlugin(dtype="float32", lora_exclude_modules=["down_proj"])
     model = plugin.load(str(model_dir("llama")))
     assert not any("down_proj" in n for n, p in model.named_parameters() if p.requires_grad)
@@ -189,7 +204,9 @@ def first_loss(trainer: Trainer) -> float:
 
 @pytest.mark.parametrize("by_model_path", [False, True], ids=["adapter_name_or_path", "model path"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dpo_from_an_adapter_starts_at_ln_2(sft_adapter: Path, tmp_path: Path, by_model_path: bool, dtype: str) -> None:
+def test_dpo_from_an_adapter_starts_at_ln_2(
+    sft_adapter: Path, tmp_path: Path, by_model_path: bool, dtype: str
+) -> None:
     if by_model_path:
         trainer = dpo(QLoRAPlugin(dtype=dtype), tmp_path, str(sft_adapter))
     else:
@@ -222,7 +239,9 @@ def test_dpo_with_a_fresh_adapter_takes_the_base_as_reference(model_dir: ModelDi
 def test_sft_continues_an_adapter_exactly(sft_adapter: Path, tmp_path: Path, model_dir: ModelDir) -> None:
     from safetensors.torch import load_file
 
-    trainer = sft(QLoRAPlugin(dtype="float32", adapter_name_or_path=str(sft_adapter)), model_dir("llama"), tmp_path)
+    trainer = sft(
+        QLoRAPlugin(dtype="float32", adapter_name_or_path=str(sft_adapter)), model_dir("llama"), tmp_path
+    )
     saved = load_file(sft_adapter / "adapter_model.safetensors")
     named = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert named.keys() == saved.keys()
@@ -230,7 +249,9 @@ def test_sft_continues_an_adapter_exactly(sft_adapter: Path, tmp_path: Path, mod
         assert torch.equal(named[name], value), name
 
 
-def test_an_adapter_of_another_base_is_an_error_that_names_both(model_dir: ModelDir, sft_adapter: Path) -> None:
+def test_an_adapter_of_another_base_is_an_error_that_names_both(
+    model_dir: ModelDir, sft_adapter: Path
+) -> None:
     other = model_dir("llama", seed=1)
     with pytest.raises(UserError, match="was trained on the base") as error:
         QLoRAPlugin(dtype="float32", adapter_name_or_path=str(sft_adapter)).load(str(other))
@@ -238,7 +259,9 @@ def test_an_adapter_of_another_base_is_an_error_that_names_both(model_dir: Model
     assert str(other) in str(error.value)
 
 
-def test_the_recorded_fingerprint_decides_over_the_name(model_dir: ModelDir, sft_adapter: Path, tmp_path: Path) -> None:
+def test_the_recorded_fingerprint_decides_over_the_name(
+    model_dir: ModelDir, sft_adapter: Path, tmp_path: Path
+) -> None:
     import shutil
 
     from halfbyte.quantization import fingerprint

@@ -49,7 +49,9 @@ def imports(path: Path) -> set[str]:
             found.update(alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            found.update({node.module} if node.module != "halfbyte" else {f"halfbyte.{a.name}" for a in node.names})
+            found.update(
+                {node.module} if node.module != "halfbyte" else {f"halfbyte.{a.name}" for a in node.names}
+            )
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -119,4 +121,6 @@ def test_the_options_we_add_are_a_frozen_list() -> None:
         "lora_exclude_modules",
         "loraplus_lr_ratio",
     }
-    assert {f.name for f in fields(RunArguments)} - {f.name for f in fields(ScriptArguments)} == {"overwrite_output_dir"}
+    assert {f.name for f in fields(RunArguments)} - {f.name for f in fields(ScriptArguments)} == {
+        "overwrite_output_dir"
+    }

@@ -30,7 +30,9 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fail:
             f"        {code}",
             "recipe = Recipe(config=Config, trainer=SFTTrainer, summary='fails')",
         ]
-        site = packages.write(tmp_path / "site", "failing", {"failing": "failing:recipe"}, code="\n".join(lines))
+        site = packages.write(
+            tmp_path / "site", "failing", {"failing": "failing:recipe"}, code="\n".join(lines)
+        )
         monkeypatch.syspath_prepend(str(site))
         monkeypatch.delitem(sys.modules, "failing", raising=False)
 
@@ -144,7 +146,9 @@ def test_debug_with_a_value_is_trl_s_own_option(failing: Fail, capsys, tmp_path:
     assert "Traceback" in error
 
 
-@pytest.mark.parametrize("command", [["-m", "halfbyte"], ["-c", "import sys; from halfbyte.cli import main; sys.exit(main())"]])
+@pytest.mark.parametrize(
+    "command", [["-m", "halfbyte"], ["-c", "import sys; from halfbyte.cli import main; sys.exit(main())"]]
+)
 def test_the_module_and_the_console_script_exit_with_the_code(command: list[str]) -> None:
     done = subprocess.run([sys.executable, *command, "stf"], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -108,7 +108,9 @@ def test_ten_steps_equal_plain_trl(
         args = arguments(config, tmp_path / f"{ours}", **options)
         if ours:
             plugin = QLoRAPlugin(dtype="float32", adapter_name_or_path=str(adapter))
-            trainer = plugin.trainer(trainer_cls, model=str(model_dir("llama")), args=args, train_dataset=rows)
+            trainer = plugin.trainer(
+                trainer_cls, model=str(model_dir("llama")), args=args, train_dataset=rows
+            )
         else:
             trainer = plain_trl(trainer_cls, model_dir("llama"), adapter, args, rows)
         steps = Steps()

@@ -62,7 +62,9 @@ def test_a_name_claimed_twice_names_both_packages(install: Install) -> None:
     install("first-claim", {"mine": "first_claim:recipe"})
     install("second-claim", {"mine": "second_claim:recipe"}, version="2.5")
     for attempt in (lambda: recipes.load("mine"), lambda: recipes.check(recipes.entries())):
-        with pytest.raises(UserError, match=r"'mine' is claimed by first-claim 1\.0 .* and second-claim 2\.5"):
+        with pytest.raises(
+            UserError, match=r"'mine' is claimed by first-claim 1\.0 .* and second-claim 2\.5"
+        ):
             attempt()
     assert recipes.load("sft").summary  # the claim on another name stops nobody else
 
@@ -76,13 +78,19 @@ def test_a_stranger_cannot_take_a_shipped_name_unseen(install: Install) -> None:
 @pytest.mark.parametrize("name", sorted(recipes.COMMANDS))
 def test_a_command_name_is_reserved(install: Install, name: str) -> None:
     install("grabber", {name: "grabber:recipe"})
-    with pytest.raises(UserError, match=rf"'{name}' of package grabber 1\.0 takes the name of a halfbyte command"):
+    with pytest.raises(
+        UserError, match=rf"'{name}' of package grabber 1\.0 takes the name of a halfbyte command"
+    ):
         recipes.check(recipes.entries())
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("stf", "sft"), ("dop", "dpo"), ("recipe", "recipes"), ("dmo", "demo")])
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("stf", "sft"), ("dop", "dpo"), ("recipe", "recipes"), ("dmo", "demo")]
+)
 def test_an_unknown_name_lists_the_known_and_suggests_the_nearest(wrong: str, right: str) -> None:
-    with pytest.raises(UserError, match=rf"no recipe or command named '{wrong}'; did you mean '{right}'\?") as caught:
+    with pytest.raises(
+        UserError, match=rf"no recipe or command named '{wrong}'; did you mean '{right}'\?"
+    ) as caught:
         recipes.load(wrong)
     assert "recipes: dpo, pretrain, sft" in str(caught.value)
 
@@ -95,14 +103,19 @@ def test_a_name_near_nothing_gets_no_suggestion() -> None:
 
 def test_an_object_that_is_no_recipe(install: Install) -> None:
     install("confused", {"odd": "confused:recipe"}, code="recipe = {'config': None}")
-    with pytest.raises(UserError, match=r"confused:recipe of package confused 1\.0 is dict, not a halfbyte\.Recipe"):
+    with pytest.raises(
+        UserError, match=r"confused:recipe of package confused 1\.0 is dict, not a halfbyte\.Recipe"
+    ):
         recipes.load("odd")
 
 
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("import a_module_that_is_not_there", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
+        (
+            "import a_module_that_is_not_there",
+            "ModuleNotFoundError: No module named 'a_module_that_is_not_there'",
+        ),
         ("recipes = None", "AttributeError: module 'broken' has no attribute 'recipe'"),
         ("recipe = = 1", "SyntaxError: invalid syntax"),
         ("from halfbyte import Recipe\nrecipe = Recipe(config=int, summary='')", "needs a `trainer` class"),

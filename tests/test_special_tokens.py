@@ -29,7 +29,16 @@ def template(tmp_path: Path) -> str:
 def options(model: Path, output: Path, template: str, rows: str) -> list[str]:
     return [
         *("--model_name_or_path", str(model), "--dataset_name", rows, "--output_dir", str(output)),
-        *("--chat_template_path", template, "--max_steps", "3", "--learning_rate", "1e-2", "--dtype", "float32"),
+        *(
+            "--chat_template_path",
+            template,
+            "--max_steps",
+            "3",
+            "--learning_rate",
+            "1e-2",
+            "--dtype",
+            "float32",
+        ),
         *("--per_device_train_batch_size", "2", "--save_strategy", "no", "--report_to", "none"),
     ]
 
@@ -87,7 +96,16 @@ def test_named_tokens_are_trained_saved_and_reloaded(
     dpo = tmp_path / "dpo"
     arguments = [
         *("--adapter_name_or_path", str(output), "--dataset_name", pairs, "--output_dir", str(dpo)),
-        *("--max_steps", "2", "--dtype", "float32", "--per_device_train_batch_size", "2", "--save_strategy", "no"),
+        *(
+            "--max_steps",
+            "2",
+            "--dtype",
+            "float32",
+            "--per_device_train_batch_size",
+            "2",
+            "--save_strategy",
+            "no",
+        ),
         *("--report_to", "none", "--eval_strategy", "steps", "--eval_steps", "2", "--eval_on_start"),
     ]
     assert main(["dpo", *arguments]) == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from halfbyte.cli import main
 from tests import launch, tiny
 
 PYPROJECT = """\
@@ -105,7 +106,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels)]
     subprocess.run([*build, str(project)], check=True)
     (wheel,) = wheels.iterdir()
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)], check=True
+    )
     return site
 
 
@@ -148,19 +151,22 @@ def test_both_recipes_are_listed_beside_the_shipped_ones(site: Path) -> None:
 def test_config_trainer_and_summary_are_enough(site: Path, tmp_path: Path, model: str) -> None:
     rows = tiny.write_rows(tmp_path / "rows", tiny.conversations(12))
     (tmp_path / "run.yaml").write_text(f"model_name_or_path: {model}\ndataset_name: {rows}\nloss_scale: 1\n")
-    shared = ("scaled-sft", "--config", str(tmp_path / "run.yaml"), *TRAINING)
-    one, three = tmp_path / "one", tmp_path / "three"
-    for output, scale in ((one, "1"), (three, "3")):
-        done = launch.halfbyte(
-            *shared, "--output_dir", str(output), "--loss_scale", scale, PYTHONPATH=str(site)
-        )
-        assert done.returncode == 0, done.stderr
-        assert_trained(output, "scaled-sft")
-        assert record(output)["config"]["loss_scale"] == float(scale)
-        # The recipe's own default stands, and QLoRA's fill in where it has none.
-        assert record(output)["config"]["learning_rate"] == 1e-2
-        assert record(output)["config"]["gradient_checkpointing"] is True
-    assert logged(three, "loss")[0] == pytest.approx(3 * logged(one, "loss")[0], rel=1e-6)
+    output, shipped = tmp_path / "run", tmp_path / "shipped"
+    options = ("--model_name_or_path", model, "--dataset_name", rows, *TRAINING)
+    done = launch.halfbyte(
+        *("scaled-sft", "--config", str(tmp_path / "run.yaml"), *TRAINING),
+        *("--output_dir", str(output), "--loss_scale", "3"),
+        PYTHONPATH=str(site),
+    )
+    assert done.returncode == 0, done.stderr
+    assert_trained(output, "scaled-sft")
+    config = record(output)["config"]
+    assert config["loss_scale"] == 3.0
+    # The recipe's own default stands, and QLoRA's fill in where it has none.
+    assert config["learning_rate"] == 1e-2
+    assert config["gradient_checkpointing"] is True
+    assert main(["sft", *options, "--output_dir", str(shipped), "--learning_rate", "1e-2"]) == 0
+    assert logged(output, "loss")[0] == pytest.approx(3 * logged(shipped, "loss")[0], rel=1e-6)
 
 
 def test_a_build_function_makes_a_trainer_with_a_reward(site: Path, tmp_path: Path, model: str) -> None:
@@ -181,12 +187,17 @@ def test_a_build_function_makes_a_trainer_with_a_reward(site: Path, tmp_path: Pa
     assert record(output)["config"]["forbidden"] == "a"
 
 
-def test_a_recipe_s_own_option_is_in_its_help_and_is_checked(site: Path, tmp_path: Path) -> None:
-    done = launch.halfbyte("scaled-sft", "--help", PYTHONPATH=str(site))
-    assert done.returncode == 0
-    assert "loss_scale" in done.stdout
-    assert "What the loss is multiplied by." in done.stdout
-    done = launch.halfbyte("scaled-sft", "--loss_scal", "2", PYTHONPATH=str(site), cwd=tmp_path)
-    assert done.returncode == 2
-    assert "did you mean loss_scale" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_a_recipe_s_own_option_is_in_its_help_and_is_checked(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(site))
+    with pytest.raises(SystemExit) as ended:
+        main(["scaled-sft", "--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "loss_scale" in said
+    assert "What the loss is multiplied by." in said
+    output = tmp_path / "run"
+    assert main(["scaled-sft", "--loss_scal", "2", "--output_dir", str(output)]) == 2
+    assert "did you mean loss_scale" in capsys.readouterr().err
+    assert not output.exists()

@@ -66,7 +66,10 @@ def test_sft_then_dpo_from_its_adapter(model_dir: ModelDir, tmp_path: Path, caps
     chat = tiny.write_rows(tmp_path / "chat", tiny.conversations(20))
     pairs = tiny.write_rows(tmp_path / "pairs", tiny.preferences(20))
     evaluating = ("--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start")
-    assert run("sft", sft, "--model_name_or_path", str(model_dir("llama")), "--dataset_name", chat, *evaluating) == 0
+    assert (
+        run("sft", sft, "--model_name_or_path", str(model_dir("llama")), "--dataset_name", chat, *evaluating)
+        == 0
+    )
     assert "next: halfbyte dpo --adapter_name_or_path" in capsys.readouterr().out
     told = record(sft)["metrics"]
     assert told["before"]["eval_loss"] > 0
@@ -76,8 +79,13 @@ def test_sft_then_dpo_from_its_adapter(model_dir: ModelDir, tmp_path: Path, caps
     assert record(dpo)["base"]["sha"] == record(sft)["base"]["sha"]
     # The frozen reference is not part of the result, which PEFT loads on the base by itself.
     assert not (dpo / "ref").exists()
-    assert json.loads((dpo / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_dir("llama"))
-    assert load_file(dpo / "adapter_model.safetensors").keys() == load_file(sft / "adapter_model.safetensors").keys()
+    assert json.loads((dpo / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        model_dir("llama")
+    )
+    assert (
+        load_file(dpo / "adapter_model.safetensors").keys()
+        == load_file(sft / "adapter_model.safetensors").keys()
+    )
 
 
 def test_full_parameter_pretraining_writes_a_model(model_dir: ModelDir, tmp_path: Path, rows) -> None:
@@ -88,13 +96,22 @@ def test_full_parameter_pretraining_writes_a_model(model_dir: ModelDir, tmp_path
     full = ("--load_in_4bit", "false", "--use_peft", "false", "--max_length", "32", "--learning_rate", "1e-2")
     assert run("pretrain", output, *options, *full) == 0
     assert not (output / "adapter_config.json").exists()
-    before, after = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (model_dir("llama"), output))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (model_dir("llama"), output)
+    )
     assert all(not torch.equal(before[name], after[name]) for name in before if "layernorm" not in name)
     assert len(AutoTokenizer.from_pretrained(output)) == tiny.VOCABULARY
 
 
 def test_a_checkpoint_is_resumed_from(model_dir: ModelDir, tmp_path: Path, rows) -> None:
-    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("sft"), "--save_strategy", "steps")
+    options = (
+        "--model_name_or_path",
+        str(model_dir("llama")),
+        "--dataset_name",
+        rows("sft"),
+        "--save_strategy",
+        "steps",
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run("sft", whole, *options, "--save_steps", "2", "--max_steps", "4", "--lora_dropout", "0.1") == 0
     assert (whole / "checkpoint-2").is_dir()
@@ -112,7 +129,10 @@ MISTAKES = {
     "no model": (["--dataset_name", "{rows}"], "no model"),
     "no such model": (["--model_name_or_path", "no/such", "--dataset_name", "{rows}"], "no/such"),
     "no data": (["--model_name_or_path", "{model}"], "dataset_name"),
-    "no such data": (["--model_name_or_path", "{model}", "--dataset_name", "{rows}/none.jsonl"], "none.jsonl"),
+    "no such data": (
+        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}/none.jsonl"],
+        "none.jsonl",
+    ),
     "unknown option": (["--learning_rat", "1e-3"], "learning_rate"),
     "rank": (["--lora_r", "0"], "lora_r"),
     "target": (
@@ -156,7 +176,9 @@ def test_a_mistake_ends_with_2_and_writes_nothing(
     assert not output.exists()
 
 
-def test_a_used_output_directory_is_refused_or_moved_aside(model_dir: ModelDir, tmp_path: Path, rows, capsys) -> None:
+def test_a_used_output_directory_is_refused_or_moved_aside(
+    model_dir: ModelDir, tmp_path: Path, rows, capsys
+) -> None:
     output = tmp_path / "run"
     output.mkdir()
     (output / "precious.txt").write_text("mine")
@@ -169,7 +191,9 @@ def test_a_used_output_directory_is_refused_or_moved_aside(model_dir: ModelDir, 
     assert record(output)["status"] == "completed"
 
 
-def test_an_unexpected_failure_is_recorded_and_ends_with_1(model_dir: ModelDir, tmp_path: Path, rows, capsys) -> None:
+def test_an_unexpected_failure_is_recorded_and_ends_with_1(
+    model_dir: ModelDir, tmp_path: Path, rows, capsys
+) -> None:
     """A checkpoint that is damaged fails inside training: run.json says so, and no traceback is shown."""
     output, broken = tmp_path / "run", tmp_path / "checkpoint-1"
     broken.mkdir()

@@ -21,7 +21,10 @@ CHAT_TEMPLATE = (
     "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the a quick brown fox jumps over lazy dog one two three four red blue green sky sea is was".split()
+WORDS = (
+    *("the", "a", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "one", "two", "three"),
+    *("four", "red", "blue", "green", "sky", "sea", "is", "was"),
+)
 VOCABULARY = 320
 
 
@@ -94,7 +97,9 @@ CONFIGS = {
 }
 
 
-def save_model(directory: Path, arch: str = "llama", *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE):
+def save_model(
+    directory: Path, arch: str = "llama", *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE
+):
     """Write a random model of ``arch`` with its tokenizer to ``directory`` and return the directory."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[arch](), dtype=torch.float32)

@@ -43,10 +43,14 @@ def check_initialization(name: str | None) -> None:
     family = next((refused for refused in REFUSED_INITIALIZATIONS if name.startswith(refused)), None)
     choice = f"write one of {', '.join(INITIALIZATIONS)}"
     if family is not None:
-        raise UserError(f"init_lora_weights: {name!r} is refused: {REFUSED_INITIALIZATIONS[family]}; {choice}")
+        raise UserError(
+            f"init_lora_weights: {name!r} is refused: {REFUSED_INITIALIZATIONS[family]}; {choice}"
+        )
     near = difflib.get_close_matches(name, INITIALIZATIONS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"init_lora_weights: {name!r} is not an initialization proven on a 4-bit base; {hint}{choice}")
+    raise UserError(
+        f"init_lora_weights: {name!r} is not an initialization proven on a 4-bit base; {hint}{choice}"
+    )
 
 
 def attach(
@@ -113,9 +117,7 @@ def initialize_eva(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]])
     for batch in inputs:
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
     with evaluating(model), torch.random.fork_rng():
-        initialize_lora_eva_weights(
-            model, Loader(), gather_distributed_inputs=False, show_progress_bar=False
-        )
+        initialize_lora_eva_weights(model, Loader(), gather_distributed_inputs=False, show_progress_bar=False)
     _to_float32(model)
 
 
@@ -193,9 +195,13 @@ def base_of(adapter: str) -> str:
     if directory is None:
         raise UserError(f"{adapter!r} is not an adapter directory: it has no {ADAPTER_CONFIG}")
     try:
-        base = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8")).get(
+            "base_model_name_or_path"
+        )
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{directory / ADAPTER_CONFIG} is not a PEFT adapter configuration: {error}") from error
+        raise UserError(
+            f"{directory / ADAPTER_CONFIG} is not a PEFT adapter configuration: {error}"
+        ) from error
     if not base:
         raise UserError(f"{directory / ADAPTER_CONFIG} names no base model; write `model_name_or_path`")
     return str(base)
@@ -216,7 +222,9 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
             leaves = _linear_leaves(model)
             near = difflib.get_close_matches(target, leaves, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"lora_target_modules: {target!r} matches no layer; {hint}linear layers: {', '.join(leaves)}")
+            raise UserError(
+                f"lora_target_modules: {target!r} matches no layer; {hint}linear layers: {', '.join(leaves)}"
+            )
 
 
 def _check_head(model: PeftModel) -> None:

@@ -28,7 +28,10 @@ def resolve(optim: str, device_type: str) -> tuple[str, str | None]:
     substitute = _OFF_CUDA.get(optim) if device_type != "cuda" else None
     if substitute is None:
         return optim, None
-    return substitute, f"optim: {optim} pages through CUDA memory; on {device_type} this run uses {substitute}"
+    return (
+        substitute,
+        f"optim: {optim} pages through CUDA memory; on {device_type} this run uses {substitute}",
+    )
 
 
 def create(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:

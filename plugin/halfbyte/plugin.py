@@ -205,7 +205,9 @@ class QLoRAPlugin(ModelConfig):
             optimizers.use_loraplus(trainer, self.loraplus_lr_ratio)
         return trainer
 
-    def optimizer(self, model: torch.nn.Module, *, lr: float = 2e-4, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    def optimizer(
+        self, model: torch.nn.Module, *, lr: float = 2e-4, weight_decay: float = 0.0
+    ) -> torch.optim.Optimizer:
         """The optimizer for a loop of one's own: paged 32-bit AdamW on CUDA, AdamW elsewhere."""
         return optimizers.create(model, lr=lr, weight_decay=weight_decay)
 
@@ -248,7 +250,9 @@ class QLoRAPlugin(ModelConfig):
         options = dict(model_init_kwargs)
         for key in ("revision", "trust_remote_code", "dtype", "device_map", "quantization_config"):
             if key in options:
-                raise UserError(f"model_init_kwargs: {key!r} has an option of its own in halfbyte; set that instead")
+                raise UserError(
+                    f"model_init_kwargs: {key!r} has an option of its own in halfbyte; set that instead"
+                )
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         base = quantization.load_base(
@@ -283,7 +287,9 @@ class QLoRAPlugin(ModelConfig):
             args.ddp_find_unused_parameters = False
         kwargs = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and kwargs.get("use_reentrant") and self.use_peft:
-            lines.append("gradient_checkpointing_kwargs: use_reentrant=True as given; DDP needs non-reentrant checkpointing")
+            lines.append(
+                "gradient_checkpointing_kwargs: use_reentrant=True as given; DDP needs non-reentrant checkpointing"
+            )
         elif args.gradient_checkpointing:
             merged = {**kwargs, "use_reentrant": False}
             args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = merged

@@ -94,7 +94,9 @@ def load(name: str) -> Recipe:
         known = sorted({entry.name for entry in listed})
         near = difflib.get_close_matches(name, [*known, *COMMANDS], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"no recipe or command named {name!r}; {hint}recipes: {', '.join(known) or 'none installed'}")
+        raise UserError(
+            f"no recipe or command named {name!r}; {hint}recipes: {', '.join(known) or 'none installed'}"
+        )
     check(claims)
     entry = claims[0]
     point = metadata.EntryPoint(entry.name, entry.object, GROUP)
@@ -107,6 +109,7 @@ def load(name: str) -> Recipe:
         ) from error
     if not isinstance(recipe, Recipe):
         raise UserError(
-            f"{entry.object} of package {entry.package} {entry.version} is {type(recipe).__name__}, not a halfbyte.Recipe"
+            f"{entry.object} of package {entry.package} {entry.version} is {type(recipe).__name__}, "
+            f"not a halfbyte.Recipe"
         )
     return recipe

@@ -86,13 +86,19 @@ def decide(settings: Settings) -> list[str]:
         lines.append(line)
     if "report_to" not in settings.given and not tracking.wandb_ready():
         settings.set_default("report_to", "none")
-        lines.append("wandb: no login found, so nothing is reported; `wandb login` or WANDB_MODE=offline turns it on")
+        lines.append(
+            "wandb: no login found, so nothing is reported; `wandb login` or WANDB_MODE=offline turns it on"
+        )
     tracking.check_wandb(settings["report_to"])
     return lines
 
 
 def _process_group(settings: Settings, on_cpu: bool) -> dict[str, Any]:
-    return {"backend": settings["ddp_backend"]} if on_cpu else {"timeout": timedelta(seconds=settings["ddp_timeout"])}
+    return (
+        {"backend": settings["ddp_backend"]}
+        if on_cpu
+        else {"timeout": timedelta(seconds=settings["ddp_timeout"])}
+    )
 
 
 def _decide_precision(settings: Settings, device: torch.device) -> str:
@@ -107,7 +113,10 @@ def _decide_precision(settings: Settings, device: torch.device) -> str:
     elif "bf16" in given and settings["bf16"] is False:
         dtype, why = "float32", "from bf16: false"
     else:
-        dtype, why = str(QLoRAPlugin().compute_dtype(device)).removeprefix("torch."), f"chosen for this {device.type}"
+        dtype, why = (
+            str(QLoRAPlugin().compute_dtype(device)).removeprefix("torch."),
+            f"chosen for this {device.type}",
+        )
     settings.override("dtype", dtype)
     if "bf16" not in given and "fp16" not in given:
         settings.override("bf16", dtype == "bfloat16")
@@ -181,7 +190,9 @@ def _resume_from(training: Any) -> str | None:
         directory = Path(training.output_dir)
         return distributed.agree(get_last_checkpoint(str(directory)) if directory.is_dir() else None)
     if not (Path(wanted) / "trainer_state.json").is_file():
-        raise UserError(f"resume_from_checkpoint: {wanted!r} is not a checkpoint (it has no trainer_state.json)")
+        raise UserError(
+            f"resume_from_checkpoint: {wanted!r} is not a checkpoint (it has no trainer_state.json)"
+        )
     return str(wanted)
 
 
@@ -215,5 +226,3 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-
-

@@ -23,8 +23,8 @@ class PretrainArguments(SFTConfig):
     packing_strategy: str = field(
         default="wrapped",
         metadata={
-            "help": "`wrapped` fills every row and cuts texts where it ends; `bfd_split` keeps texts whole where "
-            "they fit; `bfd` drops what is longer than a row.",
+            "help": "`wrapped` fills every row and cuts texts where it ends; `bfd_split` keeps texts whole "
+            "where they fit; `bfd` drops what is longer than a row.",
             "choices": ["bfd", "bfd_split", "wrapped"],
         },
     )

@@ -5,12 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-from halfbyte.config import RunArguments, read
-from halfbyte.errors import UserError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trl import ModelConfig, SFTConfig
 from trl.scripts.utils import DatasetMixtureConfig
+
+from halfbyte.config import RunArguments, read
+from halfbyte.errors import UserError
 
 CLASSES = (RunArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
 KEYS = [

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import pytest
 import yaml
+from trl import DPOConfig, DPOTrainer, GRPOConfig, KTOConfig, ModelConfig, SFTConfig
+from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, TrlParser
+
 from halfbyte.config import RunArguments, read
 from halfbyte.config.fields import Field, fields_of, members
 from halfbyte.config.limits import CHOICES, COUNTS, DPO_LOSSES, RANGES, range_for
 from halfbyte.errors import UserError
-from trl import DPOConfig, DPOTrainer, GRPOConfig, KTOConfig, ModelConfig, SFTConfig
-from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, TrlParser
 
 CLASSES: tuple[type, ...] = (
     SFTConfig,

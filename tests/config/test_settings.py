@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, SFTConfig
+from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
+
 from halfbyte.config import RunArguments, Settings, read
 from halfbyte.config.sources import MAX_BYTES, MAX_DEPTH
 from halfbyte.errors import UserError
-from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, SFTConfig
-from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import Any
 
 import datasets
 import pytest
-from halfbyte.data import RunData, Text, load
 from trl import DatasetMixtureConfig, DPOConfig, ScriptArguments, SFTConfig
 
+from halfbyte.data import RunData, Text, load
 from tests import tiny
 
 Rows = list[dict[str, Any]]

@@ -2,9 +2,9 @@
 
 import datasets
 import pytest
+
 from halfbyte.data import PreferencePairs, Text
 from halfbyte.errors import UserError
-
 from tests import tiny
 from tests.data.conftest import dpo, plain, run_data, sft, turn
 

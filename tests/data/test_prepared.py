@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from halfbyte.data import PreferencePairs, Text, check_labels, counted
-from halfbyte.data.report import DataReport
-from halfbyte.errors import UserError
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from halfbyte.data import PreferencePairs, Text, check_labels, counted
+from halfbyte.data.report import DataReport
+from halfbyte.errors import UserError
 from tests import tiny
 from tests.data.conftest import dpo, plain, run_data, sft, turn
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from halfbyte.errors import UserError
 
+from halfbyte.errors import UserError
 from tests import tiny
 from tests.data.conftest import plain, run_data
 

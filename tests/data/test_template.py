@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import trl
+from transformers import AutoTokenizer
+
 from halfbyte.data import prepare_tokenizer
 from halfbyte.data.template import stop_ids
 from halfbyte.errors import UserError
-from transformers import AutoTokenizer
-
 from tests import tiny
 from tests.data.conftest import dpo, sft
 

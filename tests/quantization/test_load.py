@@ -18,7 +18,11 @@ CPU = torch.device("cpu")
 
 
 def nf4(**options) -> BitsAndBytesConfig:
-    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    settings = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    }
     return BitsAndBytesConfig(load_in_4bit=True, **{**settings, **options})
 
 
@@ -63,14 +67,18 @@ def test_experts_left_in_16_bits_are_an_error_that_names_them(model_dir: Callabl
         coverage.require()
 
 
-def test_a_prequantized_checkpoint_reloads_to_the_same_bytes(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_prequantized_checkpoint_reloads_to_the_same_bytes(
+    model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
     model = load(model_dir("llama"))
     model.save_pretrained(tmp_path / "nf4")
     again = load(tmp_path / "nf4")
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert measure_coverage(again).as_dict() == measure_coverage(model).as_dict()
-    with pytest.raises(UserError, match="quantized with bnb_4bit_quant_type=nf4.*write `bnb_4bit_quant_type: nf4`"):
+    with pytest.raises(
+        UserError, match=r"quantized with bnb_4bit_quant_type=nf4.*write `bnb_4bit_quant_type: nf4`"
+    ):
         load(tmp_path / "nf4", nf4(bnb_4bit_quant_type="fp4"))
 
 
@@ -81,7 +89,9 @@ def test_a_missing_checkpoint_is_a_users_error(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_code_in_a_checkpoint_is_not_run_without_consent(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run_without_consent(
+    model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
     import json
     import shutil
 
@@ -114,7 +124,9 @@ def reference(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_evaluation_between_steps_leaves_gradients_right(model_dir: Callable[..., Path], dtype: torch.dtype) -> None:
+def test_evaluation_between_steps_leaves_gradients_right(
+    model_dir: Callable[..., Path], dtype: torch.dtype
+) -> None:
     """bitsandbytes repacks weights in place at an evaluation on AVX512-BF16 CPUs; ours must not let it."""
     base = load_base(
         str(model_dir("llama")), quantization=nf4(bnb_4bit_compute_dtype=dtype), dtype=dtype, device=CPU

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import wandb
 from datasets import Dataset
-from halfbyte.tracking import RunRecord, track
 from transformers import TrainerCallback
 
+from halfbyte.tracking import RunRecord, track
 from tests import tiny
 
 CANARY = "CANARY"

@@ -4,10 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from halfbyte.tracking import RunRecord, Tracker
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 from transformers.integrations import WandbCallback
 
+from halfbyte.tracking import RunRecord, Tracker
 from tests.tracking.conftest import CANARY, TrackedRun
 
 

@@ -1,10 +1,10 @@
 from pathlib import Path
 
 import pytest
-from halfbyte.tracking import RunRecord
-from halfbyte.tracking.card import model_card
 from huggingface_hub import ModelCard
 
+from halfbyte.tracking import RunRecord
+from halfbyte.tracking.card import model_card
 from tests.tracking.conftest import CANARY, CONFIG
 
 

@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from halfbyte.tracking import metrics
 from halfbyte.tracking.metrics import MetricsLog, Throughput, read_rows
 

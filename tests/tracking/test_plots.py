@@ -2,8 +2,9 @@ import math
 from pathlib import Path
 
 import numpy as np
-from halfbyte.tracking.plots import _series, draw
 from matplotlib.image import imread
+
+from halfbyte.tracking.plots import _series, draw
 
 
 def _rows(steps: int) -> list[dict]:

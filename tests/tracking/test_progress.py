@@ -2,6 +2,7 @@ import io
 import sys
 
 import pytest
+
 from halfbyte.tracking.progress import RunProgress, count, figures, memory
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from halfbyte.tracking import RunRecord, peak_memory_bytes
 from halfbyte.tracking.record import plain
 

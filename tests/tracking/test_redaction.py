@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from halfbyte.tracking import redact
 
 

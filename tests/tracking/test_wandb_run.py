@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import wandb
 import yaml
+
 from halfbyte.errors import UserError
 from halfbyte.tracking import RunRecord, check_wandb
 from halfbyte.tracking.wandb_run import WandbRun, _settings
-
 from tests.tracking import wandb_file
 from tests.tracking.conftest import TrackedRun
 

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from halfbyte.demo import base, corpus, stages, summary
 from halfbyte.errors import UserError
-from halfbyte.output import aside
 
 __all__ = ["main", "run"]
 
@@ -49,6 +48,8 @@ def run(output_dir: Path, size: stages.Size | None = None) -> int:
     console.print("reading Python's standard library", highlight=False)
     source = corpus.collect()
     if directory.is_dir() and any(directory.iterdir()):
+        from halfbyte.output import aside  # brings PEFT along: only when it is needed
+
         kept = aside(directory)
         directory.rename(kept)
         console.print(f"the earlier {directory} is now {kept}", highlight=False, soft_wrap=True)

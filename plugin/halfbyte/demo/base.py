@@ -30,6 +30,9 @@ def write_untrained(corpus: Corpus, directory: Path, *, seed: int = 0) -> None:
     """Write a Llama with random weights, and a tokenizer of the training texts, into ``directory``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging as hugging_face
+
+    hugging_face.disable_progress_bar()
 
     tokenizer = train_tokenizer(text.text for text in corpus.texts if not held_out(text.module))
     config = LlamaConfig(

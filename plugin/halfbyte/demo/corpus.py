@@ -83,12 +83,10 @@ def collect(root: Path | None = None) -> Corpus:
         except (OSError, SyntaxError, ValueError):
             continue
         module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        documented = list(_documented(tree.body, ""))
-        text = _outline(ast.get_docstring(tree), documented)[:_TEXT_CHARACTERS]
-        if text and text not in seen_texts:
-            seen_texts.add(text)
-            texts.append(Text(module, text))
-        for signature, docstring in _rows(documented):
+        if source.strip() and source not in seen_texts:
+            seen_texts.add(source)
+            texts.append(Text(module, source[:_TEXT_CHARACTERS]))
+        for signature, docstring in _documented(tree.body, ""):
             # One docstring, one row: a copy in another module would leak across the split.
             if docstring.lower() not in seen_docstrings:
                 seen_docstrings.add(docstring.lower())
@@ -166,7 +164,7 @@ def _sources(root: Path) -> list[Path]:
 
 
 def _documented(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, str]]:
-    """(signature, whole docstring) of each function and class, methods under their class's name."""
+    """(signature, first paragraph of the docstring) of functions and classes, methods under their class."""
     for node in body:
         if isinstance(node, ast.ClassDef):
             signature = f"class {owner}{node.name}"
@@ -174,22 +172,10 @@ def _documented(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, str]]:
             signature = f"def {owner}{node.name}({ast.unparse(node.args)})"
         else:
             continue
-        if docstring := ast.get_docstring(node):
-            yield signature, docstring
-        if isinstance(node, ast.ClassDef):
-            yield from _documented(node.body, f"{owner}{node.name}.")
-
-
-def _outline(docstring: str | None, documented: list[tuple[str, str]]) -> str:
-    """A module as prose: its docstring, then each signature with its own. Bodies would teach little English."""
-    return "\n\n".join([docstring or "", *(f"{signature}\n{text}" for signature, text in documented)]).strip()
-
-
-def _rows(documented: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The signatures, with the first paragraph of the docstring, that make good rows."""
-    for signature, docstring in documented:
-        paragraph = " ".join(docstring.split("\n\n")[0].split())
+        paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
         words = paragraph.split()
         good = len(words) in _WORDS and len(set(words)) > 1 and paragraph.isascii()
         if good and len(signature) <= _SIGNATURE_CHARACTERS:
             yield signature, paragraph
+        if isinstance(node, ast.ClassDef):
+            yield from _documented(node.body, f"{owner}{node.name}.")

@@ -1,4 +1,4 @@
-"""The demo's training runs: their data and configuration written out, then started as a user would start them."""
+"""The demo's training runs: data and configuration written out, then started as a user would start them."""
 
 import json
 import os
@@ -28,10 +28,10 @@ _TAIL_LINES = 25
 class Size:
     """How much the demo trains; tests make it small."""
 
-    base_steps: int = 330
-    sft_steps: int = 140
-    dpo_steps: int = 60
-    held_out_rows: int = 160
+    base_steps: int = 300
+    sft_steps: int = 120
+    dpo_steps: int = 50
+    held_out_rows: int = 128
 
 
 class StageFailed(Exception):  # noqa: N818 - it says what happened; no caller treats it as our error
@@ -63,7 +63,7 @@ def sft_training(size: Size) -> dict[str, Any]:
 
 def dpo_training(size: Size) -> dict[str, Any]:
     """`dpo` from the SFT adapter, which is the reference as well."""
-    return {**_common(size.dpo_steps, batch=8, max_length=256), "learning_rate": 3.0e-4, "beta": 0.1}
+    return {**_common(size.dpo_steps, batch=8, max_length=256), "learning_rate": 4.0e-4, "beta": 0.1}
 
 
 def _common(steps: int, *, batch: int, max_length: int) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _follow(command: list[str], log: Path, name: str, console: Console) -> int:
                     if console.is_terminal:
                         live.update(f"{name}: {found[0]}")
                     else:
-                        console.print(f"{name}: {found[0]}", markup=False, highlight=False)
+                        console.print(f"{name}: {found[0]}", markup=False, highlight=False, soft_wrap=True)
             return child.wait()
         except BaseException:
             child.terminate()  # the launcher stops its two processes

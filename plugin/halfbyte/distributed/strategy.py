@@ -57,7 +57,9 @@ def strategy_in_force(environment: Mapping[str, str] = os.environ) -> Strategy:
     elif state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         name = "ddp"
     else:
-        raise UserError(f"4-bit training under {state.distributed_type.value} is not proven; use DDP: {_DDP_LINE}")
+        raise UserError(
+            f"4-bit training under {state.distributed_type.value} is not proven; use DDP: {_DDP_LINE}"
+        )
     return Strategy(name, state.num_processes, device_name(state.device))
 
 

@@ -44,7 +44,8 @@ class Coverage:
         shown = ", ".join(f"{name} ({weights:,} weights)" for name, weights in largest[:4])
         more = f" and {len(largest) - 4} more" if len(largest) > 4 else ""
         raise UserError(
-            f"only {self.four_bit_share:.1%} of the decoder's matrix weights is in 4 bits; not quantized: {shown}{more}.\n"
+            f"only {self.four_bit_share:.1%} of the decoder's matrix weights is in 4 bits; not quantized: "
+            f"{shown}{more}.\n"
             "bitsandbytes quantizes nn.Linear only and leaves fused mixture-of-experts parameters in 16 bits "
             "without a word; use a dense model, or `load_in_4bit: false` to train on the unquantized base."
         )
@@ -79,12 +80,16 @@ def measure_coverage(model: PreTrainedModel) -> Coverage:
     return coverage
 
 
-def _left_out_kind(name: str, module: nn.Module, parameter: nn.Parameter, is_head: bool, config: object) -> str | None:
+def _left_out_kind(
+    name: str, module: nn.Module, parameter: nn.Parameter, is_head: bool, config: object
+) -> str | None:
     if isinstance(module, nn.Embedding):
         return "embeddings"
     if is_head or name.rpartition(".")[2] == "score":
         return "head"
-    experts = {getattr(config, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")}
+    experts = {
+        getattr(config, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")
+    }
     if parameter.dim() == 2 and parameter.shape[0] in experts - {None}:
         return "routers"
     return "norms and biases" if parameter.dim() < 2 else None

@@ -42,7 +42,9 @@ def load_base(
             # The head of a reward model is trained from scratch: four bits would freeze it.
             quantization.llm_int8_skip_modules = ["score"]
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
         own = _own_quantization(config)
         _check_own_quantization(name_or_path, own, quantization)
         if quantization is not None and own is None:
@@ -78,18 +80,19 @@ def _own_quantization(config: Any) -> dict[str, Any] | None:
     return own.to_dict()
 
 
-def _check_own_quantization(
-    name: str, own: dict[str, Any] | None, wanted: BitsAndBytesConfig | None
-) -> None:
+def _check_own_quantization(name: str, own: dict[str, Any] | None, wanted: BitsAndBytesConfig | None) -> None:
     if own is None:
         return
     method = own.get("quant_method")
     if method != "bitsandbytes":
         raise UserError(
-            f"{name!r} is quantized with {method}; halfbyte trains on bitsandbytes 4-bit bases: name the 16-bit checkpoint"
+            f"{name!r} is quantized with {method}; halfbyte trains on bitsandbytes 4-bit bases: "
+            f"name the 16-bit checkpoint"
         )
     if wanted is None:
-        raise UserError(f"{name!r} is quantized already, but `load_in_4bit` is false: name the 16-bit checkpoint")
+        raise UserError(
+            f"{name!r} is quantized already, but `load_in_4bit` is false: name the 16-bit checkpoint"
+        )
     if wanted.load_in_4bit and not own.get("load_in_4bit"):
         raise UserError(
             f"{name!r} is quantized in 8 bits; write `load_in_8bit: true`, or name the 16-bit checkpoint"

@@ -13,11 +13,11 @@ from transformers import ProgressCallback as TqdmCallback
 from transformers.integrations import WandbCallback
 from transformers.trainer_utils import has_length
 
-from .card import model_card
-from .metrics import MetricsLog, Row, Throughput, is_evaluation
-from .progress import RunProgress, count, memory, print_summary
-from .record import RunRecord, peak_memory_bytes, replace_file
-from .wandb_run import WandbRun
+from halfbyte.tracking.card import model_card
+from halfbyte.tracking.metrics import MetricsLog, Row, Throughput, is_evaluation
+from halfbyte.tracking.progress import RunProgress, count, memory, print_summary
+from halfbyte.tracking.record import RunRecord, peak_memory_bytes, replace_file
+from halfbyte.tracking.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class Tracker(TrainerCallback):
 
     def _draw(self) -> list[Path]:
         def draw() -> list[Path]:
-            from . import plots  # matplotlib takes a second and, for its first run, a cache on disk
+            from halfbyte.tracking import plots  # matplotlib takes a second and, for its first run, a cache on disk
 
             return plots.draw(self.metrics.rows, self.record.output_dir / "plots", self.record["recipe"])
 

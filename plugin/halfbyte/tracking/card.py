@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from .record import RunRecord
+from halfbyte.tracking.record import RunRecord
 
 # What a reader of the card asks for first; run.json has the rest.
 _SETTINGS = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from .record import plain
+from halfbyte.tracking.record import plain
 
 Row = dict[str, Any]
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from .metrics import Row, is_evaluation
+from halfbyte.tracking.metrics import Row, is_evaluation
 
 # TRL's name, ours, and how the value is written.
 _FIGURES = (

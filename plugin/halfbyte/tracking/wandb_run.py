@@ -14,9 +14,9 @@ from wandb.sdk.lib import wbauth
 
 from halfbyte.errors import UserError
 
-from .metrics import Row
-from .record import RunRecord
-from .redaction import redact
+from halfbyte.tracking.metrics import Row
+from halfbyte.tracking.record import RunRecord
+from halfbyte.tracking.redaction import redact
 
 logger = logging.getLogger(__name__)
 

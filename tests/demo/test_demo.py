@@ -1,0 +1,103 @@
+"""The demo from end to end, small, and how it fails."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte import demo
+from halfbyte.demo import base, corpus, stages, summary
+from halfbyte.errors import UserError
+
+SMALL = stages.Size(base_steps=12, sft_steps=6, dpo_steps=4, held_out_rows=32)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_small_demo_trains_three_times_on_two_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "out"
+    assert demo.run(directory, SMALL) == 0
+    runs = {name: json.loads((directory / name / "run.json").read_text()) for name in summary.RUNS}
+    for run, steps in zip(runs.values(), (12, 6, 4), strict=True):
+        assert run["status"] == "completed"
+        assert run["steps"] == steps
+        assert run["strategy"]["world_size"] == 2
+        assert len(run["peak_memory_bytes"]) == 2
+    losses = {
+        name: [run["metrics"][part]["eval_loss"] for part in ("before", "eval")] for name, run in runs.items()
+    }
+    assert losses["base"][1] < losses["base"][0]
+    assert losses["sft"][1] < losses["sft"][0]
+    assert losses["dpo"][0] == pytest.approx(0.693147, abs=1e-5)
+    assert runs["sft"]["base"]["bytes_4bit"] < runs["sft"]["base"]["bytes_16bit"]
+    assert runs["sft"]["base"]["four_bit_share"] == 1.0
+    for name in ("sft", "dpo"):
+        assert (directory / name / "adapter_model.safetensors").is_file()
+        assert list((directory / name / "plots").glob("*.png"))
+    printed = capsys.readouterr().out
+    for figure in ("SFT: loss", "DPO: preference accuracy", "all tied", "NF4", "peak memory", "plots"):
+        assert figure in printed
+    for name, recipe in (("base", "pretrain"), ("sft", "sft"), ("dpo", "dpo")):
+        assert f"-m halfbyte {recipe} --config {directory / name}.yaml" in printed
+    (entry,) = base.cache_directory().iterdir()
+    assert base.restore(entry, tmp_path / "again")
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch, library: corpus.Corpus) -> list[str]:
+    """Every stage is started, says one line and ends with status 7."""
+    started: list[str] = []
+
+    def follow(command: list[str], log: Path, name: str, console: Any) -> int:
+        started.append(name)
+        log.write_text("first\n" * 100 + "the cause\n")
+        return 7
+
+    monkeypatch.setattr(stages, "_follow", follow)
+    monkeypatch.setattr(corpus, "collect", lambda: library)
+    return started
+
+
+def test_failure_shows_the_end_of_the_log_and_passes_the_status_on(
+    failing: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.run(tmp_path / "out", SMALL) == 7
+    assert failing == ["base"]
+    said = capsys.readouterr().err
+    assert "the cause" in said
+    assert str(tmp_path / "out" / "base.log") in said
+    assert said.count("first") < 50
+    assert not base.cache_directory().exists()
+
+
+def test_earlier_demo_is_moved_aside(failing: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "out"
+    directory.mkdir()
+    (directory / "mine").write_text("kept")
+    demo.run(directory, SMALL)
+    assert (tmp_path / "out.1" / "mine").read_text() == "kept"
+    assert not (directory / "mine").exists()
+
+
+@pytest.mark.parametrize("argv", [["--output", "x"], ["--steps", "3"], ["stray"]])
+def test_unknown_options_are_refused(argv: list[str]) -> None:
+    with pytest.raises(UserError, match="--output_dir DIR"):
+        demo.main(argv)
+
+
+def test_a_file_is_no_output_dir(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        demo.run(tmp_path / "file", SMALL)
+
+
+def test_not_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without `accelerate launch`"):
+        demo.main([])

@@ -1,0 +1,79 @@
+"""``dtype``, ``bf16`` and ``fp16`` agree: what was given rules, and the device's best fills in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from trl import DatasetMixtureConfig, SFTConfig
+
+from halfbyte import config, quantization, train
+from halfbyte.config import RunArguments
+from halfbyte.plugin import QLoRAPlugin
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def decided(monkeypatch: pytest.MonkeyPatch, best: torch.dtype, device: torch.device, *options: str):
+    monkeypatch.setattr(quantization, "choose_compute_dtype", lambda _: best)
+    settings = config.read(
+        options,
+        (RunArguments, SFTConfig, QLoRAPlugin, DatasetMixtureConfig),
+        prog="halfbyte sft",
+        defaults=train.training_defaults(SFTConfig),
+    )
+    train._decide_precision(settings, device)
+    return settings["dtype"], settings["bf16"], settings["fp16"]
+
+
+@pytest.mark.parametrize(
+    ("best", "device", "options", "expected"),
+    [
+        (torch.bfloat16, CUDA, [], ("bfloat16", True, False)),
+        (torch.float16, CUDA, [], ("float16", False, True)),  # a T4: half precision with a gradient scaler
+        (torch.float32, CPU, [], ("float32", False, False)),
+        (torch.bfloat16, CPU, [], ("bfloat16", True, False)),
+        (torch.bfloat16, CUDA, ["--dtype", "float32"], ("float32", False, False)),
+        (torch.float32, CPU, ["--dtype", "bfloat16"], ("bfloat16", True, False)),
+        (torch.float32, CPU, ["--bf16", "true"], ("bfloat16", True, False)),
+        (torch.bfloat16, CUDA, ["--bf16", "false"], ("float32", False, False)),
+        (torch.bfloat16, CUDA, ["--fp16", "true"], ("float16", False, True)),
+        (torch.bfloat16, CUDA, ["--dtype", "auto"], ("bfloat16", True, False)),
+        # TRL's own combination: float32 weights under bfloat16 autocast.
+        (torch.bfloat16, CUDA, ["--dtype", "float32", "--bf16", "true"], ("float32", True, False)),
+    ],
+)
+def test_precision(monkeypatch: pytest.MonkeyPatch, best, device, options, expected) -> None:
+    dtype, bf16, fp16 = decided(monkeypatch, best, device, *options)
+    assert (dtype, bool(bf16), bool(fp16)) == expected
+
+
+def test_a_recipes_own_default_is_kept_and_upstreams_is_replaced() -> None:
+    from dataclasses import dataclass
+
+    @dataclass
+    class Own(SFTConfig):
+        optim: str = "adafactor"
+
+    assert train.training_defaults(SFTConfig)["optim"] == "paged_adamw_32bit"
+    assert "optim" not in train.training_defaults(Own)
+    assert train.training_defaults(Own)["ddp_find_unused_parameters"] is False
+
+
+def test_reentrant_checkpointing_under_ddp_is_refused(tmp_path: Path) -> None:
+    from halfbyte.errors import UserError
+
+    args = SFTConfig(
+        str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing_kwargs={"use_reentrant": True}
+    )
+    assert QLoRAPlugin()._mend(args) == []
+
+    class Two:
+        """The same arguments as two processes see them."""
+
+        world_size = 2
+
+        def __getattr__(self, name: str):
+            return getattr(args, name)
+
+    with pytest.raises(UserError, match="use_reentrant: true fails under DDP"):
+        QLoRAPlugin()._mend(Two())
