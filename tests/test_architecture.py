@@ -56,7 +56,9 @@ def imports(path: Path) -> set[str]:
             visit(child)
 
     visit(ast.parse(path.read_text(encoding="utf-8")))
-    return {name.split(".")[1] for name in found if name.startswith("halfbyte.")}
+    public = {"QLoRAPlugin": "plugin", "Recipe": "recipe"}
+    rooms = {name.split(".")[1] for name in found if name.startswith("halfbyte.")}
+    return {public.get(name, name) for name in rooms}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PLUGIN)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -183,6 +184,7 @@ class QLoRAPlugin(ModelConfig):
         added_token_ids: list[int] = []
         if processing_class is None:
             processing_class, added_token_ids = self.tokenizer(args, model)
+        set_seed(args.seed)  # as TRL does before it makes an adapter: `seed` decides its start
         loaded = self.load(
             model,
             gradient_checkpointing=False,  # the trainer turns it on, as `args` say
@@ -285,14 +287,14 @@ class QLoRAPlugin(ModelConfig):
             lines.append(line)
         if args.ddp_find_unused_parameters is None and self.use_peft:
             args.ddp_find_unused_parameters = False
-        kwargs = args.gradient_checkpointing_kwargs or {}
-        if args.gradient_checkpointing and kwargs.get("use_reentrant") and self.use_peft:
-            lines.append(
-                "gradient_checkpointing_kwargs: use_reentrant=True as given; DDP needs non-reentrant checkpointing"
-            )
-        elif args.gradient_checkpointing:
-            merged = {**kwargs, "use_reentrant": False}
-            args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = merged
+        checkpointing = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+        if args.gradient_checkpointing:
+            args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = checkpointing
+            if checkpointing["use_reentrant"] and args.world_size > 1:
+                raise UserError(
+                    "gradient_checkpointing_kwargs: use_reentrant: true fails under DDP with adapters "
+                    "(a parameter is marked ready twice); take it out"
+                )
         return lines
 
 
