@@ -64,9 +64,9 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"`halfbyte {name}` is announced but not part of this version; see README.md")
     if name.startswith("-"):
         raise UserError(f"the recipe comes first: halfbyte RECIPE {name} ...")
-    recipe = recipes.load(name)
     # At import bitsandbytes reports that an optional kernel package is missing, which halfbyte does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    recipe = recipes.load(name)
     from halfbyte import train
 
     return train.main(name, recipe, rest)

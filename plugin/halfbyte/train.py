@@ -3,6 +3,7 @@
 Everything that can fail on what the user wrote fails before the output directory is touched.
 """
 
+import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,6 +55,7 @@ def main(name: str, recipe: Recipe, argv: list[str]) -> int:
     lines = decide(settings)
     script, training, plugin, mixture = settings.build()
     strategy = distributed.strategy_in_force()
+    _hide_hub_token(training)
     run = Run(name, recipe, script, training, plugin, mixture, settings.resolved())
     try:
         _train(run, strategy, lines)
@@ -219,6 +221,12 @@ def _next_command(run: Run) -> str | None:
     if run.recipe.next is None:
         return None
     return run.recipe.next.format(output_dir=run.training.output_dir, model=run.plugin.resolve()[0])
+
+
+def _hide_hub_token(training: Any) -> None:
+    """Move the token to where huggingface_hub looks for it: checkpoints pickle the arguments as they are."""
+    if training.hub_token is not None:
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
 
 
 def _quieten() -> None:

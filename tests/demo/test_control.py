@@ -16,6 +16,7 @@ from halfbyte.demo import corpus
 from halfbyte.demo.tokenizer import train_tokenizer
 
 ROWS, HELD_OUT = 384, 128
+STEPS = 200  # of the base
 Pairs = list[corpus.Pair]
 
 
@@ -62,14 +63,13 @@ def base(sides: tuple[Pairs, Pairs], tmp_path_factory: pytest.TempPathFactory) -
     return directory
 
 
-STEPS = 250
-
-
-def held_out_accuracy(base: Path, rows: Callable[..., list[dict[str, Any]]], sides: Any, output: Path) -> float:
+def held_out_accuracy(
+    base: Path, rows: Callable[..., list[dict[str, Any]]], sides: Any, output: Path
+) -> float:
     train, test = sides
     arguments = DPOConfig(
         output_dir=str(output),
-        max_steps=40,
+        max_steps=24,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=32,
         learning_rate=2e-3,

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from trl import DPOTrainer, SFTTrainer
 
+from accelerate import PartialState
 from halfbyte_recipes.dpo import DPOArguments
 from halfbyte_recipes.dpo import recipe as dpo_recipe
 from halfbyte_recipes.sft import SFTArguments
@@ -24,7 +25,7 @@ ENTRY_POINTS = {"witness-sft": "tests.distributed.witness:sft", "witness-dpo": "
 class Options:
     witness_dir: str | None = field(default=None, metadata={"help": "Where each rank saves its adapter."})
     failing_rank: int = field(default=-1, metadata={"help": "The rank that fails."})
-    failing_at: str = field(default="step", metadata={"help": "`build` or `step`."})
+    failing_at: str = field(default="step", metadata={"help": "`build`, `prepare` or `step`."})
 
 
 @dataclass
@@ -46,8 +47,14 @@ class Witness:
     state: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = kwargs["args"]
         super().__init__(*args, **kwargs)
         self._fail("build")
+
+    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        with PartialState().main_process_first():  # as TRL does around its own: a rank waits for another
+            self._fail("prepare")
+        return super()._prepare_dataset(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)  # type: ignore[misc]
@@ -68,7 +75,7 @@ class Witness:
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def _fail(self, place: str) -> None:
-        if self.args.failing_at == place and self.accelerator.process_index == self.args.failing_rank:
+        if self.args.failing_at == place and PartialState().process_index == self.args.failing_rank:
             raise ValueError(f"only rank {self.args.failing_rank} fails")
 
 

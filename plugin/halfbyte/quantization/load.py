@@ -4,6 +4,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -60,7 +61,7 @@ def load_base(
         )
     except UserError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"the model {name_or_path!r} brings Python code of its own; read it, and if you trust it write "

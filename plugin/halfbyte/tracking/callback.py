@@ -178,7 +178,8 @@ class Tracker(TrainerCallback):
 
     def _draw(self) -> list[Path]:
         def draw() -> list[Path]:
-            from halfbyte.tracking import plots  # matplotlib takes a second and, for its first run, a cache on disk
+            # matplotlib takes a second and, for its first run, a cache on disk.
+            from halfbyte.tracking import plots
 
             return plots.draw(self.metrics.rows, self.record.output_dir / "plots", self.record["recipe"])
 

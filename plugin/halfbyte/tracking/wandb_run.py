@@ -13,7 +13,6 @@ from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
 from halfbyte.errors import UserError
-
 from halfbyte.tracking.metrics import Row
 from halfbyte.tracking.record import RunRecord
 from halfbyte.tracking.redaction import redact
