@@ -125,6 +125,17 @@ def test_a_checkpoint_is_resumed_from(model_dir: ModelDir, tmp_path: Path, rows)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_rows_that_train_nothing_leave_no_directory(model_dir: ModelDir, tmp_path: Path, capsys) -> None:
+    """Found only when the trainer is built, which makes the directory: it is taken away again."""
+    rows = tiny.write_rows(
+        tmp_path / "long", [{"prompt": tiny.text(n) * 8, "completion": tiny.text(n)} for n in range(20)]
+    )
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows, "--max_length", "8")
+    assert run("sft", tmp_path / "run", *options) == 2
+    assert "max_length" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 MISTAKES = {
     "no model": (["--dataset_name", "{rows}"], "no model"),
     "no such model": (["--model_name_or_path", "no/such", "--dataset_name", "{rows}"], "no/such"),

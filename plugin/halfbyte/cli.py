@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 
 from halfbyte import recipe as recipes
@@ -22,6 +23,8 @@ On several processes: accelerate launch --config_file launch/ddp.yaml -m halfbyt
 --debug shows tracebacks. Exit codes: 0 done, 2 a mistake in the input, 130 SIGINT, 143 SIGTERM, 1 anything else.
 """
 
+GRACE_SECONDS = 10
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; the console script and ``python -m halfbyte``."""
@@ -32,15 +35,18 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
+        _leave_it_to_the_first_rank()
         _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        _say("interrupted")
+        if _local_rank() == 0:
+            _say("interrupted")
         return 128 + signal.SIGINT
     except Exception as error:
         if debug:
             traceback.print_exc()
         _say(f"error: {type(error).__name__}: {_first_lines(str(error))}\n(--debug shows the traceback)")
+        _leave_it_to_the_first_rank()
         return 1
 
 
@@ -101,9 +107,22 @@ def _list(arguments: list[str]) -> int:
 
 
 def _say(message: str) -> None:
-    """Print to standard error, once per job: under a launcher only the first local rank speaks."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(message, file=sys.stderr)
+    head = f"rank {os.environ.get('RANK', _local_rank())}: " if _local_rank() else ""
+    print(f"{head}{message}", file=sys.stderr, flush=True)
+
+
+def _leave_it_to_the_first_rank() -> None:
+    """On any local rank but the first, wait a while before ending.
+
+    The launcher kills all ranks as soon as one ends. The first rank makes the same mistake and says so, and
+    after a failure elsewhere it records what became of the run; a rank still alive after that is on its own.
+    """
+    if _local_rank():
+        time.sleep(GRACE_SECONDS)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _first_lines(text: str, lines: int = 8) -> str:

@@ -9,6 +9,8 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import Trainer
 
+from halfbyte.errors import UserError
+
 DEFAULT = "paged_adamw_32bit"
 
 # bitsandbytes pages optimizer state through CUDA's unified memory; elsewhere it warns and drops the paging.
@@ -32,6 +34,15 @@ def resolve(optim: str, device_type: str) -> tuple[str, str | None]:
         substitute,
         f"optim: {optim} pages through CUDA memory; on {device_type} this run uses {substitute}",
     )
+
+
+def check(trainer: Trainer) -> None:
+    """Raise :class:`UserError` if the optimizer cannot be made here: most often its package is missing."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    except (ImportError, ValueError) as error:
+        name = getattr(trainer.args.optim, "value", trainer.args.optim)
+        raise UserError(f"optim: {name}: {str(error).splitlines()[0]}") from error
 
 
 def create(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:

@@ -1,6 +1,8 @@
 """The output directory: claimed without losing what it holds, and the final weights renamed into it."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from peft import PeftModel
@@ -18,6 +20,20 @@ def claim(output_dir: str, *, overwrite: bool) -> Path | None:
         directory.rename(moved)
     directory.mkdir(parents=True, exist_ok=True)
     return moved
+
+
+@contextlib.contextmanager
+def left_as_it_was(output_dir: str) -> Iterator[None]:
+    """Take ``output_dir`` away again if a block that fails made it: a Trainer does while it is constructed."""
+    directory = Path(output_dir)
+    there = directory.exists()
+    try:
+        yield
+    except BaseException:
+        if not there:
+            with contextlib.suppress(OSError):  # not made, taken away by another rank, or not empty after all
+                directory.rmdir()
+        raise
 
 
 def aside(directory: Path) -> Path:

@@ -199,6 +199,7 @@ class QLoRAPlugin(ModelConfig):
             _spent(args, "model_init_kwargs", "chat_template_path"),
         ):
             trainer = trainer_cls(model=loaded, args=args, processing_class=processing_class, **kwargs)
+        optimizers.check(trainer)
         if adapter is None:
             adapters.drop_reference_copy(loaded)
         if self.init_lora_weights == "eva" and adapter is None:

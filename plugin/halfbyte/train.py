@@ -21,7 +21,7 @@ from trl import DatasetMixtureConfig
 from halfbyte import config, data, distributed, optimizers, tracking
 from halfbyte.config import RunArguments, Settings
 from halfbyte.errors import UserError
-from halfbyte.output import claim, save_final
+from halfbyte.output import claim, left_as_it_was, save_final
 from halfbyte.plugin import TRAINING_DEFAULTS, QLoRAPlugin
 from halfbyte.recipe import Recipe
 
@@ -137,7 +137,7 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
     with distributed.on_every_rank("preparing the data"):
         tokenizer, _ = plugin.tokenizer(training)
         rows = data.load(run.script, run.mixture, training, run.recipe.data, tokenizer)
-    with distributed.on_every_rank("building the trainer"):
+    with distributed.on_every_rank("building the trainer"), left_as_it_was(training.output_dir):
         trainer = _build(run, rows)
         if run.recipe.data is not None:
             data.check_labels(trainer, rows.report)
@@ -145,6 +145,8 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
         moved = claim(training.output_dir, overwrite=run.script.overwrite_output_dir and resume is None)
         if moved is not None:
             lines = [*lines, f"the earlier run in {training.output_dir} is now in {moved}"]
+        if plugin.load_in_4bit and plugin.coverage is not None:
+            lines = [*lines, plugin.coverage.line()]
         print(*lines, *rows.report.lines(), sep="\n", flush=True)
     PartialState().wait_for_everyone()
 

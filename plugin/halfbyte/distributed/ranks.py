@@ -1,15 +1,20 @@
 """Small agreements between ranks: one decides for all, all report to one, all fail together."""
 
+import itertools
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed import distributed_c10d
 
 from halfbyte.errors import UserError
 
 T = TypeVar("T")
+_POLL_SECONDS = 0.05
+_blocks = itertools.count()  # every rank runs the same blocks in the same order
 
 
 def agree(value: T) -> T:
@@ -28,16 +33,34 @@ def gather(value: T) -> list[T]:
 def on_every_rank(what: str) -> Iterator[None]:
     """Run a block that must succeed on all ranks, or fail on all of them.
 
-    A rank whose own block succeeded raises when another's did not, so that none waits for it forever.
+    A rank whose own block succeeded raises when another's did not. The ranks tell each other through the
+    process group's store and not by a collective: one that failed may have left others waiting inside the
+    block, and a second collective would then hang with them.
     """
-    failure: Exception | None = None
+    if PartialState().num_processes == 1:
+        yield
+        return
+    store = distributed_c10d._get_default_store()
+    block = f"halfbyte/{next(_blocks)}"
+    failed, finished = f"{block}/failed", f"{block}/finished"
     try:
         yield
     except Exception as error:
-        failure = error
-    if PartialState().num_processes > 1:
-        failures = [message for message in gather(f"{failure}" if failure else None) if message]
-        if failures and failure is None:
-            raise UserError(f"another rank failed while {what}: {failures[0].splitlines()[0]}")
-    if failure is not None:
-        raise failure
+        if store.check([failed]):  # most likely this error is only that the other rank went away
+            raise _another(what, store.get(failed)) from error
+        store.set(failed, _first_line(error))
+        raise
+    store.add(finished, 1)
+    while not store.check([failed]):
+        if store.add(finished, 0) == PartialState().num_processes:
+            return
+        time.sleep(_POLL_SECONDS)
+    raise _another(what, store.get(failed))
+
+
+def _another(what: str, message: bytes) -> UserError:
+    return UserError(f"another rank failed while {what}: {message.decode()}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

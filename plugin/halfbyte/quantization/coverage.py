@@ -36,6 +36,14 @@ class Coverage:
             "left_out_bytes": self.left_out,
         }
 
+    def line(self) -> str:
+        """One line for people: sizes, the share in four bits, and what was left out of it."""
+        left = ", ".join(f"{kind} {_megabytes(size)}" for kind, size in self.left_out.items())
+        return (
+            f"base: {_megabytes(self.bytes_16bit)} in 16 bits, {_megabytes(self.bytes_4bit)} as loaded; "
+            f"{self.four_bit_share:.1%} of its matrix weights in 4 bits, beside them {left}"
+        )
+
     def require(self) -> None:
         """Raise :class:`UserError` if less than 95% of the matrix-product weights is in four bits."""
         if self.four_bit_share >= REQUIRED_SHARE:
@@ -101,3 +109,7 @@ def _state_bytes(state: bnb.functional.QuantState) -> int:
     if state.nested:
         tensors += [state.offset, state.state2.absmax, state.state2.code]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
