@@ -76,7 +76,7 @@ def test_a_step_moves_every_b(model_dir: Callable[..., Path], tmp_path: Path, op
 def test_an_optimizer_whose_package_is_missing_is_a_users_error(
     model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="optim: galore_adamw: .*galore_torch"):
+    with pytest.raises(UserError, match=r"optim: galore_adamw: .*galore_torch"):
         trainer(model_dir("llama"), tmp_path, "galore_adamw")
 
 

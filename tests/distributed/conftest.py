@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import launch, packages, tiny
-from tests.distributed.witness import ENTRY_POINTS
+from tests.distributed import witness
 
 GLOBAL_BATCH = 6
 ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences}
@@ -37,7 +37,7 @@ class Outcome:
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A PYTHONPATH on which the witness recipes are installed."""
-    installed = packages.write(tmp_path_factory.mktemp("site"), "witness", ENTRY_POINTS)
+    installed = packages.write(tmp_path_factory.mktemp("site"), "witness", witness.ENTRY_POINTS)
     return f"{installed}:{launch.ROOT}"
 
 
@@ -66,16 +66,47 @@ def train(tmp_path_factory: pytest.TempPathFactory, model_dir, site: str) -> Cal
         }
         lines = [f"{key}: {value}" for key, value in config.items() if value is not None]
         (root / "run.yaml").write_text("\n".join(lines) + "\n")
-        arguments = (f"witness-{recipe}", "--config", str(root / "run.yaml"))
+        arguments = ["--config", str(root / "run.yaml")]
+        stdout = ""
         if processes == 1:
-            done = launch.halfbyte(*arguments, PYTHONPATH=site)
+            from halfbyte import train
+
+            assert train.main(f"witness-{recipe}", getattr(witness, recipe), arguments) == 0
         else:
-            done = launch.accelerate(*arguments, processes=processes, PYTHONPATH=site)
-        assert done.returncode == 0, done.stderr[-4000:]
+            done = launch.accelerate(f"witness-{recipe}", *arguments, processes=processes, PYTHONPATH=site)
+            assert done.returncode == 0, done.stderr[-4000:]
+            stdout = done.stdout
         adapters = [load_file(seen / f"rank-{rank}.safetensors") for rank in range(processes)]
-        return Outcome(output, done.stdout, adapters)
+        return Outcome(output, stdout, adapters)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def reference(train: Callable[..., Outcome]) -> Callable[[str], Outcome]:
+    """``reference("sft")``: the one-process run that the others are held against, made once."""
+    made: dict[str, Outcome] = {}
+
+    def get(recipe: str) -> Outcome:
+        if recipe not in made:
+            made[recipe] = train(recipe, processes=1)
+        return made[recipe]
+
+    return get
+
+
+def assert_equal_runs(run: Outcome, one: Outcome, processes: int) -> None:
+    """Equal losses and adapters as one process, one adapter on all ranks, and that adapter saved."""
+    assert run.record["strategy"] == {"name": "ddp", "world_size": processes, "devices": ["cpu"] * processes}
+    assert len(run.losses) == 6
+    assert run.losses == pytest.approx(one.losses, abs=1e-5)
+    for adapter in run.adapters[1:]:
+        assert furthest(adapter, run.adapters[0]) == 0.0
+    assert furthest(run.adapters[0], one.adapters[0]) <= 1e-5
+    saved = load_file(run.output / "adapter_model.safetensors")
+    held = {name.replace(".default", ""): weight for name, weight in run.adapters[0].items()}
+    assert furthest(saved, held) == 0.0
+    assert run.stdout.count("step 1/6") == 1, "one rank prints"
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

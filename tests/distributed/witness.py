@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from safetensors.torch import save_file
 from trl import DPOTrainer, SFTTrainer
 
-from accelerate import PartialState
 from halfbyte_recipes.dpo import DPOArguments
 from halfbyte_recipes.dpo import recipe as dpo_recipe
 from halfbyte_recipes.sft import SFTArguments
 from halfbyte_recipes.sft import recipe as sft_recipe
 
-ENTRY_POINTS = {"witness-sft": "tests.distributed.witness:sft", "witness-dpo": "tests.distributed.witness:dpo"}
+ENTRY_POINTS = {
+    "witness-sft": "tests.distributed.witness:sft",
+    "witness-dpo": "tests.distributed.witness:dpo",
+}
 
 
 @dataclass
@@ -48,13 +51,10 @@ class Witness:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = kwargs["args"]
+        with PartialState().main_process_first():  # as in TRL's data preparation: a rank waits for another
+            self._fail("prepare")
         super().__init__(*args, **kwargs)
         self._fail("build")
-
-    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
-        with PartialState().main_process_first():  # as TRL does around its own: a rank waits for another
-            self._fail("prepare")
-        return super()._prepare_dataset(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)  # type: ignore[misc]
