@@ -1,0 +1,101 @@
+"""Every recipe on every number of processes equals one process, to 1e-5 in losses and in adapters."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import launch, tiny
+from tests.distributed.conftest import Outcome, assert_equal_runs
+
+pytestmark = pytest.mark.distributed
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def dpo_from_sft(train: Train, reference: Callable[[str], Outcome]) -> Outcome:
+    return train("dpo", processes=1, adapter=reference("sft").output)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+def test_fresh_adapters(
+    train: Train, reference: Callable[[str], Outcome], recipe: str, processes: int
+) -> None:
+    assert_equal_runs(train(recipe, processes=processes), reference(recipe), processes)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_dpo_from_an_sft_adapter(
+    train: Train, reference: Callable[[str], Outcome], dpo_from_sft: Outcome, processes: int
+) -> None:
+    run = train("dpo", processes=processes, adapter=reference("sft").output)
+    assert run.losses[0] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert_equal_runs(run, dpo_from_sft, processes)
+
+
+def test_the_shipped_recipe_from_a_trl_yaml(tmp_path: Path, model_dir) -> None:
+    rows = tiny.write_rows(tmp_path / "rows", tiny.conversations(60))
+    output = tmp_path / "run"
+    settings = {
+        "model_name_or_path": model_dir("llama"),
+        "dataset_name": rows,
+        "output_dir": output,
+        "learning_rate": "2.0e-4",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": "true",
+        "logging_steps": 5,
+        "eval_strategy": "steps",
+        "eval_steps": 10,
+        "use_peft": "true",
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "report_to": "none",
+        "dtype": "float32",
+    }
+    config = tmp_path / "sft.yaml"
+    config.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    done = launch.accelerate("sft", "--config", str(config), "--max_steps", "20")
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads((output / "run.json").read_text())
+    assert told["strategy"] == {"name": "ddp", "world_size": 2, "devices": ["cpu", "cpu"]}
+    assert told["steps"] == 20
+    assert len(told["peak_memory_bytes"]) == 2
+    assert told["metrics"]["eval"]["step"] == 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--use_fsdp", "--fsdp_version", "2"], "FSDP"),
+        (["--multi_gpu"], None),
+    ],
+)
+def test_other_launches_train_together_or_are_refused(
+    tmp_path: Path, model_dir, flags: list[str], said: str | None
+) -> None:
+    """Without ``use_cpu`` the launcher starts two processes that know nothing of each other's device."""
+    rows = tiny.write_rows(tmp_path / "rows", tiny.conversations(20))
+    output = tmp_path / "run"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", "2"]
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows, "--max_steps", "2")
+    command = [
+        *(*launcher, "--num_machines", "1", "--main_process_port", "0", "-m", "halfbyte", "sft", *options),
+        *("--output_dir", str(output), "--report_to", "none", "--dtype", "float32"),
+    ]
+    done = subprocess.run(
+        command, env=launch.environment(), capture_output=True, text=True, timeout=launch.TIMEOUT, check=False
+    )
+    if said is None:
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert json.loads((output / "run.json").read_text())["strategy"]["world_size"] == 2
+    else:
+        assert done.returncode == 1
+        assert f"error: this run was launched under {said}" in done.stderr
+        assert not output.exists()
