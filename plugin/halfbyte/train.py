@@ -158,11 +158,12 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
         strategy={**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
     )
     tracker = tracking.track(trainer, record)
+    distributed.watch_invariants(trainer, on_begin=lambda facts: record.update(strategy=facts))
     try:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.eval_dataset is not None and not _evaluated_last(trainer):
             trainer.evaluate()
-        save_final(trainer, training.output_dir)
+        save_final(trainer, training.output_dir, distributed.gathered_adapters(trainer.model))
     except BaseException as error:
         tracker.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
