@@ -102,7 +102,7 @@ def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
     plugin = accelerator.state.fsdp_plugin
     plugin.set_auto_wrap_policy(model)
     mesh = getattr(accelerator, "torch_device_mesh", None)
-    options = {
+    options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
         "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
     }
@@ -129,7 +129,9 @@ def _unwrap_packed(name: str, linear: Any) -> None:
     weight = linear.weight
     state = getattr(weight, "quant_state", None)
     assert state is not None, f"{name}: the 4-bit weight is not quantized yet"
-    assert not getattr(state, "packing_format_for_cpu", False), f"{name}: the weight was repacked for inference"
+    assert not getattr(state, "packing_format_for_cpu", False), (
+        f"{name}: the weight was repacked for inference"
+    )
     linear.quant_state = state
     linear.weight = nn.Parameter(weight.detach().as_subclass(torch.Tensor), requires_grad=False)
 

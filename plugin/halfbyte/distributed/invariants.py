@@ -21,7 +21,7 @@ _FIRST = 2
 _LABELS = "the number of labels they normalise by (is `average_tokens_across_devices` off?)"
 
 
-class RanksDiffer(RuntimeError):
+class RanksDifferError(RuntimeError):
     """Ranks that train one model have stopped agreeing on what it is or how far it has come."""
 
 
@@ -62,11 +62,14 @@ class Invariants(TrainerCallback):
             _LABELS: int(self._labels),
         }
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        if self._trainer.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        if self._trainer.accelerator.distributed_type in (
+            DistributedType.MULTI_GPU,
+            DistributedType.MULTI_CPU,
+        ):
             mine |= checksums(model)
         ranks = gather_object([mine])
         if (difference := first_difference(ranks)) is not None:
-            raise RanksDiffer(f"after step {state.global_step} the ranks differ in {difference}")
+            raise RanksDifferError(f"after step {state.global_step} the ranks differ in {difference}")
 
     def _check_division(self) -> None:
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)

@@ -19,7 +19,9 @@ _STATES = ("state1", "state2")
 def check_optimizer(optim: str) -> None:
     """Raise :class:`UserError` for an optimizer whose state cannot be divided with the parameters."""
     if "8bit" in optim:
-        better = optim.replace("8bit", "32bit") if "paged" in optim or "lion" in optim else "paged_adamw_32bit"
+        better = (
+            optim.replace("8bit", "32bit") if "paged" in optim or "lion" in optim else "paged_adamw_32bit"
+        )
         raise UserError(
             f"optim: {optim} keeps block-wise scales that do not follow a divided parameter, so that its checkpoints "
             f"cannot be resumed; write `optim: {better}` or `optim: adamw_torch`"
@@ -60,6 +62,7 @@ class _OnShards(Optimizer8bit):
         if local.numel() == 0:  # an uneven division leaves the last ranks without a shard
             state["step"] += 1
             return
+        assert isinstance(p.grad, DTensor)
         local.grad = p.grad.to_local()
         self.state[local] = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in state.items()}
         try:

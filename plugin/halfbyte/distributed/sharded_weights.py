@@ -84,7 +84,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor().cpu()
+        return tensor.full_tensor().detach().cpu()
     if hasattr(tensor, "ds_id"):
         import deepspeed
 

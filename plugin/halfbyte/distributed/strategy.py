@@ -60,9 +60,11 @@ def strategy_in_force(environment: Mapping[str, str] = os.environ) -> Strategy:
         )
     if state.distributed_type == DistributedType.NO:
         name = "single"
-    elif state.distributed_type == DistributedType.DEEPSPEED:
+    elif zero3.requested(environment):
         name = "zero3"
-    elif state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP) and fsdp2.requested(environment):
+    elif state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP) and fsdp2.requested(
+        environment
+    ):
         name = "fsdp2"
     elif state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         name = "ddp"
