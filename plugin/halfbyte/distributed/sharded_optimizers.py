@@ -7,6 +7,7 @@ layout, so that checkpoints save and load them like torch's own.
 from typing import Any
 
 import torch
+from bitsandbytes.optim import AdEMAMix
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -17,25 +18,39 @@ _STATES = ("state1", "state2")
 
 
 def check_optimizer(optim: str) -> None:
-    """Raise :class:`UserError` for an optimizer whose state cannot be divided with the parameters."""
-    if "8bit" in optim:
-        better = (
-            optim.replace("8bit", "32bit") if "paged" in optim or "lion" in optim else "paged_adamw_32bit"
-        )
-        raise UserError(
-            f"optim: {optim} keeps block-wise scales that do not follow a divided parameter, so that its checkpoints "
-            f"cannot be resumed; write `optim: {better}` or `optim: adamw_torch`"
-        )
+    """Raise :class:`UserError` for an optimizer, by its name in `optim`, whose state cannot be divided."""
+    if "8bit" in optim or "ademamix" in optim:
+        raise _refusal(f"optim: {optim}", _instead(optim), eight_bit="8bit" in optim)
 
 
 def step_on_shards(optimizer: Optimizer) -> None:
-    """Make a bitsandbytes optimizer, just created, step on the local shards of its parameters; leave others alone."""
+    """Make a bitsandbytes optimizer, just created, step on the local shards of its parameters; leave others alone.
+
+    Raises :class:`UserError` for one whose state cannot be divided.
+    """
     if not isinstance(optimizer, Optimizer8bit) or isinstance(optimizer, _OnShards):
         return
-    if optimizer.args.optim_bits != 32:
-        check_optimizer(f"{type(optimizer).__name__} in 8bit")
     cls = type(optimizer)
+    eight_bit = optimizer.args.optim_bits != 32
+    if eight_bit or isinstance(optimizer, AdEMAMix):
+        raise _refusal(cls.__name__, "paged_adamw_32bit", eight_bit=eight_bit)
     optimizer.__class__ = type(cls.__name__, (_OnShards, cls), {})
+
+
+def _instead(optim: str) -> str:
+    if optim in ("lion_8bit", "paged_lion_8bit"):
+        return optim.replace("8bit", "32bit")
+    torch_family = optim.startswith(("adamw_torch", "galore", "apollo"))
+    return "adamw_torch" if torch_family else "paged_adamw_32bit"
+
+
+def _refusal(what: str, instead: str, *, eight_bit: bool) -> UserError:
+    reason = (
+        "its states are 8 bits in blocks with scales of their own, which do not follow a divided parameter"
+        if eight_bit
+        else "its state has another shape than its parameter, and cannot be divided with it"
+    )
+    return UserError(f"{what}: {reason}; write `optim: {instead}`, or launch with launch/ddp.yaml")
 
 
 class _OnShards(Optimizer8bit):
