@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from halfbyte import adapters, data, distributed, optimizers, quantization
-from halfbyte.distributed import fsdp2
+from halfbyte.distributed import fsdp2, zero3
 from halfbyte.errors import UserError
 
 _EVA_BATCHES = 32
@@ -181,6 +181,8 @@ class QLoRAPlugin(ModelConfig):
         strategy = distributed.strategy_in_force()
         if strategy.name in distributed.SHARDED:
             distributed.check_optimizer(str(getattr(args.optim, "value", args.optim)))
+        if strategy.name == "zero3":
+            zero3.refuse_precision(self.dtype, bf16=args.bf16, fp16=args.fp16)
         _, adapter = self.resolve(model)
         for line in self._mend(args):
             _say(line)

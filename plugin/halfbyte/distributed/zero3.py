@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO-3 for 4-bit models: what the launcher may ask of it."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ def requested(environment: Mapping[str, str] = os.environ) -> bool:
 
 def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
     """Raise :class:`UserError` for a stage other than 3, and for parameters or optimizers kept off the device."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed was asked for and is not installed: pip install 'halfbyte[deepspeed]'")
     stage = _stage(environment)
     if stage != "3":
         raise UserError(
@@ -28,6 +31,24 @@ def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
                 f"{key.lower()}_device: {device}: offloading a 4-bit model is not proven; write "
                 f"`{key.lower()}_device: none`, as in launch/zero3.yaml"
             )
+
+
+def refuse_precision(dtype: str | None, *, bf16: bool, fp16: bool) -> None:
+    """Raise :class:`UserError` if DeepSpeed is to run the model in 16 bits itself: it would round the adapters.
+
+    The base computes in its own ``dtype`` without that, and the adapters stay float32. float16 would need
+    DeepSpeed's loss scaling, which comes with the rounding.
+    """
+    if dtype == "float16":
+        raise UserError(
+            "dtype: float16 is not proven under DeepSpeed; write `dtype: float32`, or use launch/ddp.yaml"
+        )
+    if bf16 or fp16:
+        name = "bf16" if bf16 else "fp16"
+        raise UserError(
+            f"{name}: true under DeepSpeed casts the float32 adapters to 16 bits; write `{name}: false` and choose the "
+            f"base's dtype with `dtype: {'bfloat16' if bf16 else 'float32'}`"
+        )
 
 
 def _stage(environment: Mapping[str, str]) -> str:
