@@ -80,6 +80,15 @@ def strategy_in_force(environment: Mapping[str, str] = os.environ) -> Strategy:
     return Strategy(name, state.num_processes, device_name(state.device))
 
 
+def check_quantized(strategy: str, load_in_4bit: bool) -> None:
+    """Raise :class:`UserError` if a base that is not in four bits is to be divided."""
+    if not load_in_4bit:
+        raise UserError(
+            f"load_in_4bit: false under {strategy}: only 4-bit bases with adapters are proven there; take it out, or "
+            f"launch with DDP: {_DDP_LINE}"
+        )
+
+
 def device_name(device: torch.device) -> str:
     """A name for people: the GPU's model, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

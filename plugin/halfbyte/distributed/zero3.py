@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from halfbyte.errors import UserError
@@ -48,6 +48,15 @@ def refuse_precision(dtype: str | None, *, bf16: bool, fp16: bool) -> None:
         raise UserError(
             f"{name}: true under DeepSpeed casts the float32 adapters to 16 bits; write `{name}: false` and choose the "
             f"base's dtype with `dtype: {'bfloat16' if bf16 else 'float32'}`"
+        )
+
+
+def refuse_trained_rows(tokens: Sequence[str]) -> None:
+    """Raise :class:`UserError` if embedding rows are to be trained: PEFT 0.21 copies them from a divided weight."""
+    if tokens:
+        raise UserError(
+            f"additional_special_tokens: {list(tokens)} need trained embedding rows, which are not proven under "
+            f"DeepSpeed; launch with launch/fsdp2.yaml or launch/ddp.yaml"
         )
 
 
