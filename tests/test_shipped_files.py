@@ -88,6 +88,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 LAUNCHES = {
     "cpu.yaml": ("multi_gpu_launcher", 2, True),
     "ddp.yaml": ("multi_gpu_launcher", 8, False),
+    "fsdp2.yaml": ("multi_gpu_launcher", 8, False),
+    "zero3.yaml": ("deepspeed_launcher", 8, False),
     "one_gpu.yaml": ("simple_launcher", 1, False),
 }
 
@@ -102,8 +104,8 @@ def test_a_launch_file_starts_what_its_name_says(path: Path, started: list[tuple
     assert (launcher, arguments.num_processes, arguments.use_cpu) == LAUNCHES[path.name]
     # Precision is the run's: a launcher that sets its own would contradict `dtype`.
     assert arguments.mixed_precision == "no"
-    assert not arguments.use_fsdp
-    assert not arguments.use_deepspeed
+    assert bool(arguments.use_fsdp) == (path.name == "fsdp2.yaml")
+    assert bool(arguments.use_deepspeed) == (path.name == "zero3.yaml")
     assert (arguments.module, arguments.training_script, arguments.training_script_args) == (
         True,
         "halfbyte",

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import Trainer
 
@@ -44,18 +45,18 @@ def aside(directory: Path) -> Path:
     return candidate
 
 
-def save_final(trainer: Trainer, output_dir: str) -> None:
+def save_final(trainer: Trainer, output_dir: str, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write the trained weights and the tokenizer into ``output_dir``: written aside, then renamed.
 
     An adapter run writes PEFT's format, without the frozen reference adapter of a preference run; a
-    full-parameter run writes the model.
+    full-parameter run writes the model. ``weights`` are the model's, gathered, where ranks hold parts.
     """
     if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model)
         pending = Path(output_dir) / ".pending"
         shutil.rmtree(pending, ignore_errors=True)
         if isinstance(model, PeftModel):
-            model.save_pretrained(pending, selected_adapters=[_ADAPTER])
+            model.save_pretrained(pending, selected_adapters=[_ADAPTER], state_dict=weights)
         else:
             model.save_pretrained(pending)
         if trainer.processing_class is not None:

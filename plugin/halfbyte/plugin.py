@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from halfbyte import adapters, data, distributed, optimizers, quantization
+from halfbyte.distributed import fsdp2, zero3
 from halfbyte.errors import UserError
 
 _EVA_BATCHES = 32
@@ -177,7 +178,13 @@ class QLoRAPlugin(ModelConfig):
         ``args`` is taken as given; what must change for 4-bit training is changed and said in one line each.
         """
         distributed.refuse_unsupported()
-        distributed.strategy_in_force()
+        strategy = distributed.strategy_in_force()
+        if strategy.name in distributed.SHARDED:
+            distributed.check_quantized(strategy.name, self.load_in_4bit)
+            distributed.check_optimizer(str(getattr(args.optim, "value", args.optim)))
+        if strategy.name == "zero3":
+            zero3.refuse_precision(self.dtype, bf16=args.bf16, fp16=args.fp16)
+            zero3.refuse_trained_rows(self.additional_special_tokens or [])
         _, adapter = self.resolve(model)
         for line in self._mend(args):
             _say(line)
@@ -206,6 +213,7 @@ class QLoRAPlugin(ModelConfig):
             adapters.initialize_eva(loaded, _first_batches(trainer))
         if self.loraplus_lr_ratio is not None:
             optimizers.use_loraplus(trainer, self.loraplus_lr_ratio)
+        distributed.save_adapters_whole(trainer)
         return trainer
 
     def optimizer(
@@ -268,6 +276,8 @@ class QLoRAPlugin(ModelConfig):
             task_type=self.lora_task_type,
             **options,
         )
+        if fsdp2.requested():
+            fsdp2.check_base(base, dtype)
         self.coverage = quantization.measure_coverage(base)
         if self.load_in_4bit:
             self.coverage.require()
@@ -277,6 +287,12 @@ class QLoRAPlugin(ModelConfig):
         config = get_quantization_config(self)
         if config is not None and config.load_in_4bit:
             config.bnb_4bit_compute_dtype = dtype
+            if fsdp2.requested():
+                fsdp2.install()
+                storage, line = fsdp2.quantization_storage(self.bnb_4bit_quant_storage, dtype)
+                config.bnb_4bit_quant_storage = getattr(torch, storage or "uint8")
+                if line is not None:
+                    _say(line)
         return config
 
     def _mend(self, args: Any) -> list[str]:

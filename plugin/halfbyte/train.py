@@ -20,6 +20,7 @@ from trl import DatasetMixtureConfig
 
 from halfbyte import config, data, distributed, optimizers, tracking
 from halfbyte.config import RunArguments, Settings
+from halfbyte.distributed import zero3
 from halfbyte.errors import UserError
 from halfbyte.output import claim, left_as_it_was, save_final
 from halfbyte.plugin import TRAINING_DEFAULTS, QLoRAPlugin
@@ -82,6 +83,10 @@ def decide(settings: Settings) -> list[str]:
     on_cpu = bool(settings["use_cpu"])
     state = PartialState(cpu=on_cpu, **_process_group(settings, on_cpu))
     lines = [_decide_precision(settings, state.device)]
+    if zero3.requested():
+        for key in {"bf16", "fp16"} - settings.given.keys():
+            settings.override(key, False)
+        zero3.refuse_precision(settings["dtype"], bf16=settings["bf16"], fp16=settings["fp16"])
     optim, line = optimizers.resolve(settings["optim"], state.device.type)
     if line is not None:
         settings.override("optim", optim)
@@ -158,11 +163,12 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
         strategy={**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
     )
     tracker = tracking.track(trainer, record)
+    distributed.watch_invariants(trainer, on_begin=lambda facts: record.update(strategy=facts))
     try:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.eval_dataset is not None and not _evaluated_last(trainer):
             trainer.evaluate()
-        save_final(trainer, training.output_dir)
+        save_final(trainer, training.output_dir, distributed.gathered_adapters(trainer.model))
     except BaseException as error:
         tracker.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise

@@ -8,14 +8,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+from halfbyte.distributed import fsdp2, zero3
 from halfbyte.errors import UserError
+
+# Strategies that divide the base over the ranks.
+SHARDED = ("fsdp2", "zero3")
 
 _DDP_LINE = "accelerate launch --config_file launch/ddp.yaml -m halfbyte ..."
 
 # Launchers that make a 4-bit run wrong in stock accelerate and are not proven here yet.
 REFUSED = {
-    "ACCELERATE_USE_FSDP": "FSDP: it replicates a 4-bit base on every rank or trains on corrupted weights",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: 4-bit training under it is not proven in this version",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: it does not load 4-bit bases",
 }
 
@@ -37,6 +39,10 @@ def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
     for variable, reason in REFUSED.items():
         if environment.get(variable, "false").lower() in ("1", "true", "yes"):
             raise UserError(f"this run was launched under {reason}; launch it with DDP: {_DDP_LINE}")
+    if fsdp2.requested(environment):
+        fsdp2.refuse_unsupported(environment)
+    if zero3.requested(environment):
+        zero3.refuse_unsupported(environment)
 
 
 def strategy_in_force(environment: Mapping[str, str] = os.environ) -> Strategy:
@@ -54,13 +60,33 @@ def strategy_in_force(environment: Mapping[str, str] = os.environ) -> Strategy:
         )
     if state.distributed_type == DistributedType.NO:
         name = "single"
+    elif zero3.requested(environment):
+        name = "zero3"
+    elif state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP) and fsdp2.requested(
+        environment
+    ):
+        name = "fsdp2"
     elif state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         name = "ddp"
     else:
         raise UserError(
             f"4-bit training under {state.distributed_type.value} is not proven; use DDP: {_DDP_LINE}"
         )
+    if fsdp2.requested(environment) and name != "fsdp2":
+        raise UserError(
+            f"FSDP2 was asked for, but {name} is in force: accelerate shards on GPUs only, and on CPUs silently does "
+            f"not; on CPUs launch with `accelerate launch --config_file launch/cpu.yaml -m halfbyte ...`"
+        )
     return Strategy(name, state.num_processes, device_name(state.device))
+
+
+def check_quantized(strategy: str, load_in_4bit: bool) -> None:
+    """Raise :class:`UserError` if a base that is not in four bits is to be divided."""
+    if not load_in_4bit:
+        raise UserError(
+            f"load_in_4bit: false under {strategy}: only 4-bit bases with adapters are proven there; take it out, or "
+            f"launch with DDP: {_DDP_LINE}"
+        )
 
 
 def device_name(device: torch.device) -> str:

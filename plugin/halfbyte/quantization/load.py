@@ -12,6 +12,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from halfbyte.errors import UserError
 
@@ -56,7 +57,10 @@ def load_base(
             trust_remote_code=trust_remote_code,
             dtype=dtype,
             # Under gloo accelerate numbers even the CPU, which as a device map would mean a GPU.
-            device_map={"": "cpu" if device.type == "cpu" else device},
+            # Under ZeRO-3 transformers takes no device map, and loads onto this rank's device by itself.
+            device_map=None
+            if is_deepspeed_zero3_enabled()
+            else {"": "cpu" if device.type == "cpu" else device},
             **model_init_kwargs,
         )
     except UserError:

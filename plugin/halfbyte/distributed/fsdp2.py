@@ -1,0 +1,162 @@
+"""FSDP2 for 4-bit models: the packed weights are divided over the ranks, and only gathered layer by layer.
+
+accelerate 1.15 (utils/fsdp_utils.py, ``fsdp2_prepare_model``) leaves 4-bit weights in uint8 storage whole on
+every rank, with a warning. torch divides parameters of any dtype from 2.13 on
+(torch/distributed/fsdp/_fully_shard/_fsdp_param.py); before that only floating-point ones.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import accelerate.accelerator
+import bitsandbytes as bnb
+import torch
+from accelerate.utils import fsdp_utils
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from halfbyte.distributed.sharded_optimizers import step_on_shards
+from halfbyte.errors import UserError
+
+# The first torch whose FSDP2 divides parameters that are not floating-point.
+DIVIDES_INTEGERS = (2, 13)
+
+_stock_prepare = accelerate.accelerator.fsdp2_prepare_model
+
+
+def requested(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher asked for FSDP, of either version."""
+    return _is_true(environment.get("ACCELERATE_USE_FSDP"))
+
+
+def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise :class:`UserError` for what the launcher may ask of FSDP and a 4-bit model cannot have."""
+    if environment.get("FSDP_VERSION", "1") != "2":
+        raise UserError(
+            "FSDP version 1 writes empty adapter checkpoints (PEFT does not find its weights under FSDP1's names) and "
+            "cannot divide 4-bit weights; write `fsdp_version: 2`, as in launch/fsdp2.yaml"
+        )
+    if _is_true(environment.get("FSDP_OFFLOAD_PARAMS")):
+        raise UserError(
+            "fsdp_offload_params: CPU offload of 4-bit weights is not proven; write `fsdp_offload_params: false`. "
+            "A base in 4 bits divided over the ranks is small: use more ranks, or a smaller batch"
+        )
+    if _is_true(environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING")):
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading: transformers and accelerate ignore it for a 4-bit base, where every rank "
+            "quantizes for itself; write `fsdp_cpu_ram_efficient_loading: false`, as in launch/fsdp2.yaml"
+        )
+    if _is_true(environment.get("FSDP_ACTIVATION_CHECKPOINTING")):
+        raise UserError(
+            "fsdp_activation_checkpointing: the run checkpoints activations itself (`gradient_checkpointing`, on by "
+            "default); write `fsdp_activation_checkpointing: false`"
+        )
+
+
+def quantization_storage(given: str | None, compute_dtype: torch.dtype) -> tuple[str | None, str | None]:
+    """The dtype to store packed 4-bit weights in under FSDP2, and the line to print where it is not the usual one.
+
+    uint8 where torch divides integers; below torch 2.13 the compute dtype. ``given`` is what the user asked for.
+
+    Raises :class:`UserError` if ``given`` cannot be divided, or would be cast, which corrupts packed bytes.
+    """
+    wanted = str(compute_dtype).removeprefix("torch.")
+    if given is None and not divides_integers():
+        return wanted, (
+            f"bnb_4bit_quant_storage: torch {torch.__version__} divides floating-point weights only, so the packed "
+            f"4-bit weights are stored as {wanted}; from torch 2.13 on they stay uint8"
+        )
+    _check_storage(given or "uint8", wanted)
+    return given, None
+
+
+def check_base(model: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Raise :class:`UserError` if the storage of a loaded base, frozen in its checkpoint, is wrong under FSDP2."""
+    for linear in _linears(model).values():
+        _check_storage(*(str(dtype).removeprefix("torch.") for dtype in (linear.weight.dtype, compute_dtype)))
+
+
+def divides_integers(version: str = torch.__version__) -> bool:
+    """Whether this torch's FSDP2 divides parameters that are not floating-point."""
+    return tuple(int(part) for part in version.split(".")[:2]) >= DIVIDES_INTEGERS
+
+
+def install() -> None:
+    """Have accelerate divide 4-bit models with :func:`prepare`; all other models go its own way."""
+    accelerate.accelerator.fsdp2_prepare_model = prepare
+
+
+def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
+    """Divide ``model`` over the ranks in place, its packed 4-bit weights included, and return it.
+
+    Parameters keep their dtype and gradients are reduced in float32, so that a step equals that of one process;
+    accelerate would reduce float32 adapters' gradients, and round the loss, in the compute dtype.
+    """
+    linears = _linears(model)
+    if not linears or isinstance(model, FSDPModule):
+        return _stock_prepare(accelerator, model)
+    for name, linear in linears.items():
+        _unwrap_packed(name, linear)
+    plugin = accelerator.state.fsdp_plugin
+    plugin.set_auto_wrap_policy(model)
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
+    }
+    is_layer = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
+    if is_layer is not None:
+        for module in fsdp_utils.get_module_children_bottom_up(model)[:-1]:
+            if is_layer(module) and not isinstance(module, FSDPModule):
+                fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **options)
+    # Embeddings and head stay with the root, gathered for the whole forward: TRL's fused losses read the head's
+    # weight without calling the head, and tied ones must be in one group.
+    fully_shard(model, **options)
+    _check_divided(linears)
+    for optimizer in accelerator._optimizers:
+        step_on_shards(optimizer.optimizer)
+    return model
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+def _unwrap_packed(name: str, linear: Any) -> None:
+    """Make the packed weight a plain parameter; bitsandbytes restores it from ``quant_state`` at each forward."""
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    assert state is not None, f"{name}: the 4-bit weight is not quantized yet"
+    assert not getattr(state, "packing_format_for_cpu", False), (
+        f"{name}: the weight was repacked for inference"
+    )
+    linear.quant_state = state
+    linear.weight = nn.Parameter(weight.detach().as_subclass(torch.Tensor), requires_grad=False)
+
+
+def _check_divided(linears: Mapping[str, Any]) -> None:
+    whole = [name for name, linear in linears.items() if not isinstance(linear.weight, DTensor)]
+    assert not whole, f"FSDP2 left {len(whole)} 4-bit weights whole on every rank, the first {whole[0]}"
+
+
+def _check_storage(storage: str, compute_dtype: str) -> None:
+    is_float = getattr(torch, storage).is_floating_point
+    if is_float and storage != compute_dtype:
+        raise UserError(
+            f"bnb_4bit_quant_storage: the packed 4-bit weights are stored as {storage} and the run computes in "
+            f"{compute_dtype}; under FSDP2 a cast between the two would corrupt the packed bytes. Write "
+            f"`bnb_4bit_quant_storage: {'uint8' if divides_integers() else compute_dtype}` and load the 16-bit "
+            f"checkpoint, or `dtype: {storage}`"
+        )
+    if not is_float and not divides_integers():
+        raise UserError(
+            f"bnb_4bit_quant_storage: torch {torch.__version__} does not divide {storage} weights, so that every rank "
+            f"would hold the whole base; write `bnb_4bit_quant_storage: {compute_dtype}` and load the 16-bit "
+            f"checkpoint, or use torch 2.13"
+        )
+
+
+def _is_true(value: str | None) -> bool:
+    return (value or "").lower() in ("1", "true", "yes")

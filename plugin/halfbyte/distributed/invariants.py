@@ -1,0 +1,142 @@
+"""What must be the same on every rank at every step, compared while training runs.
+
+Compared before the first step, after the first and the second, and then every hundredth: a comparison is
+one small all-gather, and under DDP one pass over the adapters.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from halfbyte.distributed.sharded_weights import base_bytes, is_divided, packed_bytes
+
+EVERY = 100
+_FIRST = 2
+# Rows of the comparison, before the checksums: what the message calls them.
+_LABELS = "the number of labels they normalise by (is `average_tokens_across_devices` off?)"
+
+
+class RanksDifferError(RuntimeError):
+    """Ranks that train one model have stopped agreeing on what it is or how far it has come."""
+
+
+def watch_invariants(trainer: Trainer, on_begin: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Stop all ranks of ``trainer`` when one differs from the others; on every rank, before ``train``.
+
+    ``on_begin`` is given, once, what was measured of the base: ``base_bytes_per_rank``.
+    """
+    trainer.add_callback(Invariants(trainer, on_begin))
+
+
+class Invariants(TrainerCallback):
+    """Compares step, seeds and label counts of all ranks, and under DDP their trainable parameters too."""
+
+    def __init__(self, trainer: Trainer, on_begin: Callable[[dict[str, Any]], None] | None) -> None:
+        self._trainer = trainer
+        self._on_begin = on_begin
+        self._labels = 0
+        self._steps = 0
+        self._count_labels(trainer)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps = 0
+        self._check_division()
+        self._compare(state, kwargs.get("train_dataloader"))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps += 1
+        if self._steps <= _FIRST or state.global_step % EVERY == 0:
+            self._compare(state, kwargs.get("train_dataloader"))
+
+    def _compare(self, state: TrainerState, loader: Any) -> None:
+        if self._trainer.args.world_size == 1:
+            return
+        mine = {
+            "the step": state.global_step,
+            "the seeds of data and dropout": _seeds(self._trainer.args, loader),
+            _LABELS: int(self._labels),
+        }
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        if self._trainer.accelerator.distributed_type in (
+            DistributedType.MULTI_GPU,
+            DistributedType.MULTI_CPU,
+        ):
+            mine |= checksums(model)
+        ranks = gather_object([mine])
+        if (difference := first_difference(ranks)) is not None:
+            raise RanksDifferError(f"after step {state.global_step} the ranks differ in {difference}")
+
+    def _check_division(self) -> None:
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        held = gather_object([(base_bytes(model), *packed_bytes(model))])
+        if self._on_begin is not None:
+            self._on_begin({"base_bytes_per_rank": [base for base, _, _ in held]})
+        if (problem := replicated([(here, whole) for _, here, whole in held])) and _sharding(self._trainer):
+            raise RuntimeError(problem)
+
+    def _count_labels(self, trainer: Trainer) -> None:
+        """Add up the number of labels that each step's loss is divided by, where the trainer counts them."""
+        stock = trainer.get_batch_samples
+
+        def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
+            batches, number = stock(*args, **kwargs)
+            if number is not None:
+                self._labels = self._labels + number  # a tensor stays one: no wait for the device
+            return batches, number
+
+        trainer.get_batch_samples = get_batch_samples
+
+
+def checksums(model: nn.Module) -> dict[str, int]:
+    """A checksum of the bits of every trainable parameter, by name; equal weights have equal checksums."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    sums = [_checksum(parameter.detach()) for _, parameter in named]
+    values = torch.stack(sums).tolist() if sums else []  # one wait for the device, not one a tensor
+    return {name: int(value) for (name, _), value in zip(named, values, strict=True)}
+
+
+def first_difference(ranks: list[dict[str, Any]]) -> str | None:
+    """The first entry in which ``ranks`` differ, with each rank's value; None if they agree."""
+    for name in ranks[0]:
+        values = [rank.get(name) for rank in ranks]
+        if any(value != values[0] for value in values):
+            return f"{name}: " + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+    return None
+
+
+def replicated(held: list[tuple[int, int]]) -> str | None:
+    """Why the packed weights, (bytes on a rank, bytes of the whole model) for each rank, are not divided.
+
+    A rank may hold its share and the rounding of uneven divisions; None if all do.
+    """
+    world = len(held)
+    for rank, (here, whole) in enumerate(held):
+        if world > 1 and here > whole / world * 1.5:
+            return (
+                f"rank {rank} holds {here:,} of the {whole:,} bytes of 4-bit weights, where {world} ranks should "
+                f"hold {whole // world:,} each: the base was not divided"
+            )
+    return None
+
+
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    width = torch.int32 if tensor.element_size() == 4 else torch.uint8
+    bits = tensor.contiguous().view(-1).view(width).to(torch.int64)
+    places = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
+    return (bits * places).sum()
+
+
+def _sharding(trainer: Trainer) -> bool:
+    return is_divided(trainer.model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+def _seeds(args: Any, loader: Any) -> str:
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    order = [getattr(sampler, name, None) for name in ("initial_seed", "epoch")]
+    seeds = [args.seed, args.data_seed, torch.initial_seed(), *order]
+    return hashlib.sha256(repr(seeds).encode()).hexdigest()[:12] + f" {seeds}"

@@ -1,0 +1,152 @@
+"""Runs under the strategies that divide the base, on CPUs, against one process on the same global batches."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import load_dataset
+from safetensors.torch import load_file
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from halfbyte import QLoRAPlugin
+from tests import launch, tiny
+
+GLOBAL_BATCH = 6
+ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences}
+# What shows, without a reference model, that reloaded weights are those that were evaluated.
+EVALUATED = {"sft": ["eval_loss"], "dpo": ["eval_logps/chosen", "eval_logps/rejected"]}
+TRAINERS: dict[str, tuple[type, type]] = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run left in its directory."""
+
+    output: Path
+    rows: Path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.output / "run.json").read_text())
+
+    @property
+    def adapter(self) -> dict[str, torch.Tensor]:
+        return load_file(self.output / "adapter_model.safetensors")
+
+    def logged(self, key: str = "loss") -> list[float]:
+        rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
+        return [row[key] for row in rows if key in row]
+
+
+def start(
+    strategy: str, processes: int, *words: str, shim: bool = True, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch --config_file launch/STRATEGY.yaml ... WORDS`` with CPU ranks, FSDP2 over the shim."""
+    module = "halfbyte"
+    if strategy == "fsdp2" and shim:
+        module, extra = "tests.distributed.gloo_as_gpu", {**extra, "ACCELERATE_TORCH_DEVICE": "cpu"}
+    file = launch.ROOT / "launch" / f"{strategy}.yaml"
+    options = ["--config_file", str(file), "--num_processes", str(processes), "--main_process_port", "0"]
+    paths = [str(launch.ROOT), os.environ.get("PYTHONPATH", ""), extra.pop("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", module, *words]
+    return subprocess.run(
+        command,
+        cwd=launch.ROOT,
+        env=launch.environment(**{**extra, "PYTHONPATH": path}),
+        capture_output=True,
+        text=True,
+        timeout=launch.TIMEOUT,
+        check=False,
+    )
+
+
+def train(
+    root: Path, recipe: str, strategy: str, processes: int, options: Mapping[str, Any], **extra: str
+) -> Finished:
+    """Six float32 steps of ``recipe`` in ``root``; ``options`` are added to the configuration."""
+    kind = recipe.removeprefix("sharded-")
+    rows = root / "rows"
+    output = root / "run"
+    config = {
+        "dataset_name": tiny.write_rows(rows, ROWS[kind](40)),
+        "output_dir": str(output),
+        "per_device_train_batch_size": GLOBAL_BATCH // processes,
+        "learning_rate": 1e-3,
+        "dtype": "float32",
+        "max_steps": 6,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        **options,
+    }
+    lines = [f"{key}: {value}" for key, value in config.items() if value is not None]
+    (root / "run.yaml").write_text("\n".join(lines) + "\n")
+    words = (recipe, "--config", str(root / "run.yaml"))
+    done = launch.halfbyte(*words, **extra) if processes == 1 else start(strategy, processes, *words, **extra)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return Finished(output, rows)
+
+
+def resumed(root: Path, run: Finished, step: int) -> dict[str, str]:
+    """The option that continues from a copy of ``run``'s checkpoint at ``step``, made in ``root``."""
+    copy = root / f"checkpoint-{step}"
+    shutil.copytree(run.output / copy.name, copy)
+    return {"resume_from_checkpoint": str(copy)}
+
+
+def assert_equal(one: Finished, other: Finished, within: float = 1e-5) -> None:
+    """Both took the same steps and ended with the same adapter."""
+    for key in ("loss", "eval_loss"):
+        assert len(one.logged(key)) == len(other.logged(key)) > 0
+        assert max(abs(a - b) for a, b in zip(one.logged(key), other.logged(key), strict=True)) <= within, key
+    assert furthest(one.adapter, other.adapter) <= within
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def evaluate(recipe: str, run: Finished, scratch: Path) -> dict[str, float]:
+    """Load the saved adapter in one process and evaluate it on the run's held-out rows."""
+    trainer_cls, config = TRAINERS[recipe]
+    rows = load_dataset(
+        "json", data_files=str(run.rows / "test.jsonl"), split="train", cache_dir=str(scratch)
+    )
+    args = config(output_dir=str(scratch), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
+    plugin = QLoRAPlugin(adapter_name_or_path=str(run.output), dtype="float32")
+    trainer = plugin.trainer(trainer_cls, args=args, train_dataset=rows, eval_dataset=rows)
+    metrics = trainer.evaluate()
+    return {key: metrics[key] for key in EVALUATED[recipe]}
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory: pytest.TempPathFactory, model_dir: Any) -> Callable[[str], Finished]:
+    """``one_process("dpo on sft")``: the run that every strategy is compared with, made once."""
+    made: dict[str, Finished] = {}
+
+    def get(cell: str) -> Finished:
+        if cell not in made:
+            root = tmp_path_factory.mktemp(cell.replace(" ", "-"))
+            made[cell] = train(root, cell[:3], "", 1, beginning(cell, model_dir, get))
+        return made[cell]
+
+    return get
+
+
+def beginning(cell: str, model_dir: Any, one_process: Callable[[str], Finished]) -> dict[str, str]:
+    """What the run of ``cell`` starts from: the base, or the adapter of the SFT run."""
+    if cell == "dpo on sft":
+        return {"adapter_name_or_path": str(one_process("sft").output)}
+    return {"model_name_or_path": str(model_dir("llama"))}

@@ -1,0 +1,207 @@
+"""FSDP2 for 4-bit models: what is divided, what is refused, and what is bitwise the same after a resume."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate.accelerator
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from halfbyte import QLoRAPlugin
+from halfbyte.distributed import fsdp2, strategy
+from halfbyte.distributed.invariants import replicated
+from halfbyte.distributed.sharded_weights import base_bytes, packed_bytes
+from halfbyte.errors import UserError
+from tests import packages, tiny
+from tests.distributed import fake_ranks, sharded
+from tests.distributed.optimizers import ENTRY_POINTS
+
+ModelDir = Callable[..., Path]
+
+
+def load(model_dir: ModelDir, arch: str = "llama") -> Any:
+    return QLoRAPlugin(dtype="float32", lora_r=4).load(str(model_dir(arch)))
+
+
+# What is divided.
+
+
+@pytest.mark.parametrize(("arch", "world_size"), [("llama", 2), ("qwen3", 3), ("opt", 5)])
+def test_the_base_is_divided(model_dir: ModelDir, arch: str, world_size: int) -> None:
+    model = load(model_dir, arch)
+    whole_base, (whole, _) = base_bytes(model), packed_bytes(model)
+    held = []
+    for rank in range(world_size):
+        with fake_ranks.rank_of(world_size, rank) as mesh:
+            model = load(model_dir, arch)
+            fsdp2.prepare(fake_ranks.accelerator(mesh), model)
+            assert isinstance(model, FSDPModule)
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            assert trainable
+            assert {parameter.dtype for parameter in trainable} == {torch.float32}
+            held.append((*packed_bytes(model), base_bytes(model)))
+    assert sum(here for here, _, _ in held) == whole
+    assert {total for _, total, _ in held} == {whole}
+    assert replicated([(here, total) for here, total, _ in held]) is None
+    assert all(base < whole_base for _, _, base in held)
+
+
+def test_a_replicated_base_is_an_error() -> None:
+    assert replicated([(100, 100)]) is None
+    assert replicated([(50, 100), (50, 100)]) is None
+    problem = replicated([(50, 100), (100, 100)])
+    assert problem is not None
+    assert "rank 1 holds 100 of the 100 bytes" in problem
+
+
+def test_accelerate_still_replicates_a_4_bit_base(model_dir: ModelDir) -> None:
+    """When this fails, accelerate divides uint8 weights by itself: take `fsdp2.prepare` out, or what it repeats."""
+    model = load(model_dir)
+    with fake_ranks.rank_of(2) as mesh, warnings.catch_warnings(record=True):
+        fsdp2._stock_prepare(fake_ranks.accelerator(mesh), model)
+        assert not isinstance(next(iter(fsdp2._linears(model).values())).weight, DTensor)
+
+
+def test_accelerate_calls_what_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "fsdp2_prepare_model(self, model)" in inspect.getsource(accelerate.Accelerator._prepare_fsdp2)
+    monkeypatch.setattr(accelerate.accelerator, "fsdp2_prepare_model", fsdp2._stock_prepare)
+    fsdp2.install()
+    assert accelerate.accelerator.fsdp2_prepare_model is fsdp2.prepare
+
+
+def test_other_models_go_accelerates_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(fsdp2, "_stock_prepare", lambda accelerator, model: seen.append(model) or model)
+    model = torch.nn.Linear(2, 2)
+    assert fsdp2.prepare(None, model) is model
+    assert seen == [model]
+
+
+# What is refused.
+
+ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing"),
+    ],
+)
+def test_what_a_4_bit_model_cannot_have_is_refused(changed: dict[str, str], named: str) -> None:
+    strategy.refuse_unsupported(ASKED)
+    with pytest.raises(UserError, match=named):
+        strategy.refuse_unsupported({**ASKED, **changed})
+
+
+def test_the_bare_cpu_launch_is_refused(tmp_path: Path) -> None:
+    """accelerate would train with DDP here and say nothing."""
+    rows = tiny.write_rows(tmp_path / "rows", tiny.texts(8))
+    words = (
+        "sft",
+        "--model_name_or_path",
+        "none",
+        "--dataset_name",
+        rows,
+        "--output_dir",
+        str(tmp_path / "run"),
+    )
+    done = sharded.start("fsdp2", 2, *words, shim=False)
+    assert done.returncode != 0
+    assert done.stderr.count("FSDP2 was asked for, but") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("integers", "given", "compute", "expected"),
+    [
+        (True, None, torch.bfloat16, None),
+        (True, "uint8", torch.bfloat16, "uint8"),
+        (True, "bfloat16", torch.bfloat16, "bfloat16"),
+        (True, "float16", torch.bfloat16, UserError),
+        (True, "float32", torch.bfloat16, UserError),
+        (False, None, torch.bfloat16, "bfloat16"),
+        (False, "float32", torch.float32, "float32"),
+        (False, "uint8", torch.bfloat16, UserError),
+    ],
+)
+def test_packed_weights_are_stored_as_what_is_divided_and_never_cast(
+    monkeypatch: pytest.MonkeyPatch, integers: bool, given: str | None, compute: torch.dtype, expected: Any
+) -> None:
+    monkeypatch.setattr(fsdp2, "divides_integers", lambda: integers)
+    if expected is UserError:
+        with pytest.raises(UserError, match="bnb_4bit_quant_storage"):
+            fsdp2.quantization_storage(given, compute)
+        return
+    storage, line = fsdp2.quantization_storage(given, compute)
+    assert storage == expected
+    assert (line is not None) == (not integers and given is None)
+
+
+def test_which_torch_divides_integers() -> None:
+    assert [fsdp2.divides_integers(v) for v in ("2.11.0", "2.12.1+cpu", "2.13.0+cpu", "3.0.0")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+# Whole runs beside the matrix's.
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("arch", "processes", "options"),
+    [
+        ("qwen3", 3, {"gradient_accumulation_steps": 2, "eval_on_start": True}),
+        ("opt", 2, {}),
+        ("llama", 2, {"bnb_4bit_quant_storage": "float32"}),
+    ],
+    ids=["tied embeddings, accumulation", "opt", "float storage"],
+)
+def test_it_equals_one_process(
+    tmp_path: Path, model_dir: ModelDir, arch: str, processes: int, options: dict[str, Any]
+) -> None:
+    options = {"model_name_or_path": str(model_dir(arch)), **options}
+    runs = []
+    for count in (1, processes):
+        (root := tmp_path / f"{count}").mkdir()
+        runs.append(sharded.train(root, "sft", "fsdp2", count, options))
+    sharded.assert_equal(*runs)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "paged_adamw_32bit", "lion_32bit"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_resumed_run_is_bitwise_the_whole_one(
+    tmp_path: Path, model_dir: ModelDir, optimizer: str, processes: int
+) -> None:
+    """With dropout; the bitsandbytes optimizers in a recipe of their own, since off CUDA halfbyte trains without."""
+    site = packages.write(tmp_path / "site", "sharded", ENTRY_POINTS)
+    options = {
+        "model_name_or_path": str(model_dir("llama")),
+        "lora_dropout": 0.1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "bitsandbytes_optimizer": optimizer if optimizer != "adamw_torch" else None,
+    }
+    recipe = "sharded-sft"
+    runs = []
+    for name in ("whole", "resumed"):
+        (root := tmp_path / name).mkdir()
+        if runs:
+            options |= sharded.resumed(root, runs[0], 3)
+        runs.append(sharded.train(root, recipe, "fsdp2", processes, options, PYTHONPATH=str(site)))
+    assert (runs[0].output / "checkpoint-3" / "adapter_model.safetensors").is_file()
+    assert sharded.furthest(runs[0].adapter, runs[1].adapter) == 0.0
+    assert runs[0].logged()[3:] == runs[1].logged()

@@ -1,0 +1,46 @@
+"""Every recipe under every strategy that divides the base equals one process: losses, adapters, reloaded figures."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import sharded
+from tests.distributed.sharded import Finished, one_process
+
+__all__ = ["one_process"]
+
+CELLS = [
+    pytest.param(recipe, strategy, processes, marks=() if quick else pytest.mark.distributed)
+    for strategy, processes in (("fsdp2", 2), ("fsdp2", 3), ("zero3", 2))
+    for recipe in ("sft", "dpo", "dpo on sft")
+    for quick in ((recipe, strategy, processes) == ("sft", "fsdp2", 2),)
+]
+
+
+@pytest.mark.parametrize(("cell", "strategy", "processes"), CELLS)
+def test_a_divided_base_trains_as_a_whole_one(
+    tmp_path: Path,
+    model_dir: Callable[..., Path],
+    one_process: Callable[[str], Finished],
+    cell: str,
+    strategy: str,
+    processes: int,
+) -> None:
+    if strategy == "zero3":
+        pytest.importorskip("deepspeed")
+    recipe = cell[:3]
+    options: dict[str, Any] = sharded.beginning(cell, model_dir, one_process)
+    run = sharded.train(tmp_path, recipe, strategy, processes, options)
+    sharded.assert_equal(one_process(cell), run)
+
+    told = run.record["strategy"]
+    assert (told["name"], told["world_size"]) == (strategy, processes)
+    whole = one_process(cell).record["strategy"]["base_bytes_per_rank"][0]
+    # The scales of the packed weights stay whole on every rank: 2 of every 66 bytes, more for a tiny model.
+    assert max(told["base_bytes_per_rank"]) < whole / processes * 1.4
+
+    told = run.record["metrics"]["eval"]
+    for key, value in sharded.evaluate(recipe, run, tmp_path / "scratch").items():
+        assert value == pytest.approx(told[key], rel=1e-6, abs=1e-5), key

@@ -1,0 +1,107 @@
+"""DeepSpeed ZeRO-3 for 4-bit models: what is refused, float32 adapters, and resumes. See test_matrix.py too."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.distributed import strategy, zero3
+from halfbyte.errors import UserError
+from tests import packages
+from tests.distributed import sharded
+from tests.distributed.optimizers import ENTRY_POINTS
+
+ModelDir = Callable[..., Path]
+ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero3.importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "ZeRO-2"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param_device: cpu"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "offload_optimizer_device: nvme"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"}, "no/such.json"),
+    ],
+)
+def test_what_a_4_bit_model_cannot_have_is_refused(changed: dict[str, str], named: str) -> None:
+    strategy.refuse_unsupported(ASKED)
+    with pytest.raises(UserError, match=named):
+        strategy.refuse_unsupported({**ASKED, **changed})
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("stage", "allowed"), [(3, True), (1, False)])
+def test_a_configuration_file_of_deepspeeds_own_is_read(tmp_path: Path, stage: int, allowed: bool) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    asked = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    if allowed:
+        strategy.refuse_unsupported(asked)
+        return
+    with pytest.raises(UserError, match="ZeRO-1"):
+        strategy.refuse_unsupported(asked)
+
+
+def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero3.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"halfbyte\[deepspeed\]"):
+        strategy.refuse_unsupported(ASKED)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "named"),
+    [
+        ("bfloat16", {"bf16": True, "fp16": False}, "bf16: false"),
+        ("float32", {"bf16": False, "fp16": True}, "fp16: false"),
+        ("float16", {"bf16": False, "fp16": False}, "dtype: float32"),
+    ],
+)
+def test_deepspeed_may_not_round_the_adapters(dtype: str, options: dict[str, bool], named: str) -> None:
+    zero3.refuse_precision("bfloat16", bf16=False, fp16=False)
+    with pytest.raises(UserError, match=named):
+        zero3.refuse_precision(dtype, **options)
+
+
+@pytest.mark.distributed
+def test_adapters_stay_float32_over_a_bfloat16_base(tmp_path: Path, model_dir: ModelDir) -> None:
+    pytest.importorskip("deepspeed")
+    options = {"model_name_or_path": str(model_dir("llama")), "dtype": "bfloat16"}
+    weights = sharded.train(tmp_path, "sft", "zero3", 2, options).adapter.values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert not all(torch.equal(weight, weight.bfloat16().float()) for weight in weights)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("optimizer", [None, "paged_adamw_32bit"])
+def test_a_resumed_run_is_bitwise_the_whole_one(
+    tmp_path: Path, model_dir: ModelDir, optimizer: str | None
+) -> None:
+    """With dropout; the bitsandbytes optimizer in a recipe of its own, since off CUDA halfbyte trains without."""
+    pytest.importorskip("deepspeed")
+    site = packages.write(tmp_path / "site", "sharded", ENTRY_POINTS)
+    options: dict[str, Any] = {
+        "model_name_or_path": str(model_dir("llama")),
+        "lora_dropout": 0.1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "bitsandbytes_optimizer": optimizer,
+    }
+    runs: list[sharded.Finished] = []
+    for name in ("whole", "resumed"):
+        (root := tmp_path / name).mkdir()
+        if runs:
+            options |= sharded.resumed(root, runs[0], 3)
+        runs.append(sharded.train(root, "sharded-sft", "zero3", 2, options, PYTHONPATH=str(site)))
+    assert (runs[0].output / "checkpoint-3" / "adapter_model.safetensors").is_file()
+    assert sharded.furthest(runs[0].adapter, runs[1].adapter) == 0.0
+    assert runs[0].logged()[3:] == runs[1].logged()
