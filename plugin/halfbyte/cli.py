@@ -30,18 +30,27 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(arguments)
     except UserError as error:
-        if debug:
-            traceback.print_exc()
-        _say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 128 + signal.SIGINT
+        return _fail(error, f"error: {error}", 2, debug)
+    except KeyboardInterrupt as interrupt:
+        return _fail(interrupt, "interrupted", 128 + signal.SIGINT, debug=False)
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        _say(f"error: {type(error).__name__}: {_first_lines(str(error))}\n(--debug shows the traceback)")
-        return 1
+        text = f"error: {type(error).__name__}: {_first_lines(str(error))}\n(--debug shows the traceback)"
+        return _fail(error, text, 1, debug)
+
+
+def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
+    """Say why once per job, and return the exit code; a rank among others does not wait for them."""
+    distributed = sys.modules.get("halfbyte.distributed")
+    if debug:
+        traceback.print_exception(error)
+    if distributed is None:
+        _say(message)
+        return code
+    explanation = distributed.explain(error)
+    if not isinstance(error, distributed.FailedElsewhereError) and distributed.speaks_first():
+        print(message if explanation is None else f"{message}\n{explanation}", file=sys.stderr)
+    distributed.leave(code)
+    return code
 
 
 def _run(arguments: list[str]) -> int:

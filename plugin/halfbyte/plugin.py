@@ -177,7 +177,7 @@ class QLoRAPlugin(ModelConfig):
         ``args`` is taken as given; what must change for 4-bit training is changed and said in one line each.
         """
         distributed.refuse_unsupported()
-        distributed.strategy_in_force()
+        distributed.strategy_in_force(on_cpu=args.use_cpu)
         _, adapter = self.resolve(model)
         for line in self._mend(args):
             _say(line)

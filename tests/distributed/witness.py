@@ -18,7 +18,10 @@ from halfbyte_recipes.dpo import recipe as dpo_recipe
 from halfbyte_recipes.sft import SFTArguments
 from halfbyte_recipes.sft import recipe as sft_recipe
 
-ENTRY_POINTS = {"witness-sft": "tests.distributed.witness:sft", "witness-dpo": "tests.distributed.witness:dpo"}
+ENTRY_POINTS = {
+    "witness-sft": "tests.distributed.witness:sft",
+    "witness-dpo": "tests.distributed.witness:dpo",
+}
 
 
 @dataclass

@@ -12,6 +12,10 @@ from halfbyte.errors import UserError
 T = TypeVar("T")
 
 
+class FailedElsewhereError(UserError):
+    """This rank did nothing wrong: another one failed, and says so itself."""
+
+
 def agree(value: T) -> T:
     """Return rank 0's ``value`` on every rank."""
     box = [value]
@@ -38,6 +42,6 @@ def on_every_rank(what: str) -> Iterator[None]:
     if PartialState().num_processes > 1:
         failures = [message for message in gather(f"{failure}" if failure else None) if message]
         if failures and failure is None:
-            raise UserError(f"another rank failed while {what}: {failures[0].splitlines()[0]}")
+            raise FailedElsewhereError(f"another rank failed while {what}: {failures[0].splitlines()[0]}")
     if failure is not None:
         raise failure
