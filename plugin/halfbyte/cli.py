@@ -16,6 +16,8 @@ USAGE = """\
 usage: halfbyte RECIPE --config FILE [--key value ...]   train
        halfbyte RECIPE --help                            every option of a recipe
        halfbyte recipes [--json]                         the installed recipes
+       halfbyte doctor [--launch FILE] [--json]          is this machine ready, and what would a launch file run
+       halfbyte cache ls|rm                              the bases that were quantized before
        halfbyte demo [--output_dir DIR]                  the offline quick start: base, sft, dpo
 
 On several processes: accelerate launch --config_file launch/ddp.yaml -m halfbyte RECIPE --config FILE
@@ -69,6 +71,14 @@ def _run(arguments: list[str]) -> int:
         from halfbyte import demo
 
         return demo.main(rest)
+    if name == "cache":
+        from halfbyte.quantization import cache
+
+        return cache.main(rest)
+    if name == "doctor":
+        from halfbyte.plan import doctor
+
+        return doctor.main(rest)
     if name in recipes.COMMANDS:
         raise UserError(f"`halfbyte {name}` is announced but not part of this version; see README.md")
     if name.startswith("-"):

@@ -23,6 +23,7 @@ _FAILED = "halfbyte/failed"
 _SPOKEN = "halfbyte/spoken"
 _BEAT = "halfbyte/beat"
 _SECONDS = 1.0
+_SILENCE = 5.0
 # A rank that learns of another's failure has this long to end by itself.
 _GRACE = 5.0
 
@@ -83,6 +84,7 @@ class Beat:
     where: str
     place: str
     since: float
+    said: float
 
 
 def describe(beats: dict[int, Beat], world_size: int) -> str:
@@ -97,9 +99,10 @@ def describe(beats: dict[int, Beat], world_size: int) -> str:
 
 
 def stragglers(beats: dict[int, Beat]) -> list[int]:
-    """The ranks that have done less than the furthest."""
+    """The ranks that have done less than the furthest, or have fallen silent: their process stands still."""
     most = max((beat.mark for beat in beats.values()), default=0)
-    return sorted(rank for rank, beat in beats.items() if beat.mark < most)
+    latest = max((beat.said for beat in beats.values()), default=0)
+    return sorted(r for r, beat in beats.items() if beat.mark < most or latest - beat.said > _SILENCE)
 
 
 class Watch(TrainerCallback):
@@ -109,7 +112,7 @@ class Watch(TrainerCallback):
         self._timeout = timeout
         self._mark = 0.0
         self._doing = "starting"
-        self._since = time.monotonic()
+        self._since = time.time()
         self._over = threading.Event()
         self._main = threading.main_thread().ident
         self._handle: Any = None
@@ -121,6 +124,7 @@ class Watch(TrainerCallback):
         self._state = state
         self._handle = model.register_forward_hook(self._forward_done)
         self._over.clear()
+        self._write(_store(), dist.get_rank())
         threading.Thread(target=self._run, name="halfbyte-watch", daemon=True).start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -139,7 +143,7 @@ class Watch(TrainerCallback):
             self._step(self._mark + 1e-6, f"step {self._state.global_step + 1}, backward")
 
     def _step(self, mark: float, doing: str) -> None:
-        self._mark, self._doing, self._since = mark, doing, time.monotonic()
+        self._mark, self._doing, self._since = mark, doing, time.time()
 
     # What the thread does.
 
@@ -150,7 +154,7 @@ class Watch(TrainerCallback):
                 self._write(store, rank)
                 if store.check([_FAILED]):
                     self._leave_after_grace()
-                if time.monotonic() - self._since > self._timeout:
+                if time.time() - self._since > self._timeout:
                     self._report_stuck(store, rank, world_size)
         except (RuntimeError, ValueError, OSError):
             # The store is gone: so is the launcher, or the node it ran on.
@@ -158,13 +162,15 @@ class Watch(TrainerCallback):
 
     def _write(self, store: dist.Store, rank: int) -> None:
         place = f"{socket.gethostname()}, process {os.getpid()}"
-        waited = time.monotonic() - self._since
-        store.set(f"{_BEAT}/{rank}", json.dumps([self._mark, self._doing, self._frame(), place, waited]))
+        store.set(
+            f"{_BEAT}/{rank}",
+            json.dumps([self._mark, self._doing, self._frame(), place, self._since, time.time()]),
+        )
 
     def _report_stuck(self, store: dist.Store, rank: int, world_size: int) -> None:
         beats = _read(store)
         behind = stragglers(beats)
-        stuck = [r for r in behind if beats[r].since > self._timeout]
+        stuck = [r for r in behind if time.time() - beats[r].since > self._timeout]
         if len(beats) == world_size and not stuck:
             return  # all ranks are at the same place: a long evaluation, or the collective's own timeout ends it
         if store.add(_SPOKEN, 1) == 1:
