@@ -1,6 +1,7 @@
 """Shared fixtures: the offline environment, and tiny models saved once for the whole run."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     WANDB_MODE="disabled",
+    # Bases of tiny models are no use to anyone's later runs.
+    XDG_CACHE_HOME=tempfile.mkdtemp(prefix="halfbyte-cache-"),
 )
 
 import pytest

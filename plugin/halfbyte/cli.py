@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import traceback
 
 from halfbyte import recipe as recipes
@@ -17,13 +16,13 @@ USAGE = """\
 usage: halfbyte RECIPE --config FILE [--key value ...]   train
        halfbyte RECIPE --help                            every option of a recipe
        halfbyte recipes [--json]                         the installed recipes
+       halfbyte doctor [--launch FILE] [--json]          is this machine ready, and what would a launch file run
+       halfbyte cache ls|rm                              the bases that were quantized before
        halfbyte demo [--output_dir DIR]                  the offline quick start: base, sft, dpo
 
 On several processes: accelerate launch --config_file launch/ddp.yaml -m halfbyte RECIPE --config FILE
 --debug shows tracebacks. Exit codes: 0 done, 2 a mistake in the input, 130 SIGINT, 143 SIGTERM, 1 anything else.
 """
-
-GRACE_SECONDS = 10
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,21 +32,29 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(arguments)
     except UserError as error:
-        if debug:
-            traceback.print_exc()
-        _leave_it_to_the_first_rank()
-        _say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        if _local_rank() == 0:
-            _say("interrupted")
-        return 128 + signal.SIGINT
+        return _fail(error, f"error: {error}", 2, debug)
+    except KeyboardInterrupt as interrupt:
+        return _fail(interrupt, "interrupted", 128 + signal.SIGINT, debug=False)
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        _say(f"error: {type(error).__name__}: {_first_lines(str(error))}\n(--debug shows the traceback)")
-        _leave_it_to_the_first_rank()
-        return 1
+        text = f"error: {type(error).__name__}: {_first_lines(str(error))}\n(--debug shows the traceback)"
+        return _fail(error, text, 1, debug)
+
+
+def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
+    """Say why once per job, and return the exit code; a rank among others does not wait for them."""
+    distributed = sys.modules.get("halfbyte.distributed")
+    if debug:
+        traceback.print_exception(error)
+    if distributed is None:
+        _say(message)
+        return code
+    explanation = distributed.explain(error)
+    if not isinstance(error, distributed.FailedElsewhereError) and distributed.speaks_first():
+        rank = os.environ.get("RANK", "0")
+        head = "" if rank == "0" else f"rank {rank}: "
+        print(f"{head}{message}" if explanation is None else f"{head}{message}\n{explanation}", file=sys.stderr)
+    distributed.leave(code)
+    return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -66,6 +73,14 @@ def _run(arguments: list[str]) -> int:
         from halfbyte import demo
 
         return demo.main(rest)
+    if name == "cache":
+        from halfbyte.quantization import cache
+
+        return cache.main(rest)
+    if name == "doctor":
+        from halfbyte.plan import doctor
+
+        return doctor.main(rest)
     if name in recipes.COMMANDS:
         raise UserError(f"`halfbyte {name}` is announced but not part of this version; see README.md")
     if name.startswith("-"):
@@ -107,22 +122,9 @@ def _list(arguments: list[str]) -> int:
 
 
 def _say(message: str) -> None:
-    head = f"rank {os.environ.get('RANK', _local_rank())}: " if _local_rank() else ""
-    print(f"{head}{message}", file=sys.stderr, flush=True)
-
-
-def _leave_it_to_the_first_rank() -> None:
-    """On any local rank but the first, wait a while before ending.
-
-    The launcher kills all ranks as soon as one ends. The first rank makes the same mistake and says so, and
-    after a failure elsewhere it records what became of the run; a rank still alive after that is on its own.
-    """
-    if _local_rank():
-        time.sleep(GRACE_SECONDS)
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Print to standard error, once per job: under a launcher only the first local rank speaks."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(message, file=sys.stderr)
 
 
 def _first_lines(text: str, lines: int = 8) -> str:

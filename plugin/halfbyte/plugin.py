@@ -178,7 +178,7 @@ class QLoRAPlugin(ModelConfig):
         ``args`` is taken as given; what must change for 4-bit training is changed and said in one line each.
         """
         distributed.refuse_unsupported()
-        strategy = distributed.strategy_in_force()
+        strategy = distributed.strategy_in_force(on_cpu=args.use_cpu)
         if strategy.name in distributed.SHARDED:
             distributed.check_quantized(strategy.name, self.load_in_4bit)
             distributed.check_optimizer(str(getattr(args.optim, "value", args.optim)))

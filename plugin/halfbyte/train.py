@@ -53,16 +53,16 @@ def main(name: str, recipe: Recipe, argv: list[str]) -> int:
     )
     _quieten()
     distributed.refuse_unsupported()
+    on_cpu = bool("use_cpu" in settings.given and settings["use_cpu"])
     lines = decide(settings)
     script, training, plugin, mixture = settings.build()
-    strategy = distributed.strategy_in_force()
+    strategy = distributed.strategy_in_force(on_cpu=on_cpu)
     _hide_hub_token(training)
     run = Run(name, recipe, script, training, plugin, mixture, settings.resolved())
-    try:
-        _train(run, strategy, lines)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    _train(run, strategy, lines)
+    if torch.distributed.is_initialized():
+        # Only when all went well: a rank that failed leaves without waiting for the others.
+        torch.distributed.destroy_process_group()
     return 0
 
 
@@ -78,9 +78,16 @@ def training_defaults(cls: type) -> dict[str, Any]:
 
 def decide(settings: Settings) -> list[str]:
     """Settle what depends on this machine: device, precision, optimizer, trackers. Return lines to print."""
+    for key in ("fsdp", "fsdp_config", "deepspeed"):
+        if key in settings.given:
+            raise UserError(
+                f"{settings.given[key]}: {key}: how processes share the work is the launcher's to say; take it out, "
+                f"and launch with a file of launch/ (see README.md, Support)"
+            )
     if not torch.cuda.is_available():
         settings.set_default("use_cpu", True)
     on_cpu = bool(settings["use_cpu"])
+    distributed.record_flights()
     state = PartialState(cpu=on_cpu, **_process_group(settings, on_cpu))
     lines = [_decide_precision(settings, state.device)]
     if zero3.requested():
@@ -101,11 +108,8 @@ def decide(settings: Settings) -> list[str]:
 
 
 def _process_group(settings: Settings, on_cpu: bool) -> dict[str, Any]:
-    return (
-        {"backend": settings["ddp_backend"]}
-        if on_cpu
-        else {"timeout": timedelta(seconds=settings["ddp_timeout"])}
-    )
+    timeout = timedelta(seconds=settings["ddp_timeout"])
+    return {"timeout": timeout, **({"backend": settings["ddp_backend"]} if on_cpu else {})}
 
 
 def _decide_precision(settings: Settings, device: torch.device) -> str:
@@ -130,6 +134,7 @@ def _decide_precision(settings: Settings, device: torch.device) -> str:
         settings.override("fp16", dtype == "float16" and device.type == "cuda")
     elif "bf16" not in given:
         settings.override("bf16", False if settings["fp16"] else dtype == "bfloat16")
+    distributed.refuse_precision(dtype, why)
     return f"compute dtype: {dtype} ({why})"
 
 
@@ -164,6 +169,7 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
     )
     tracker = tracking.track(trainer, record)
     distributed.watch_invariants(trainer, on_begin=lambda facts: record.update(strategy=facts))
+    distributed.watch(trainer, training.ddp_timeout, on_failure=lambda: tracker.finish("failed"))
     try:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.eval_dataset is not None and not _evaluated_last(trainer):

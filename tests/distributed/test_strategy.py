@@ -1,56 +1,130 @@
-"""Which launches are refused, and what a run says of its own."""
-
-from pathlib import Path
+"""What is in force is held to what was asked for, and every refusal says what to write."""
 
 import pytest
-import torch
 
-from halfbyte import distributed
-from halfbyte.cli import main
+from halfbyte.distributed import support
+from halfbyte.distributed.launcher import Request
+from halfbyte.distributed.strategy import (
+    Strategy,
+    difference,
+    refuse_precision,
+    refuse_unsupported,
+    strategy_in_force,
+)
 from halfbyte.errors import UserError
+
+ONE, TWO = Strategy("single", 1, "cpu"), Strategy("ddp", 2, "cpu")
 
 
 @pytest.mark.parametrize(
-    ("variable", "name"),
+    ("request_", "force", "words"),
     [
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        (Request("ddp", 2, launcher="accelerate", use_cpu=True), ONE, "asked for 2 processes, but this one trains alone"),
+        (Request("ddp", 2, launcher="torchrun"), ONE, "started 2 processes, but 1 train together"),
+        (Request("ddp", 4, launcher="torchrun"), TWO, "started 4 processes, but 2 train together"),
+        (Request("ddp", 2, launcher="srun"), ONE, "srun started 2 tasks"),
+        (Request("fsdp2", 2), TWO, "FSDP2 was asked for, but DDP is in force"),
+        (Request("zero3", 1), ONE, "ZeRO-3 was asked for, but one process is in force"),
+        (Request("ddp", 2, use_cpu=False, launcher="accelerate"), TWO, "on GPUs were asked for, and this machine shows none"),
+    ],
+)  # fmt: skip
+def test_a_difference_is_named_with_the_mend(request_: Request, force: Strategy, words: str) -> None:
+    problem = difference(request_, force, cpu_wanted=False)
+    assert problem is not None
+    assert words in problem
+    assert "launch/" in problem
+    assert len(problem.splitlines()) <= 10
+
+
+@pytest.mark.parametrize(
+    ("request_", "force"),
+    [
+        (Request(), ONE),
+        (Request("ddp", 1, launcher="torchrun"), ONE),
+        (Request("ddp", 2, use_cpu=True, launcher="accelerate"), TWO),
+        (Request("ddp", 2, launcher="torchrun"), TWO),
+        (Request("ddp", 2, use_cpu=False, launcher="accelerate"), Strategy("ddp", 2, "NVIDIA H200")),
+        (Request("fsdp2", 2, use_cpu=False), Strategy("fsdp2", 2, "NVIDIA H200")),
+        (Request("single", 1, use_cpu=False, launcher="accelerate"), ONE),
     ],
 )
-def test_an_unproven_strategy_is_refused(variable: str, name: str) -> None:
-    for value in ("true", "True", "1"):
-        with pytest.raises(UserError, match=rf"launched under {name}.*--config_file launch/ddp\.yaml"):
-            distributed.refuse_unsupported({variable: value})
-    distributed.refuse_unsupported({variable: "false"})
-    distributed.refuse_unsupported({})
+def test_what_was_asked_for_runs(request_: Request, force: Strategy) -> None:
+    assert difference(request_, force, cpu_wanted=False) is None
 
 
-def test_a_refused_launch_ends_with_2_and_writes_nothing(
-    tmp_path: Path, model_dir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    output = tmp_path / "run"
-    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", str(tmp_path))
-    assert main(["sft", *options, "--output_dir", str(output)]) == 2
-    assert "error: this run was launched under FSDP" in capsys.readouterr().err
-    assert not output.exists()
+def test_cpus_are_no_mistake_when_the_run_asks_for_them() -> None:
+    assert difference(Request("ddp", 2, use_cpu=False, launcher="accelerate"), TWO, cpu_wanted=True) is None
 
 
-def test_processes_that_do_not_train_together_are_refused() -> None:
-    with pytest.raises(UserError, match=r"started 2 processes, but 1 train together.*launch/cpu\.yaml"):
-        distributed.strategy_in_force({"WORLD_SIZE": "2"})
+def test_several_machines_get_their_own_file() -> None:
+    problem = difference(Request("ddp", 2, machines=2, launcher="accelerate"), ONE, cpu_wanted=False)
+    assert problem is not None
+    assert "launch/multi_node.yaml" in problem
 
 
-def test_one_process_is_single() -> None:
-    strategy = distributed.strategy_in_force({})
-    assert strategy.as_dict() == {"name": "single", "world_size": 1}
-    if not torch.cuda.is_available():
-        assert strategy.device == "cpu"
+def test_two_unsynchronised_trainers_are_stopped() -> None:
+    with pytest.raises(UserError, match="started 2 processes, but 1 train together"):
+        strategy_in_force(environment={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
 
 
-def test_agreements_of_one_rank_are_its_own() -> None:
-    assert distributed.agree({"dtype": "float32"}) == {"dtype": "float32"}
-    assert distributed.gather(3) == [3]
-    with pytest.raises(ZeroDivisionError), distributed.on_every_rank("dividing"):
-        1 / 0  # noqa: B018
+@pytest.mark.parametrize(
+    ("launched", "dtype", "fits"),
+    [
+        ("no", "float32", True),
+        ("bf16", "bfloat16", True),
+        ("bf16", "float32", False),
+        ("fp8", "bfloat16", False),
+    ],
+)
+def test_the_launchers_precision_is_the_runs(launched: str, dtype: str, fits: bool) -> None:
+    environment = {"ACCELERATE_MIXED_PRECISION": launched}
+    if fits:
+        refuse_precision(dtype, "as given", environment)
+    else:
+        with pytest.raises(UserError, match=f"mixed_precision {launched}.*{dtype}"):
+            refuse_precision(dtype, "as given", environment)
+
+
+LAUNCHED = {
+    "fsdp1": {"ACCELERATE_USE_FSDP": "true"},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "megatron": {"ACCELERATE_USE_MEGATRON_LM": "true"},
+    "parallelism": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+    "other": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
+}
+
+
+@pytest.mark.parametrize("strategy", LAUNCHED)
+def test_a_launch_runs_or_is_refused_as_the_table_says(strategy: str) -> None:
+    row = support.find(strategy)
+    if row.supported:
+        refuse_unsupported(LAUNCHED[strategy])
+    else:
+        with pytest.raises(UserError) as caught:
+            refuse_unsupported(LAUNCHED[strategy])
+        assert row.reason in str(caught.value)
+        assert "launch/" in str(caught.value)
+
+
+@pytest.mark.parametrize("row", support.TABLE, ids=lambda r: f"{r.strategy}-{r.storage}-{r.optimizer}")
+def test_every_row_decides_for_its_own_combination(row: support.Combination) -> None:
+    storage = "uint8" if row.storage == support.ANY else row.storage
+    optimizer = "32-bit" if row.optimizer == support.ANY else row.optimizer
+    found = support.find(row.strategy, storage, optimizer)
+    assert found == row
+    if row.supported:
+        support.require(row.strategy, storage, optimizer)
+    else:
+        assert row.instead
+        with pytest.raises(UserError, match=r"which is refused: .*; instead: "):
+            support.require(row.strategy, storage, optimizer)
+
+
+def test_readme_holds_the_table() -> None:
+    from pathlib import Path
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert support.markdown() in readme, "put this into README.md:\n" + support.markdown()

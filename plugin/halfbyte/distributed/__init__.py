@@ -1,28 +1,37 @@
 """What this process was launched as, and whether 4-bit training is right under it."""
 
 from halfbyte.distributed.invariants import watch_invariants
-from halfbyte.distributed.ranks import agree, gather, on_every_rank
+from halfbyte.distributed.ranks import FailedElsewhereError, agree, gather, on_every_rank
 from halfbyte.distributed.sharded_optimizers import check_optimizer
 from halfbyte.distributed.sharded_weights import gathered_adapters, save_adapters_whole
 from halfbyte.distributed.strategy import (
     SHARDED,
     Strategy,
     check_quantized,
+    refuse_precision,
     refuse_unsupported,
     strategy_in_force,
 )
+from halfbyte.distributed.watch import explain, leave, record_flights, speaks_first, watch
 
 __all__ = [
     "SHARDED",
+    "FailedElsewhereError",
     "Strategy",
     "agree",
     "check_optimizer",
     "check_quantized",
+    "explain",
     "gather",
     "gathered_adapters",
+    "leave",
     "on_every_rank",
+    "record_flights",
+    "refuse_precision",
     "refuse_unsupported",
     "save_adapters_whole",
+    "speaks_first",
     "strategy_in_force",
+    "watch",
     "watch_invariants",
 ]

@@ -17,6 +17,10 @@ _POLL_SECONDS = 0.05
 _blocks = itertools.count()  # every rank runs the same blocks in the same order
 
 
+class FailedElsewhereError(UserError):
+    """This rank did nothing wrong: another one failed, and says so itself."""
+
+
 def agree(value: T) -> T:
     """Return rank 0's ``value`` on every rank."""
     box = [value]
@@ -58,8 +62,8 @@ def on_every_rank(what: str) -> Iterator[None]:
     raise _another(what, store.get(failed))
 
 
-def _another(what: str, message: bytes) -> UserError:
-    return UserError(f"another rank failed while {what}: {message.decode()}")
+def _another(what: str, message: bytes) -> FailedElsewhereError:
+    return FailedElsewhereError(f"another rank failed while {what}: {message.decode()}")
 
 
 def _first_line(error: Exception) -> str:

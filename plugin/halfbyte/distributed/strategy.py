@@ -1,6 +1,7 @@
-"""The strategy a run was launched under: which one is in force, and which ones are refused."""
+"""The strategy a run was launched under, held to the one in force: any difference stops the run."""
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,18 +9,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from halfbyte.distributed import fsdp2, zero3
+from halfbyte.distributed import fsdp2, support, zero3
+from halfbyte.distributed.launcher import Request, requested
+from halfbyte.distributed.ranks import on_every_rank
 from halfbyte.errors import UserError
 
 # Strategies that divide the base over the ranks.
 SHARDED = ("fsdp2", "zero3")
 
-_DDP_LINE = "accelerate launch --config_file launch/ddp.yaml -m halfbyte ..."
-
-# Launchers that make a 4-bit run wrong in stock accelerate and are not proven here yet.
-REFUSED = {
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: it does not load 4-bit bases",
-}
+_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 
 
 @dataclass(frozen=True)
@@ -35,49 +33,13 @@ class Strategy:
 
 
 def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise :class:`UserError` if the launcher asked for a strategy that is refused."""
-    for variable, reason in REFUSED.items():
-        if environment.get(variable, "false").lower() in ("1", "true", "yes"):
-            raise UserError(f"this run was launched under {reason}; launch it with DDP: {_DDP_LINE}")
-    if fsdp2.requested(environment):
+    """Raise :class:`UserError` if the launcher asked for a strategy that is refused whatever else is set."""
+    strategy = _known(requested(environment).strategy)
+    support.require(strategy)
+    if strategy == "fsdp2":
         fsdp2.refuse_unsupported(environment)
-    if zero3.requested(environment):
+    if strategy == "zero3":
         zero3.refuse_unsupported(environment)
-
-
-def strategy_in_force(environment: Mapping[str, str] = os.environ) -> Strategy:
-    """Return the strategy of the running process group.
-
-    Raises :class:`UserError` when the launcher started more processes than train together: each would
-    train alone and overwrite the others' results.
-    """
-    state = PartialState()
-    launched = int(environment.get("WORLD_SIZE", "1"))
-    if launched != state.num_processes:
-        raise UserError(
-            f"the launcher started {launched} processes, but {state.num_processes} train together: without a GPU "
-            f"a launch needs `use_cpu: true`, as in launch/cpu.yaml"
-        )
-    if state.distributed_type == DistributedType.NO:
-        name = "single"
-    elif zero3.requested(environment):
-        name = "zero3"
-    elif state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP) and fsdp2.requested(
-        environment
-    ):
-        name = "fsdp2"
-    elif state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        name = "ddp"
-    else:
-        raise UserError(
-            f"4-bit training under {state.distributed_type.value} is not proven; use DDP: {_DDP_LINE}"
-        )
-    if fsdp2.requested(environment) and name != "fsdp2":
-        raise UserError(
-            f"FSDP2 was asked for, but {name} is in force: accelerate shards on GPUs only, and on CPUs silently does "
-            f"not; on CPUs launch with `accelerate launch --config_file launch/cpu.yaml -m halfbyte ...`"
-        )
-    return Strategy(name, state.num_processes, device_name(state.device))
 
 
 def check_quantized(strategy: str, load_in_4bit: bool) -> None:
@@ -85,10 +47,118 @@ def check_quantized(strategy: str, load_in_4bit: bool) -> None:
     if not load_in_4bit:
         raise UserError(
             f"load_in_4bit: false under {strategy}: only 4-bit bases with adapters are proven there; take it out, or "
-            f"launch with DDP: {_DDP_LINE}"
+            f"launch with DDP: {support.DDP}"
         )
+
+
+def strategy_in_force(*, on_cpu: bool = False, environment: Mapping[str, str] = os.environ) -> Strategy:
+    """Return the strategy of the running process group, on every rank.
+
+    ``on_cpu`` says that the user wrote ``use_cpu: true``. Raises :class:`UserError` on all ranks when what
+    is in force is not what was asked for: then one process trains for two, or each rank trains alone and
+    overwrites the others' results.
+    """
+    state = PartialState()
+    with on_every_rank("checking what was launched"):
+        request = requested(environment)
+        name = _name(request.strategy, state.distributed_type)
+        strategy = Strategy(name, state.num_processes, device_name(state.device))
+        if (problem := difference(request, strategy, on_cpu or _cpu_wanted(state))) is not None:
+            raise UserError(problem)
+        support.require(_known(name))
+        if state.distributed_type == DistributedType.NO and state.device.type == "cuda":
+            _require_one_gpu(torch.cuda.device_count())
+    return strategy
+
+
+def difference(request: Request, force: Strategy, cpu_wanted: bool) -> str | None:
+    """What was asked for and is not in force, with the command line that gives it; None if all is as asked."""
+    processes = request.processes
+    if force.world_size != processes:
+        if request.launcher == "srun":
+            return (
+                f"srun started {processes} tasks, but each would train alone: let every node start one launcher, "
+                f"as launch/slurm.sh does"
+            )
+        if force.world_size == 1 and request.launcher == "accelerate":
+            return (
+                f"the launcher was asked for {processes} processes, but this one trains alone: accelerate starts "
+                f"one process for `--cpu` and MULTI_CPU, and does not join ranks on CPUs without `use_cpu: true`; "
+                f"instead: {command_line('cpu.yaml', processes, request.machines)}"
+            )
+        return (
+            f"the launcher started {processes} processes, but {force.world_size} train together: without a GPU "
+            f"a launch needs `use_cpu: true`; instead: {command_line('cpu.yaml', processes, request.machines)}"
+        )
+    if request.strategy not in (force.name, "single", "ddp"):
+        name = support.STRATEGIES.get(request.strategy, request.strategy)
+        return (
+            f"{name} was asked for, but {support.STRATEGIES[force.name]} is in force: accelerate shards on GPUs "
+            f"only, and says nothing; instead: {command_line('cpu.yaml', processes, request.machines)}"
+        )
+    if request.use_cpu is False and processes > 1 and force.device == "cpu" and not cpu_wanted:
+        return (
+            f"{processes} processes on GPUs were asked for, and this machine shows none; to train on CPUs: "
+            f"{command_line('cpu.yaml', processes, request.machines)}"
+        )
+    return None
+
+
+def refuse_precision(dtype: str, why: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise :class:`UserError` if the launcher sets a mixed precision other than the run's ``dtype``."""
+    launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched != "no" and _PRECISIONS.get(launched) != dtype:
+        wanted = _PRECISIONS.get(launched)
+        mend = f", or write `dtype: {wanted}`" if wanted else ""
+        raise UserError(
+            f"the launcher sets mixed_precision {launched}, but the run computes in {dtype} ({why}): "
+            f"give the launcher `--mixed_precision no`{mend}"
+        )
+
+
+def command_line(file: str, processes: int, machines: int = 1) -> str:
+    """The ``accelerate launch`` line that starts this same command on ``processes``."""
+    recipe = next((word for word in sys.argv[1:] if not word.startswith("-")), "RECIPE")
+    if machines > 1:
+        file = "multi_node.yaml"
+    return (
+        f"accelerate launch --config_file launch/{file} --num_processes {processes} -m halfbyte {recipe} ..."
+    )
 
 
 def device_name(device: torch.device) -> str:
     """A name for people: the GPU's model, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _known(strategy: str) -> str:
+    return strategy if strategy in support.STRATEGIES else "other"
+
+
+def _name(request: str, kind: DistributedType) -> str:
+    """The strategy that a process group of ``kind`` will have once the trainer has prepared the model."""
+    if kind == DistributedType.DEEPSPEED or (request.startswith("zero") and kind != DistributedType.NO):
+        return request
+    if kind == DistributedType.NO:
+        return "single"
+    if kind == DistributedType.MULTI_CPU:
+        return "ddp"
+    if kind in (DistributedType.MULTI_GPU, DistributedType.FSDP):
+        return request if request.startswith(("fsdp", "megatron", "parallelism")) else "ddp"
+    return "other"
+
+
+def _cpu_wanted(state: PartialState) -> bool:
+    # A GPU-like process group over CPU ranks is nobody's accident.
+    return state.distributed_type != DistributedType.MULTI_CPU
+
+
+def _require_one_gpu(visible: int) -> None:
+    """One process that sees several GPUs would be wrapped in ``nn.DataParallel`` by the trainer."""
+    if visible > 1:
+        reason = support.find("data_parallel").reason
+        raise UserError(
+            f"one process was started, and it sees {visible} GPUs: the trainer would wrap the model in "
+            f"nn.DataParallel, which is refused ({reason}); instead: {command_line('ddp.yaml', visible)}, "
+            f"or CUDA_VISIBLE_DEVICES=0 for one GPU"
+        )

@@ -16,7 +16,7 @@ def fingerprint(name_or_path: str, revision: str = "main") -> str | None:
     evenly spaced blocks of 64 KiB, with their sizes: milliseconds for a checkpoint of any size, and two
     different trainings never agree on all samples.
     """
-    directory = _directory(name_or_path, revision)
+    directory = directory_of(name_or_path, revision)
     if directory is None:
         return None
     digest = hashlib.sha256()
@@ -31,7 +31,7 @@ def fingerprint(name_or_path: str, revision: str = "main") -> str | None:
     return digest.hexdigest()
 
 
-def _directory(name_or_path: str, revision: str) -> Path | None:
+def directory_of(name_or_path: str, revision: str) -> Path | None:
     """The local directory, or the hub cache's snapshot, that holds the checkpoint."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path) if (Path(name_or_path) / "config.json").is_file() else None

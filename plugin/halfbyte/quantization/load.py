@@ -1,5 +1,8 @@
 """Load a base model for this rank: quantized on the way in, or as it was quantized before."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -13,8 +16,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import cached_file
 
 from halfbyte.errors import UserError
+from halfbyte.quantization import store
 
 
 def load_base(
@@ -51,18 +56,49 @@ def load_base(
         _check_own_quantization(name_or_path, own, quantization)
         if quantization is not None and own is None:
             model_init_kwargs["quantization_config"] = quantization
-        model = auto.from_pretrained(
-            name_or_path,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            # Under gloo accelerate numbers even the CPU, which as a device map would mean a GPU.
-            # Under ZeRO-3 transformers takes no device map, and loads onto this rank's device by itself.
-            device_map=None
-            if is_deepspeed_zero3_enabled()
-            else {"": "cpu" if device.type == "cpu" else device},
-            **model_init_kwargs,
-        )
+
+        def load(
+            source: str | Path, *, revision: str = "main", to: torch.device = device, **more: Any
+        ) -> Any:
+            return auto.from_pretrained(
+                source,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype,
+                # Under gloo accelerate numbers even the CPU, which as a device map would mean a GPU.
+                # Under ZeRO-3 transformers takes no device map, and loads onto this rank's device by itself.
+                device_map=None
+                if is_deepspeed_zero3_enabled()
+                else {"": "cpu" if to.type == "cpu" else to},
+                **more,
+            )
+
+        # What else could change the model's bytes is not in the store's key.
+        # Under ZeRO-3 a loaded base is divided already: no rank has it whole to keep.
+        plain = not (classification or trust_remote_code or is_deepspeed_zero3_enabled())
+        keepable = plain and set(model_init_kwargs) <= {"quantization_config", "attn_implementation"}
+        description = None
+        if quantization is not None and quantization.load_in_4bit and own is None and keepable:
+            _download(name_or_path, revision)
+            settings = {**quantization.to_dict(), "dtype": dtype, "device": device.type}
+            description = store.describe(name_or_path, revision, settings)
+        if description is None:
+            model = load(name_or_path, revision=revision, **model_init_kwargs)
+        else:
+            model_init_kwargs.pop("quantization_config")
+
+            def reload(entry: Path, to: torch.device = device) -> PreTrainedModel:
+                return load(entry, to=to, **model_init_kwargs)
+
+            options = {"quantization_config": quantization, **model_init_kwargs}
+            model = store.obtain(
+                description,
+                lambda: load(name_or_path, revision=revision, **options),
+                reload,
+                lambda made, entry: _save(made, entry, reload),
+            )
+            # What is trained on this base must name the base, not the store.
+            model.name_or_path = model.config._name_or_path = name_or_path
     except UserError:
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -76,6 +112,38 @@ def load_base(
     model.config.use_cache = False
     _prepare_linears(model, dtype)
     return model
+
+
+def _download(name: str, revision: str) -> None:
+    """Bring the weight files of a hub model here, so that the store can tell what they are."""
+    if Path(name).is_dir():
+        return
+    index = cached_file(
+        name, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    shards = {"model.safetensors"}
+    if index is not None:
+        shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    for shard in sorted(shards):
+        cached_file(name, shard, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def _save(model: PreTrainedModel, entry: Path, reload: Callable[..., PreTrainedModel]) -> None:
+    """Write ``model`` to ``entry``; ValueError if it would not load as the same bytes."""
+    model.save_pretrained(entry, max_shard_size="4GB")
+    written = reload(entry, torch.device("cpu")).state_dict()
+    told = model.state_dict()
+    if written.keys() != told.keys():
+        raise ValueError("saved and loaded again, this architecture has other weights")
+    for name, tensor in told.items():
+        if not _same_bytes(tensor, written[name]):
+            raise ValueError(f"saved and loaded again, {name} is not the same")
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(t.cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
 def _own_quantization(config: Any) -> dict[str, Any] | None:

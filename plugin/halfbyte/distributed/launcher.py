@@ -1,0 +1,169 @@
+"""What the launcher was asked for: read from the environment it left, and from its own command line.
+
+The command line is needed because some launches leave no trace: ``accelerate launch --cpu
+--num_processes 2`` starts one process, with an environment that says nothing of a second.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+_WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_DISTRIBUTED_TYPES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "MEGATRON_LM": "megatron"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. ``use_cpu`` is None where the launcher does not say."""
+
+    strategy: str = "single"
+    processes: int = 1
+    machines: int = 1
+    use_cpu: bool | None = None
+    mixed_precision: str = "no"
+    launcher: str | None = None
+
+
+def requested(environment: Mapping[str, str] = os.environ, parent: psutil.Process | None = None) -> Request:
+    """What this process was launched as, whichever of the environment and the command line asks for more."""
+    found = from_environment(environment)
+    parent = parent or psutil.Process().parent()
+    try:
+        words, name, cwd = parent.cmdline(), parent.name(), parent.cwd()
+    except (psutil.Error, AttributeError, OSError):
+        return found  # the launcher is gone, or is another user's
+    launched = accelerate_arguments(words)
+    if launched is not None:
+        written = from_command_line(launched, Path(cwd))
+        return found if written is None else _merge(found, written)
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if name == "slurmstepd" and found.processes == 1 and tasks > 1:
+        # srun alone: every task is this same command, and none knows of the others.
+        return Request("ddp", tasks, launcher="srun")
+    return found
+
+
+def from_environment(environment: Mapping[str, str]) -> Request:
+    """What the variables say that accelerate, torchrun and MPI set for a rank."""
+    processes = max(int(environment.get(name) or 1) for name in _WORLD_SIZES)
+    local = int(environment.get("LOCAL_WORLD_SIZE") or processes)
+    if _on(environment, "ACCELERATE_USE_DEEPSPEED"):
+        strategy = f"zero{_zero_stage(environment)}"
+    elif _on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        strategy = "parallelism"
+    elif _on(environment, "ACCELERATE_USE_FSDP"):
+        strategy = f"fsdp{environment.get('FSDP_VERSION', '1')}"
+    elif _on(environment, "ACCELERATE_USE_MEGATRON_LM"):
+        strategy = "megatron"
+    else:
+        strategy = "ddp" if processes > 1 or "LOCAL_RANK" in environment else "single"
+    return Request(
+        strategy,
+        processes,
+        machines=max(1, processes // max(1, local)),
+        use_cpu=_on(environment, "ACCELERATE_USE_CPU") or None,
+        mixed_precision=environment.get("ACCELERATE_MIXED_PRECISION", "no").lower(),
+        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environment else None,
+    )
+
+
+def accelerate_arguments(command: Sequence[str]) -> list[str] | None:
+    """The words after ``accelerate launch``, or None if ``command`` is no accelerate launcher."""
+    words = list(command)
+    if words and Path(words[0]).name.startswith("python"):
+        words = words[1:]
+        while words and words[0].startswith("-") and words[0] not in ("-m", "-c"):
+            words = words[2:] if words[0] in ("-X", "-W") else words[1:]
+    if words[:2] == ["-m", "accelerate.commands.launch"]:
+        return words[2:]
+    if words[:3] == ["-m", "accelerate.commands.accelerate_cli", "launch"]:
+        return words[3:]
+    name = Path(words[0]).name if words else ""
+    if name == "accelerate-launch" or (
+        name == "launch.py" and words[0].endswith("accelerate/commands/launch.py")
+    ):
+        return words[1:]
+    return words[2:] if name == "accelerate" and words[1:2] == ["launch"] else None
+
+
+def from_command_line(arguments: Sequence[str], directory: Path) -> Request | None:
+    """What ``accelerate launch ARGUMENTS``, called in ``directory``, asks for; None if it is no valid call."""
+    from accelerate.commands.config.config_args import default_config_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        with redirect_stderr(StringIO()):
+            options = launch_command_parser().parse_args(list(arguments))
+    except SystemExit:
+        return None
+    file = directory / options.config_file if options.config_file else Path(default_config_file)
+    config: dict[str, Any] = {}
+    if file.is_file() and (options.config_file or not options.cpu):
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    return from_config(config, options)
+
+
+def from_config(config: Mapping[str, Any], options: Any = None) -> Request:
+    """What an accelerate configuration asks for, under the launcher's own ``options`` if there are any."""
+
+    def chosen(name: str, default: Any) -> Any:
+        value = getattr(options, name, None)
+        return value if value is not None else config.get(name, default)
+
+    kind = str(config.get("distributed_type", "NO")).upper()
+    fsdp, deepspeed = config.get("fsdp_config") or {}, config.get("deepspeed_config") or {}
+    processes = int(chosen("num_processes", 1))
+    if getattr(options, "use_deepspeed", False):
+        strategy = f"zero{options.zero_stage or 2}"
+    elif getattr(options, "use_fsdp", False):
+        strategy = f"fsdp{options.fsdp_version or 1}"
+    elif getattr(options, "use_megatron_lm", False):
+        strategy = "megatron"
+    elif kind == "DEEPSPEED":
+        strategy = f"zero{deepspeed.get('zero_stage', 2)}"
+    elif kind == "FSDP":
+        strategy = f"fsdp{fsdp.get('fsdp_version', 1)}"
+    else:
+        strategy = _DISTRIBUTED_TYPES.get(kind, "other")
+        if strategy == "single" and (processes > 1 or getattr(options, "multi_gpu", False)):
+            strategy = "ddp"
+    return Request(
+        strategy,
+        processes,
+        machines=int(chosen("num_machines", 1)),
+        use_cpu=bool(getattr(options, "cpu", False) or config.get("use_cpu", False)),
+        mixed_precision=str(chosen("mixed_precision", "no")).lower(),
+        launcher="accelerate",
+    )
+
+
+def _merge(found: Request, written: Request) -> Request:
+    """The environment's request, with what only the command line shows."""
+    silent = found.strategy in ("single", "ddp") and written.strategy not in ("single", "ddp")
+    return Request(
+        written.strategy if silent or written.processes > found.processes else found.strategy,
+        max(found.processes, written.processes),
+        written.machines,
+        found.use_cpu or written.use_cpu,
+        found.mixed_precision,
+        "accelerate",
+    )
+
+
+def _zero_stage(environment: Mapping[str, str]) -> str:
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file.lower() != "none" and Path(file).is_file():
+        own = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        return str((own.get("zero_optimization") or {}).get("stage", 0))
+    return environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+
+
+def _on(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("1", "true", "yes")

@@ -1,0 +1,125 @@
+"""Every combination of strategy, base storage and optimizer: supported, or refused with its reason.
+
+The one table. Refusals at run time and README's support table both come from it.
+"""
+
+from dataclasses import dataclass
+
+from halfbyte.errors import UserError
+
+ANY = "any"
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One row: under ``strategy``, a base stored as ``storage``, trained with an ``optimizer``.
+
+    ``reason`` is why it is refused, or what makes it right; ``instead`` is what to write, for a refusal.
+    """
+
+    strategy: str
+    storage: str
+    optimizer: str
+    supported: bool
+    reason: str
+    instead: str = ""
+
+    def matches(self, strategy: str, storage: str, optimizer: str) -> bool:
+        wanted = (strategy, storage, optimizer)
+        own = (self.strategy, self.storage, self.optimizer)
+        return all(ANY in pair or pair[0] == pair[1] for pair in zip(own, wanted, strict=True))
+
+
+DDP = "accelerate launch --config_file launch/ddp.yaml -m halfbyte ..."
+FSDP2 = "accelerate launch --config_file launch/fsdp2.yaml -m halfbyte ..."
+
+# The names that README shows.
+STRATEGIES = {
+    "single": "one process",
+    "ddp": "DDP",
+    "data_parallel": "`nn.DataParallel` (one process, several GPUs)",
+    "fsdp1": "FSDP1",
+    "fsdp2": "FSDP2",
+    "zero1": "DeepSpeed ZeRO-1",
+    "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
+    "megatron": "Megatron-LM",
+    "parallelism": "accelerate's tensor, context or sequence parallelism",
+    "other": "other devices (TPU, XPU, NPU, ...)",
+}
+
+# The first row that matches decides.
+TABLE = (
+    Combination("single", ANY, ANY, True, "one whole base on one device"),
+    Combination("ddp", ANY, ANY, True, "a whole base on every rank; the losses equal one process"),
+    Combination(
+        "data_parallel", ANY, ANY, False, "it scatters replicas of a 4-bit base without its scales", DDP
+    ),
+    Combination(
+        "fsdp1",
+        ANY,
+        ANY,
+        False,
+        "it cannot flatten packed weights, and saves adapters without weights",
+        FSDP2,
+    ),
+    Combination(
+        "fsdp2", ANY, "8-bit", False, "8-bit optimizer states cannot be sharded", "optim: adamw_torch"
+    ),
+    Combination(
+        "fsdp2", "other float", ANY, False, "packed bytes would be cast to another dtype and corrupted", FSDP2
+    ),
+    Combination(
+        "fsdp2", "uint8", "32-bit", True, "torch 2.13 divides the packed weights; the losses equal one process"
+    ),
+    Combination(
+        "fsdp2", "mixed-precision float", "32-bit", True, "below torch 2.13; the losses equal one process"
+    ),
+    Combination(
+        "zero3", ANY, "8-bit", False, "8-bit optimizer states cannot be sharded", "optim: adamw_torch"
+    ),
+    Combination("zero3", ANY, ANY, True, "the packed weights are divided; the losses equal one process"),
+    Combination("zero1", ANY, ANY, False, "it keeps the whole base on every rank, as DDP does", DDP),
+    Combination("zero2", ANY, ANY, False, "it keeps the whole base on every rank, as DDP does", DDP),
+    Combination("megatron", ANY, ANY, False, "it does not load 4-bit bases", DDP),
+    Combination("parallelism", ANY, ANY, False, "packed weights have no rows or columns to split", DDP),
+    Combination(
+        "other", ANY, ANY, False, "bitsandbytes' 4-bit training is proven on CUDA and CPUs only", DDP
+    ),
+)
+
+
+def find(strategy: str, storage: str = ANY, optimizer: str = ANY) -> Combination:
+    """The row that decides; with ``any`` for what is not known yet, a supported row if there is one."""
+    rows = [row for row in TABLE if row.matches(strategy, storage, optimizer)]
+    assert rows, f"no row for {strategy}, {storage}, {optimizer}"
+    if ANY in (storage, optimizer):
+        return next((row for row in rows if row.supported), rows[-1])
+    return rows[0]
+
+
+def require(strategy: str, storage: str = ANY, optimizer: str = ANY) -> None:
+    """Raise :class:`UserError` if the combination is refused: the reason, and what to write instead."""
+    row = find(strategy, storage, optimizer)
+    if row.supported:
+        return
+    details = [
+        f"{kind} {value}"
+        for kind, value in (("storage", row.storage), ("optimizer", row.optimizer))
+        if value != ANY
+    ]
+    name = STRATEGIES[strategy] + (f" with {' and '.join(details)}" if details else "")
+    raise UserError(
+        f"this run was launched under {name}, which is refused: {row.reason}; instead: {row.instead}"
+    )
+
+
+def markdown() -> str:
+    """README's support table."""
+    lines = ["| Strategy | Base stored as | Optimizer | | Why |", "|---|---|---|---|---|"]
+    for row in TABLE:
+        verdict = "supported" if row.supported else "refused"
+        lines.append(
+            f"| {STRATEGIES[row.strategy]} | {row.storage} | {row.optimizer} | {verdict} | {row.reason} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Before training: is this machine ready, and what would a launch run on it."""

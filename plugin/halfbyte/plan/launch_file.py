@@ -1,0 +1,128 @@
+"""What a launch file would run on this machine: strategy, ranks and devices, or why it would not."""
+
+import re
+import subprocess
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+
+from halfbyte.distributed import support
+from halfbyte.distributed.launcher import Request, from_config
+from halfbyte.errors import UserError
+
+
+@dataclass
+class Launch:
+    """What ``file`` would run, the problems that make it wrong here, and what else its reader must know."""
+
+    file: str
+    runs: str
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect(path: Path, gpus: int) -> Launch:
+    """Check an accelerate configuration, a Slurm script or a TrainJob for a machine with ``gpus`` GPUs.
+
+    Raises :class:`UserError` if the file is none of these.
+    """
+    if not path.is_file():
+        raise UserError(f"--launch: no file {path}")
+    if path.suffix == ".sh":
+        return _script(path, gpus)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"--launch: {path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--launch: {path} holds no configuration of accelerate, Slurm or Kubeflow")
+    if content.get("kind") == "TrainJob":
+        return _train_job(path, content)
+    return _accelerate(path, content, gpus)
+
+
+def _accelerate(path: Path, config: dict[str, Any], gpus: int) -> Launch:
+    unknown = sorted(set(config) - {f.name for f in fields(ClusterConfig)})
+    request = from_config(config)
+    launch = Launch(str(path), "")
+    if unknown:
+        launch.problems.append(f"accelerate knows no {', '.join(unknown)}")
+    if "distributed_type" not in config:
+        launch.problems.append("`distributed_type` is missing, which accelerate requires")
+    kind = str(config.get("distributed_type", "NO")).upper()
+    if kind in ("NO", "MULTI_CPU") and request.processes > 1:
+        launch.problems.append(
+            f"accelerate starts one process for distributed_type {kind}, not {request.processes}; "
+            f"write MULTI_GPU (with `use_cpu: true` for CPUs)"
+        )
+    _judge(launch, request, gpus)
+    if request.machines > 1 and not config.get("main_process_ip"):
+        launch.notes.append("give every machine --machine_rank and --main_process_ip")
+    if request.mixed_precision != "no":
+        launch.notes.append(f"the run's dtype must be that of mixed_precision {request.mixed_precision}")
+    return launch
+
+
+def _judge(launch: Launch, request: Request, gpus: int) -> None:
+    here = max(1, request.processes // request.machines)
+    name = request.strategy if request.strategy in support.STRATEGIES else "other"
+    row = support.find(name)
+    place = "on CPUs" if request.use_cpu else f"on {'GPUs' if here > 1 else 'a GPU'}"
+    machines = f" on each of {request.machines} machines" if request.machines > 1 else ""
+    launch.runs = f"{support.STRATEGIES[name]}, {here} process{'es' if here > 1 else ''}{machines}, {place}"
+    if not row.supported:
+        launch.problems.append(f"{support.STRATEGIES[name]} is refused: {row.reason}; instead: {row.instead}")
+    if request.processes % request.machines:
+        launch.problems.append(
+            f"{request.processes} processes do not divide among {request.machines} machines"
+        )
+    if request.use_cpu:
+        if name.startswith("fsdp"):
+            launch.problems.append("accelerate shards on GPUs only: with `use_cpu` this would be DDP")
+    elif here > max(gpus, 1):
+        launch.problems.append(
+            f"{here} GPUs are needed on each machine, and this one has {gpus}: --num_processes {max(gpus, 1)}"
+            + (", or launch/cpu.yaml" if gpus == 0 else "")
+        )
+    elif gpus == 0:
+        launch.notes.append("this machine has no GPU: it would train on its CPU")
+
+
+def _script(path: Path, gpus: int) -> Launch:
+    checked = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
+    text = path.read_text(encoding="utf-8")
+    named = re.search(r"--config_file\s+(\S+)", text)
+    if named is None:
+        raise UserError(f"--launch: {path} calls no `accelerate launch --config_file FILE`")
+    file = path.parent / Path(named[1]).name
+    if not file.is_file():
+        raise UserError(f"--launch: {path} names {named[1]}, which is not beside it")
+    inner = inspect(file, gpus)
+    launch = replace(inner, file=str(path), notes=[])
+    if checked.returncode:
+        launch.problems.append(checked.stderr.strip())
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
+    nodes, per_node = int(directives.get("nodes", 1)), int(directives.get("gpus-per-node", 1))
+    if directives.get("ntasks-per-node") != "1":
+        launch.problems.append("a node starts one launcher: #SBATCH --ntasks-per-node=1")
+    launch.runs = f"DDP, {per_node} processes on each of {nodes} machines, on GPUs"
+    launch.problems = [problem for problem in launch.problems if "GPUs are needed" not in problem]
+    launch.notes.append("the GPUs are the cluster's, and were not looked at")
+    return launch
+
+
+def _train_job(path: Path, job: dict[str, Any]) -> Launch:
+    trainer = (job.get("spec") or {}).get("trainer") or {}
+    nodes, per_node = int(trainer.get("numNodes", 1)), trainer.get("numProcPerNode", 1)
+    launch = Launch(str(path), f"DDP, {per_node} processes on each of {nodes} machines, on GPUs")
+    words = [*trainer.get("command", []), *trainer.get("args", [])]
+    if words[:3] != ["torchrun", "-m", "halfbyte"]:
+        launch.problems.append("spec.trainer must run `torchrun -m halfbyte RECIPE ...`")
+    asked = ((trainer.get("resourcesPerNode") or {}).get("limits") or {}).get("nvidia.com/gpu")
+    if str(asked) != str(per_node):
+        launch.problems.append(f"{per_node} processes a node, but a limit of {asked} GPUs")
+    launch.notes.append("the GPUs are the cluster's, and were not looked at")
+    return launch
