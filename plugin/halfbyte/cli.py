@@ -52,7 +52,9 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if not isinstance(error, distributed.FailedElsewhereError) and distributed.speaks_first():
         rank = os.environ.get("RANK", "0")
         head = "" if rank == "0" else f"rank {rank}: "
-        print(f"{head}{message}" if explanation is None else f"{head}{message}\n{explanation}", file=sys.stderr)
+        print(
+            f"{head}{message}" if explanation is None else f"{head}{message}\n{explanation}", file=sys.stderr
+        )
     distributed.leave(code)
     return code
 

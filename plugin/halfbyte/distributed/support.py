@@ -70,7 +70,11 @@ TABLE = (
         "fsdp2", "other float", ANY, False, "packed bytes would be cast to another dtype and corrupted", FSDP2
     ),
     Combination(
-        "fsdp2", "uint8", "32-bit", True, "torch 2.13 divides the packed weights; the losses equal one process"
+        "fsdp2",
+        "uint8",
+        "32-bit",
+        True,
+        "torch 2.13 divides the packed weights; the losses equal one process",
     ),
     Combination(
         "fsdp2", "mixed-precision float", "32-bit", True, "below torch 2.13; the losses equal one process"

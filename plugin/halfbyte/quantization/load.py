@@ -67,9 +67,7 @@ def load_base(
                 dtype=dtype,
                 # Under gloo accelerate numbers even the CPU, which as a device map would mean a GPU.
                 # Under ZeRO-3 transformers takes no device map, and loads onto this rank's device by itself.
-                device_map=None
-                if is_deepspeed_zero3_enabled()
-                else {"": "cpu" if to.type == "cpu" else to},
+                device_map=None if is_deepspeed_zero3_enabled() else {"": "cpu" if to.type == "cpu" else to},
                 **more,
             )
 
