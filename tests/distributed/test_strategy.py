@@ -1,5 +1,7 @@
 """What is in force is held to what was asked for, and every refusal says what to write."""
 
+import importlib.util
+
 import pytest
 
 from halfbyte.distributed import support
@@ -100,7 +102,10 @@ LAUNCHED = {
 @pytest.mark.parametrize("strategy", LAUNCHED)
 def test_a_launch_runs_or_is_refused_as_the_table_says(strategy: str) -> None:
     row = support.find(strategy)
-    if row.supported:
+    if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(UserError, match=r"not installed: pip install 'halfbyte\[deepspeed\]'"):
+            refuse_unsupported(LAUNCHED[strategy])
+    elif row.supported:
         refuse_unsupported(LAUNCHED[strategy])
     else:
         with pytest.raises(UserError) as caught:

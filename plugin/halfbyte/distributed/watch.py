@@ -221,7 +221,8 @@ def watch(trainer: Trainer, timeout: float, on_failure: Callable[[], None]) -> N
 
 def _store() -> Any:
     """A connection of its own: the process group's waits inside collectives would hold ours up."""
-    store = _get_default_store().clone()
+    default: Any = _get_default_store()  # its stub lacks clone()
+    store = default.clone()
     store.set_timeout(timedelta(seconds=10))
     return store
 
