@@ -1,5 +1,6 @@
 """FSDP2 for 4-bit models: what is divided, what is refused, and what is bitwise the same after a resume."""
 
+import gc
 import inspect
 import warnings
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate.accelerator
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -28,13 +30,25 @@ def load(model_dir: ModelDir, arch: str = "llama") -> Any:
     return QLoRAPlugin(dtype="float32", lora_r=4).load(str(model_dir(arch)))
 
 
+def live_packed_bytes() -> int:
+    """Storage of every uint8 matrix that anything still refers to: what is packed, in shards or whole."""
+    gc.collect()
+    tensors = [
+        t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter, bnb.nn.Params4bit)
+    ]
+    storages = [t.untyped_storage() for t in tensors if t.dtype == torch.uint8 and t.dim() == 2]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 # What is divided.
 
 
 @pytest.mark.parametrize(("arch", "world_size"), [("llama", 2), ("qwen3", 3), ("opt", 5)])
 def test_the_base_is_divided(model_dir: ModelDir, arch: str, world_size: int) -> None:
+    before = live_packed_bytes()
     model = load(model_dir, arch)
     whole_base, (whole, _) = base_bytes(model), packed_bytes(model)
+    assert live_packed_bytes() - before == whole
     held = []
     for rank in range(world_size):
         with fake_ranks.rank_of(world_size, rank) as mesh:
@@ -45,6 +59,9 @@ def test_the_base_is_divided(model_dir: ModelDir, arch: str, world_size: int) ->
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
             assert trainable
             assert {parameter.dtype for parameter in trainable} == {torch.float32}
+            assert (
+                live_packed_bytes() - before <= whole // world_size + len(fsdp2._linears(model)) * world_size
+            )
             held.append((*packed_bytes(model), base_bytes(model)))
     assert sum(here for here, _, _ in held) == whole
     assert {total for _, total, _ in held} == {whole}
@@ -181,8 +198,9 @@ def test_it_equals_one_process(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "paged_adamw_32bit", "lion_32bit"])
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(
+    ("optimizer", "processes"), [("adamw_torch", 3), ("paged_adamw_32bit", 2), ("lion_32bit", 3)]
+)
 def test_a_resumed_run_is_bitwise_the_whole_one(
     tmp_path: Path, model_dir: ModelDir, optimizer: str, processes: int
 ) -> None:

@@ -52,6 +52,8 @@ def save_adapters_whole(trainer: Trainer) -> None:
             return
         trainer._save(output_dir, state_dict=weights)
         trainer.accelerator.wait_for_everyone()
+        if trainer.args.push_to_hub and not _internal_call:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
     trainer.save_model = save_model
 
