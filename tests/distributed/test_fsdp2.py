@@ -23,6 +23,10 @@ from tests import packages, tiny
 from tests.distributed import fake_ranks, sharded
 from tests.distributed.optimizers import ENTRY_POINTS
 
+TEMPLATE = (
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|done|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
 ModelDir = Callable[..., Path]
 
 
@@ -183,13 +187,22 @@ def test_which_torch_divides_integers() -> None:
         ("qwen3", 3, {"gradient_accumulation_steps": 2, "eval_on_start": True}),
         ("opt", 2, {}),
         ("llama", 2, {"bnb_4bit_quant_storage": "float32"}),
+        (
+            "qwen3",
+            2,
+            {"chat_template_path": "TEMPLATE", "additional_special_tokens": ["<|turn|>", "<|done|>"]},
+        ),
+        ("llama", 2, {"use_dora": True, "loraplus_lr_ratio": 4.0}),
     ],
-    ids=["tied embeddings, accumulation", "opt", "float storage"],
+    ids=["tied embeddings, accumulation", "opt", "float storage", "trained rows, tied", "DoRA, LoRA+"],
 )
 def test_it_equals_one_process(
     tmp_path: Path, model_dir: ModelDir, arch: str, processes: int, options: dict[str, Any]
 ) -> None:
     options = {"model_name_or_path": str(model_dir(arch)), **options}
+    if "chat_template_path" in options:
+        (tmp_path / "turns.jinja").write_text(TEMPLATE)
+        options["chat_template_path"] = str(tmp_path / "turns.jinja")
     runs = []
     for count in (1, processes):
         (root := tmp_path / f"{count}").mkdir()

@@ -72,6 +72,14 @@ def test_deepspeed_may_not_round_the_adapters(dtype: str, options: dict[str, boo
         zero3.refuse_precision(dtype, **options)
 
 
+def test_adapters_made_from_divided_weights_are_refused() -> None:
+    zero3.refuse_adapters(tokens=[], dora=False)
+    with pytest.raises(UserError, match="use_dora"):
+        zero3.refuse_adapters(tokens=[], dora=True)
+    with pytest.raises(UserError, match="additional_special_tokens"):
+        zero3.refuse_adapters(tokens=["<a>"], dora=False)
+
+
 @pytest.mark.distributed
 def test_adapters_stay_float32_over_a_bfloat16_base(tmp_path: Path, model_dir: ModelDir) -> None:
     pytest.importorskip("deepspeed")

@@ -51,8 +51,13 @@ def refuse_precision(dtype: str | None, *, bf16: bool, fp16: bool) -> None:
         )
 
 
-def refuse_trained_rows(tokens: Sequence[str]) -> None:
-    """Raise :class:`UserError` if embedding rows are to be trained: PEFT 0.21 copies them from a divided weight."""
+def refuse_adapters(*, tokens: Sequence[str], dora: bool) -> None:
+    """Raise :class:`UserError` for adapters that PEFT 0.21 makes from the base's weights, which fail when divided."""
+    if dora:
+        raise UserError(
+            "use_dora: true fails under DeepSpeed (it reads base weights that are not gathered); take it out, or "
+            "launch with launch/fsdp2.yaml or launch/ddp.yaml"
+        )
     if tokens:
         raise UserError(
             f"additional_special_tokens: {list(tokens)} need trained embedding rows, which are not proven under "
