@@ -20,7 +20,7 @@ def is_divided(model: nn.Module) -> bool:
 def gathered_adapters(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """The whole weights of every adapter, under their names in ``model``, in host memory; a collective.
 
-    They are complete on rank 0 and meaningless elsewhere. None when nothing is divided: saving needs no help.
+    Complete on every rank. None when nothing is divided: saving needs no help.
     """
     if not is_divided(model):
         return None
