@@ -72,12 +72,17 @@ def test_deepspeed_may_not_round_the_adapters(dtype: str, options: dict[str, boo
         zero3.refuse_precision(dtype, **options)
 
 
-def test_adapters_made_from_divided_weights_are_refused() -> None:
-    zero3.refuse_adapters(tokens=[], dora=False)
-    with pytest.raises(UserError, match="use_dora"):
-        zero3.refuse_adapters(tokens=[], dora=True)
-    with pytest.raises(UserError, match="additional_special_tokens"):
-        zero3.refuse_adapters(tokens=["<a>"], dora=False)
+def test_adapters_that_are_wrong_when_divided_are_refused() -> None:
+    proven: dict[str, Any] = {"tokens": [], "dora": False, "loraplus": False}
+    zero3.refuse_adapters(**proven)
+    wrong = {
+        "use_dora": {"dora": True},
+        "special_tokens": {"tokens": ["<a>"]},
+        "loraplus": {"loraplus": True},
+    }
+    for named, option in wrong.items():
+        with pytest.raises(UserError, match=named):
+            zero3.refuse_adapters(**{**proven, **option})
 
 
 @pytest.mark.distributed

@@ -51,8 +51,17 @@ def refuse_precision(dtype: str | None, *, bf16: bool, fp16: bool) -> None:
         )
 
 
-def refuse_adapters(*, tokens: Sequence[str], dora: bool) -> None:
-    """Raise :class:`UserError` for adapters that PEFT 0.21 makes from the base's weights, which fail when divided."""
+def refuse_adapters(*, tokens: Sequence[str], dora: bool, loraplus: bool) -> None:
+    """Raise :class:`UserError` for adapters that are wrong under DeepSpeed.
+
+    PEFT 0.21 makes some from the base's weights, which fails when those are divided. LoRA+ trains, and its losses
+    are not those of one process (0.08 apart after one step of a tiny model, DeepSpeed 0.19.8).
+    """
+    if loraplus:
+        raise UserError(
+            "loraplus_lr_ratio: its learning rates are not followed under DeepSpeed; take it out, or launch with "
+            "launch/fsdp2.yaml or launch/ddp.yaml"
+        )
     if dora:
         raise UserError(
             "use_dora: true fails under DeepSpeed (it reads base weights that are not gathered); take it out, or "
