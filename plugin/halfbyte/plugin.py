@@ -184,7 +184,11 @@ class QLoRAPlugin(ModelConfig):
             distributed.check_optimizer(str(getattr(args.optim, "value", args.optim)))
         if strategy.name == "zero3":
             zero3.refuse_precision(self.dtype, bf16=args.bf16, fp16=args.fp16)
-            zero3.refuse_trained_rows(self.additional_special_tokens or [])
+            zero3.refuse_adapters(
+                tokens=self.additional_special_tokens or [],
+                dora=self.use_dora,
+                loraplus=self.loraplus_lr_ratio is not None,
+            )
         _, adapter = self.resolve(model)
         for line in self._mend(args):
             _say(line)

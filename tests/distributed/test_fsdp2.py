@@ -1,5 +1,6 @@
 """FSDP2 for 4-bit models: what is divided, what is refused, and what is bitwise the same after a resume."""
 
+import gc
 import inspect
 import warnings
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate.accelerator
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -21,6 +23,10 @@ from tests import packages, tiny
 from tests.distributed import fake_ranks, sharded
 from tests.distributed.optimizers import ENTRY_POINTS
 
+TEMPLATE = (
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|done|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
 ModelDir = Callable[..., Path]
 
 
@@ -28,13 +34,25 @@ def load(model_dir: ModelDir, arch: str = "llama") -> Any:
     return QLoRAPlugin(dtype="float32", lora_r=4).load(str(model_dir(arch)))
 
 
+def live_packed_bytes() -> int:
+    """Storage of every uint8 matrix that anything still refers to: what is packed, in shards or whole."""
+    gc.collect()
+    tensors = [
+        t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter, bnb.nn.Params4bit)
+    ]
+    storages = [t.untyped_storage() for t in tensors if t.dtype == torch.uint8 and t.dim() == 2]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 # What is divided.
 
 
 @pytest.mark.parametrize(("arch", "world_size"), [("llama", 2), ("qwen3", 3), ("opt", 5)])
 def test_the_base_is_divided(model_dir: ModelDir, arch: str, world_size: int) -> None:
+    before = live_packed_bytes()
     model = load(model_dir, arch)
     whole_base, (whole, _) = base_bytes(model), packed_bytes(model)
+    assert live_packed_bytes() - before == whole
     held = []
     for rank in range(world_size):
         with fake_ranks.rank_of(world_size, rank) as mesh:
@@ -45,6 +63,9 @@ def test_the_base_is_divided(model_dir: ModelDir, arch: str, world_size: int) ->
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
             assert trainable
             assert {parameter.dtype for parameter in trainable} == {torch.float32}
+            assert (
+                live_packed_bytes() - before <= whole // world_size + len(fsdp2._linears(model)) * world_size
+            )
             held.append((*packed_bytes(model), base_bytes(model)))
     assert sum(here for here, _, _ in held) == whole
     assert {total for _, total, _ in held} == {whole}
@@ -166,13 +187,22 @@ def test_which_torch_divides_integers() -> None:
         ("qwen3", 3, {"gradient_accumulation_steps": 2, "eval_on_start": True}),
         ("opt", 2, {}),
         ("llama", 2, {"bnb_4bit_quant_storage": "float32"}),
+        (
+            "qwen3",
+            2,
+            {"chat_template_path": "TEMPLATE", "additional_special_tokens": ["<|turn|>", "<|done|>"]},
+        ),
+        ("llama", 2, {"use_dora": True, "loraplus_lr_ratio": 4.0}),
     ],
-    ids=["tied embeddings, accumulation", "opt", "float storage"],
+    ids=["tied embeddings, accumulation", "opt", "float storage", "trained rows, tied", "DoRA, LoRA+"],
 )
 def test_it_equals_one_process(
     tmp_path: Path, model_dir: ModelDir, arch: str, processes: int, options: dict[str, Any]
 ) -> None:
     options = {"model_name_or_path": str(model_dir(arch)), **options}
+    if "chat_template_path" in options:
+        (tmp_path / "turns.jinja").write_text(TEMPLATE)
+        options["chat_template_path"] = str(tmp_path / "turns.jinja")
     runs = []
     for count in (1, processes):
         (root := tmp_path / f"{count}").mkdir()
@@ -181,8 +211,9 @@ def test_it_equals_one_process(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "paged_adamw_32bit", "lion_32bit"])
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(
+    ("optimizer", "processes"), [("adamw_torch", 3), ("paged_adamw_32bit", 2), ("lion_32bit", 3)]
+)
 def test_a_resumed_run_is_bitwise_the_whole_one(
     tmp_path: Path, model_dir: ModelDir, optimizer: str, processes: int
 ) -> None:

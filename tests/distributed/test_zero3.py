@@ -72,6 +72,19 @@ def test_deepspeed_may_not_round_the_adapters(dtype: str, options: dict[str, boo
         zero3.refuse_precision(dtype, **options)
 
 
+def test_adapters_that_are_wrong_when_divided_are_refused() -> None:
+    proven: dict[str, Any] = {"tokens": [], "dora": False, "loraplus": False}
+    zero3.refuse_adapters(**proven)
+    wrong = {
+        "use_dora": {"dora": True},
+        "special_tokens": {"tokens": ["<a>"]},
+        "loraplus": {"loraplus": True},
+    }
+    for named, option in wrong.items():
+        with pytest.raises(UserError, match=named):
+            zero3.refuse_adapters(**{**proven, **option})
+
+
 @pytest.mark.distributed
 def test_adapters_stay_float32_over_a_bfloat16_base(tmp_path: Path, model_dir: ModelDir) -> None:
     pytest.importorskip("deepspeed")

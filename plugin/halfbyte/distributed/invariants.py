@@ -4,16 +4,16 @@ Compared before the first step, after the first and the second, and then every h
 one small all-gather, and under DDP one pass over the adapters.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.data_loader import get_sampler
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from halfbyte.distributed.sharded_weights import base_bytes, is_divided, packed_bytes
+from halfbyte.distributed.sharded_weights import base_bytes, packed_bytes
 
 EVERY = 100
 _FIRST = 2
@@ -45,11 +45,15 @@ class Invariants(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps = 0
-        self._check_division()
+        held = self._check_division()
+        if self._on_begin is not None:
+            self._on_begin({"base_bytes_per_rank": held})
         self._compare(state, kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps += 1
+        if self._steps == 1:
+            self._check_division()  # nothing that was gathered for the step has stayed
         if self._steps <= _FIRST or state.global_step % EVERY == 0:
             self._compare(state, kwargs.get("train_dataloader"))
 
@@ -71,13 +75,13 @@ class Invariants(TrainerCallback):
         if (difference := first_difference(ranks)) is not None:
             raise RanksDifferError(f"after step {state.global_step} the ranks differ in {difference}")
 
-    def _check_division(self) -> None:
+    def _check_division(self) -> list[int]:
+        """Raise if the base is to be divided and is whole on some rank; return each rank's bytes of it."""
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         held = gather_object([(base_bytes(model), *packed_bytes(model))])
-        if self._on_begin is not None:
-            self._on_begin({"base_bytes_per_rank": [base for base, _, _ in held]})
         if (problem := replicated([(here, whole) for _, here, whole in held])) and _sharding(self._trainer):
             raise RuntimeError(problem)
+        return [base for base, _, _ in held]
 
     def _count_labels(self, trainer: Trainer) -> None:
         """Add up the number of labels that each step's loss is divided by, where the trainer counts them."""
@@ -132,11 +136,11 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sharding(trainer: Trainer) -> bool:
-    return is_divided(trainer.model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
-def _seeds(args: Any, loader: Any) -> str:
-    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+def _seeds(args: Any, loader: Any) -> list[int | None]:
+    """The seeds as given, of this rank's random numbers, and of the sampler with its epoch."""
+    sampler = get_sampler(loader) if loader is not None else None
     order = [getattr(sampler, name, None) for name in ("initial_seed", "epoch")]
-    seeds = [args.seed, args.data_seed, torch.initial_seed(), *order]
-    return hashlib.sha256(repr(seeds).encode()).hexdigest()[:12] + f" {seeds}"
+    return [args.seed, args.data_seed, torch.initial_seed(), *order]

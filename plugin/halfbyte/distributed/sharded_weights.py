@@ -20,7 +20,7 @@ def is_divided(model: nn.Module) -> bool:
 def gathered_adapters(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """The whole weights of every adapter, under their names in ``model``, in host memory; a collective.
 
-    They are complete on rank 0 and meaningless elsewhere. None when nothing is divided: saving needs no help.
+    Complete on every rank. None when nothing is divided: saving needs no help.
     """
     if not is_divided(model):
         return None
@@ -52,6 +52,8 @@ def save_adapters_whole(trainer: Trainer) -> None:
             return
         trainer._save(output_dir, state_dict=weights)
         trainer.accelerator.wait_for_everyone()
+        if trainer.args.push_to_hub and not _internal_call:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
     trainer.save_model = save_model
 

@@ -51,8 +51,22 @@ def refuse_precision(dtype: str | None, *, bf16: bool, fp16: bool) -> None:
         )
 
 
-def refuse_trained_rows(tokens: Sequence[str]) -> None:
-    """Raise :class:`UserError` if embedding rows are to be trained: PEFT 0.21 copies them from a divided weight."""
+def refuse_adapters(*, tokens: Sequence[str], dora: bool, loraplus: bool) -> None:
+    """Raise :class:`UserError` for adapters that are wrong under DeepSpeed.
+
+    PEFT 0.21 makes some from the base's weights, which fails when those are divided. LoRA+ trains, and its losses
+    are not those of one process (0.08 apart after one step of a tiny model, DeepSpeed 0.19.8).
+    """
+    if loraplus:
+        raise UserError(
+            "loraplus_lr_ratio: its learning rates are not followed under DeepSpeed; take it out, or launch with "
+            "launch/fsdp2.yaml or launch/ddp.yaml"
+        )
+    if dora:
+        raise UserError(
+            "use_dora: true fails under DeepSpeed (it reads base weights that are not gathered); take it out, or "
+            "launch with launch/fsdp2.yaml or launch/ddp.yaml"
+        )
     if tokens:
         raise UserError(
             f"additional_special_tokens: {list(tokens)} need trained embedding rows, which are not proven under "
