@@ -59,9 +59,7 @@ TRAINERS = {
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_any_trl_trainer_trains_the_adapters_alone(
-    model_dir: ModelDir, tmp_path: Path, name: str
-) -> None:
+def test_any_trl_trainer_trains_the_adapters_alone(model_dir: ModelDir, tmp_path: Path, name: str) -> None:
     config, trainer_cls = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
     qlora = QLoRAPlugin(
         lora_r=4, dtype="float32", lora_task_type="SEQ_CLS" if name == "Reward" else "CAUSAL_LM"

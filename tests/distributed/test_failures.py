@@ -128,7 +128,7 @@ def test_a_wrong_launch_is_exit_2_with_the_right_line(
 ) -> None:
     job = start(command(site, model_dir("llama"), rows, tmp_path / "run", launcher=launcher), site, tmp_path)
     try:
-        output, error = job.communicate(timeout=120)
+        _, error = job.communicate(timeout=120)
     finally:
         job.kill()
     assert job.returncode != 0
