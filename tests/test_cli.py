@@ -79,7 +79,8 @@ def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
     [
         (["stf"], "did you mean 'sft'"),
         (["--config", "x.yaml"], "the recipe comes first"),
-        (["doctor"], "not part of this version"),
+        (["merge"], "not part of this version"),
+        (["cache", "clear"], "is no command"),
         (["sft", "--config", "no-such.yaml"], "no-such.yaml"),
     ],
 )

@@ -75,7 +75,7 @@ def test_what_only_looks_like_the_launcher_is_not(command: str) -> None:
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, Request("megatron")),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, Request("parallelism")),
         ({"ACCELERATE_USE_CPU": "True"}, Request("single", use_cpu=True)),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, Request("single", mixed_precision="bf16")),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, Request(mixed_precision="bf16")),
         ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_CPU": "False"}, Request()),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,18 @@ def _download(name: str, revision: str) -> None:
     """Bring the weight files of a hub model here, so that the store can tell what they are."""
     if Path(name).is_dir():
         return
-    index = cached_file(
-        name, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
-    )
-    shards = {"model.safetensors"}
-    if index is not None:
-        shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    for shard in sorted(shards):
-        cached_file(name, shard, revision=revision, _raise_exceptions_for_missing_entries=False)
+    with suppress(OSError):  # other formats, or no connection: loading itself says what is wrong
+        index = cached_file(
+            name,
+            "model.safetensors.index.json",
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        shards = {"model.safetensors"}
+        if index is not None:
+            shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        for shard in sorted(shards):
+            cached_file(name, shard, revision=revision, _raise_exceptions_for_missing_entries=False)
 
 
 def _save(model: PreTrainedModel, entry: Path, reload: Callable[..., PreTrainedModel]) -> None:

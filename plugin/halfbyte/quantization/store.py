@@ -121,7 +121,12 @@ def entries() -> list[Entry]:
     found = []
     for path in root().glob(f"*/{_MANIFEST}"):
         key = path.parent.name
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if ".tmp-" in key:
+            continue  # being written, or left by a process that died
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # removed since, or damaged: the next load of it says so
         size = sum(file["size"] for file in manifest["files"].values())
         lock = root() / f"{key}.lock"
         used = lock.stat().st_mtime if lock.exists() else path.stat().st_mtime
