@@ -25,7 +25,7 @@ def install(model: PreTrainedModel) -> str | None:
     """Replace the fused head that TRL gave ``model``; return why not, if it is not covered.
 
     ``model(..., labels=labels, fused_lm_head=True)`` then returns ``log_probs``, ``entropy`` and ``is_top1``
-    as TRL does; only ``log_probs`` (and ``loss``) has a gradient, which reaches the backbone and not the head.
+    as TRL does; only ``log_probs`` (and ``loss``) has a gradient, which reaches the backbone, not the head.
     """
     reason = _uncovered(model)
     if reason is not None:
@@ -133,7 +133,7 @@ def log_probabilities(
     if index is None:
         log_probs, entropy, top1 = (x.view(mask.shape) for x in found)
     else:
-        # masked_scatter keeps a batch without any label connected to the model: its loss has a gradient, zero.
+        # masked_scatter keeps a batch without any label connected to the model: its gradient is zero.
         log_probs, entropy, top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
     return log_probs, entropy, top1
 
