@@ -115,6 +115,7 @@ def test_the_options_we_add_are_a_frozen_list() -> None:
     assert ours == {
         "adapter_name_or_path",
         "additional_special_tokens",
+        "fast",
         "init_lora_weights",
         "lora_exclude_modules",
         "loraplus_lr_ratio",

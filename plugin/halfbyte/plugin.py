@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from halfbyte import adapters, data, distributed, optimizers, quantization
+from halfbyte import fast as fast_step  # `fast` is an option here
 from halfbyte.errors import UserError
 
 _EVA_BATCHES = 32
@@ -73,12 +74,22 @@ class QLoRAPlugin(ModelConfig):
         default=None,
         metadata={"help": "Template tokens to add to the vocabulary; their embedding rows are trained."},
     )
+    fast: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: the fused step where it covers the model; none: plain TRL, PEFT and bitsandbytes.",
+            "choices": ["auto", "none"],
+        },
+    )
 
     coverage: quantization.Coverage | None = field(init=False, repr=False, compare=False, default=None)
+    fast_path: fast_step.Path = field(init=False, repr=False, compare=False, default_factory=fast_step.Path)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         adapters.check_initialization(self.init_lora_weights)
+        if self.fast not in ("auto", "none"):
+            raise UserError(f"fast: {self.fast!r} is not a choice; write `auto` or `none`")
         if self.load_in_4bit and not self.use_peft:
             raise UserError(
                 "use_peft: false on a 4-bit base trains nothing; write `load_in_4bit: false` as well to train "
@@ -130,7 +141,7 @@ class QLoRAPlugin(ModelConfig):
         added_token_ids: Iterable[int] = (),
         **model_init_kwargs: Any,
     ) -> PreTrainedModel | PeftModel:
-        """Load ``model`` for this rank: quantized, adapters on (float32), checkpointing on.
+        """Load ``model`` for this rank: quantized, adapters on (float32) and fused, checkpointing on.
 
         ``model`` is a hub id, a directory, or an adapter directory, which stands for its base with that
         adapter. With ``tokenizer`` the embeddings grow where its vocabulary is larger. Without ``use_peft``
@@ -139,6 +150,21 @@ class QLoRAPlugin(ModelConfig):
         Raises :class:`UserError` for a checkpoint or adapter that does not fit; see :mod:`halfbyte.quantization`
         and :mod:`halfbyte.adapters`.
         """
+        loaded = self._load(model, trust_remote_code, tokenizer, added_token_ids, model_init_kwargs)
+        if gradient_checkpointing:
+            loaded.gradient_checkpointing_enable({"use_reentrant": False})
+            loaded.enable_input_require_grads()
+        self._make_fast(loaded)
+        return loaded
+
+    def _load(
+        self,
+        model: str | None,
+        trust_remote_code: bool,
+        tokenizer: PreTrainedTokenizerBase | None,
+        added_token_ids: Iterable[int],
+        model_init_kwargs: dict[str, Any],
+    ) -> PreTrainedModel | PeftModel:
         name, adapter = self.resolve(model)
         device = PartialState().device
         base = self._load_base(name, device, trust_remote_code, model_init_kwargs)
@@ -146,21 +172,20 @@ class QLoRAPlugin(ModelConfig):
             # Mean resizing draws at random: the new rows must be the same on every rank and after a reload.
             base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         if not self.use_peft:
-            peft_model = base
-        elif adapter is not None:
+            return base
+        if adapter is not None:
             adapters.same_base(adapter, name, quantization.fingerprint(name, self.model_revision))
-            peft_model = adapters.continue_from(base, adapter)
+            return adapters.continue_from(base, adapter)
+        return adapters.attach(
+            base, self.lora_config(), initialization=self.init_lora_weights, added_token_ids=added_token_ids
+        )
+
+    def _make_fast(self, model: PreTrainedModel | PeftModel, trainer: Trainer | None = None) -> None:
+        refusal = fast_step.refusal(trainer.args) if trainer is not None else None
+        if self.fast == "none" or refusal is not None:
+            self.fast_path = fast_step.Path(mode="none", reason=refusal or "as given")
         else:
-            peft_model = adapters.attach(
-                base,
-                self.lora_config(),
-                initialization=self.init_lora_weights,
-                added_token_ids=added_token_ids,
-            )
-        if gradient_checkpointing:
-            peft_model.gradient_checkpointing_enable({"use_reentrant": False})
-            peft_model.enable_input_require_grads()
-        return peft_model
+            self.fast_path = fast_step.apply(model, trainer)
 
     def trainer(
         self,
@@ -183,13 +208,9 @@ class QLoRAPlugin(ModelConfig):
         added_token_ids: list[int] = []
         if processing_class is None:
             processing_class, added_token_ids = self.tokenizer(args, model)
-        loaded = self.load(
-            model,
-            gradient_checkpointing=False,  # the trainer turns it on, as `args` say
-            trust_remote_code=args.trust_remote_code,
-            tokenizer=processing_class,
-            added_token_ids=added_token_ids,
-            **(args.model_init_kwargs or {}),
+        # The trainer turns checkpointing on, as `args` say.
+        loaded = self._load(
+            model, args.trust_remote_code, processing_class, added_token_ids, dict(args.model_init_kwargs or {})
         )
         with (
             adapters.kept_in_float32(loaded),
@@ -203,6 +224,8 @@ class QLoRAPlugin(ModelConfig):
             adapters.initialize_eva(loaded, _first_batches(trainer))
         if self.loraplus_lr_ratio is not None:
             optimizers.use_loraplus(trainer, self.loraplus_lr_ratio)
+        self._make_fast(loaded, trainer)
+        _say(self.fast_path.line())
         return trainer
 
     def optimizer(self, model: torch.nn.Module, *, lr: float = 2e-4, weight_decay: float = 0.0) -> torch.optim.Optimizer:

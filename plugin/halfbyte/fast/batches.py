@@ -123,8 +123,8 @@ def attention(
     """Scaled dot-product attention; where documents are given, causal within each of them.
 
     ``query`` is [1, heads, tokens, D], ``key`` and ``value`` [1, kv heads, tokens, D]; returns
-    [1, tokens, heads, D]. Documents are cumulative lengths: as :func:`mask` returns them, or ``cu_seq_lens_q``
-    where there is no mask at all.
+    [1, tokens, heads, D]. Documents are cumulative lengths: as :func:`mask` returns them, or
+    ``cu_seq_lens_q`` where there is no mask at all.
     """
     lengths = kwargs.get("cu_seq_lens_q")
     if attention_mask is not None:
