@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from halfbyte.fast import batches, layer
+from halfbyte.fast.attention import GraphAttention
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
@@ -92,6 +93,18 @@ def test_equals_the_unfused_layer(references: dict, arch: str, level: int) -> No
     for name, batch in BATCHES.items():
         assert_same(step(model, batch), references[arch, name])
         assert fell_back(model) == [None, None]
+
+
+@pytest.mark.parametrize("level", layer.LEVELS)
+def test_attention_with_a_graph_of_its_own(
+    references: dict, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form of attention that CUDA takes."""
+    monkeypatch.setattr(layer, "attention", lambda device, dtype, *rest: GraphAttention(*rest))
+    for arch in ("llama", "qwen3"):
+        model = fuse_all(models.make(arch), level)
+        for name, batch in BATCHES.items():
+            assert_same(step(model, batch), references[arch, name])
 
 
 @pytest.mark.parametrize("level", layer.LEVELS)

@@ -58,12 +58,10 @@ class Documents:
 def attention(
     device: torch.device, dtype: torch.dtype, scale: float, mask: Tensor | None, documents: Documents | None
 ) -> Attention:
-    """The attention of one batch: within each of ``documents``, else under ``mask``, else causal.
+    """The attention of one batch: within each of ``documents``, or under ``mask``, or causal.
 
     ``mask`` is (batch, 1, length, length): True or 0 where a query may look, False or -inf where it may not.
     """
-    if documents is not None:
-        mask = None
     if device.type == "cpu":
         return CpuAttention(scale, _additive(mask, dtype) if mask is not None else None, documents)
     return GraphAttention(scale, mask, documents)

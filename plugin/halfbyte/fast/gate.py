@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from halfbyte.fast import kernels
+from halfbyte.fast.device import kernels
 
 # transformers' activation modules that have a closed gradient in torch, and how torch names them.
 _NAMES = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "tanh", "GELUActivation": "none"}
@@ -25,15 +25,17 @@ class Gate:
         return cls(name) if name is not None else None
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        if self.name == "silu" and kernels.usable(gate_up):
-            return kernels.swiglu_forward(gate_up)
+        fused = kernels(gate_up)
+        if fused is not None and self.name == "silu":
+            return fused.swiglu_forward(gate_up)
         gate, up = gate_up.chunk(2, dim=1)
         return self._activate(gate).mul_(up)
 
     def backward(self, dy: Tensor, gate_up: Tensor) -> Tensor:
         """The gradient of ``gate_up`` for ``dy``, the gradient of the product; ``dy`` is overwritten."""
-        if self.name == "silu" and kernels.usable(gate_up):
-            return kernels.swiglu_backward(dy, gate_up)
+        fused = kernels(gate_up)
+        if fused is not None and self.name == "silu":
+            return fused.swiglu_backward(dy, gate_up)
         gate, up = gate_up.chunk(2, dim=1)
         gradient = torch.empty_like(gate_up)
         dgate, dup = gradient.chunk(2, dim=1)

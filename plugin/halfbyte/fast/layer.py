@@ -109,6 +109,8 @@ class FusedForward:
             raise Uncovered("rotary positions on a part of the head")
         if mask is not None and mask.dtype != torch.int32 and self._beyond_window(hidden, documents):
             documents = None  # the model's mask has both the documents and the window
+        if documents is not None:
+            mask = None
         qkv, out, gate_up, down = family.projections(decoder)
         return _Step(
             decoder,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.fast import kernels
+from halfbyte.fast.device import kernels
 
 # Elements worked on at a time on a CPU: the float32 copies of a block stay in the second-level cache.
 _BLOCK = 1 << 17
@@ -27,16 +27,16 @@ class Norm:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalize the last dimension; return the result and, per row, ``1 / rms`` in float32."""
         weight: Tensor = self.module.weight.detach()
-        if kernels.usable(x):
-            return kernels.norm_forward(x, weight, self.eps, self.unit_offset)
-        return norm_forward(x, weight, self.eps, self.unit_offset)
+        fused = kernels(x)
+        forward = norm_forward if fused is None else fused.norm_forward
+        return forward(x, weight, self.eps, self.unit_offset)
 
     def backward(self, dy: Tensor, x: Tensor, inverse: Tensor, residual: Tensor | None = None) -> Tensor:
         """The gradient of ``x``, plus ``residual`` (the gradient that reaches ``x`` around the norm)."""
         weight: Tensor = self.module.weight.detach()
-        if kernels.usable(x):
-            return kernels.norm_backward(dy, x, inverse, weight, self.unit_offset, residual)
-        return norm_backward(dy, x, inverse, weight, self.unit_offset, residual)
+        fused = kernels(x)
+        backward = norm_backward if fused is None else fused.norm_backward
+        return backward(dy, x, inverse, weight, self.unit_offset, residual)
 
 
 def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from halfbyte.fast import kernels
+from halfbyte.fast.device import kernels
 
 
 class Rotary:
@@ -23,9 +23,9 @@ class Rotary:
         A rotation's inverse is its transpose, so turning back is also how a gradient passes through it.
         """
         sin = -self.sin if back else self.sin
-        if kernels.usable(x):
-            return kernels.rotate_(x, self.cos, sin)
-        return rotate_(x, self.cos, sin)
+        fused = kernels(x)
+        turn = rotate_ if fused is None else fused.rotate_
+        return turn(x, self.cos, sin)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
