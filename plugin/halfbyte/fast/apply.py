@@ -9,11 +9,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
-from halfbyte.fast import batches, head, linear
+from halfbyte.fast import batches, head, layer, linear
 
 ON = "on"
+# Attention is not computed twice: it costs one more hidden state a token and layer than checkpointing keeps.
+KEPT_UNDER_CHECKPOINTING = 1
 
 
 @dataclass
@@ -22,6 +25,9 @@ class Path:
 
     mode: str = "auto"
     reason: str | None = None
+    layers: int = 0
+    level: int | None = None
+    layers_apart: dict[str, int] = field(default_factory=dict)
     linears: int = 0
     plain: dict[str, int] = field(default_factory=dict)
     autocast: str | None = None
@@ -29,13 +35,17 @@ class Path:
     batches: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        if self.mode == "none":
+            return {"mode": self.mode, "reason": self.reason}
         return {name: value for name, value in vars(self).items() if value not in (None, {})}
 
     def line(self) -> str:
         """The path in one line."""
         if self.mode == "none":
             return f"fast: none ({self.reason})"
-        parts = [f"{self.linears} linears fused"]
+        parts = [f"{self.layers} layers fused (save level {self.level})"] if self.layers else []
+        parts += [f"{count} not as layers ({why})" for why, count in self.layers_apart.items()]
+        parts.append(f"{self.linears} linears fused")
         parts += [f"{count} not ({why})" for why, count in self.plain.items()]
         for name, state in (("head in tiles", self.head), ("no padding", self.batches)):
             if state is not None:
@@ -65,10 +75,25 @@ def apply(model: PreTrainedModel | PeftModel, trainer: Trainer | None = None) ->
     if isinstance(trainer, SFTTrainer):
         path.batches = batches.install(trainer, base) or ON
     _fuse_linears(base, path)
+    if isinstance(model, PeftModel) and path.linears:
+        _fuse_layers(model, path, checkpointing=trainer is None or trainer.args.gradient_checkpointing)
     if isinstance(trainer, SFTTrainer):
         path.head = head.install(base) or ON
     path.autocast = _leave_autocast(base)
     return path
+
+
+def _fuse_layers(model: PeftModel, path: Path, *, checkpointing: bool) -> None:
+    path.level = KEPT_UNDER_CHECKPOINTING if checkpointing else max(layer.LEVELS)
+    apart: Counter[str] = Counter()
+    for module in model.get_base_model().modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            reason = layer.fuse(module, model.active_adapter, path.level)
+            if reason is None:
+                path.layers += 1
+            else:
+                apart[reason] += 1
+    path.layers_apart = dict(apart)
 
 
 def _fuse_linears(base: torch.nn.Module, path: Path) -> None:
@@ -88,7 +113,9 @@ def _leave_autocast(base: PreTrainedModel) -> str:
 
     Autocast then only costs: it looks at every operation, and casts adapters that are cast already.
     """
-    adapters = {id(p) for m in base.modules() if isinstance(m, linear.FusedLinear4bit) for p in m.parameters()}
+    adapters = {
+        id(p) for m in base.modules() if isinstance(m, linear.FusedLinear4bit) for p in m.parameters()
+    }
     rest = [p for p in base.parameters() if id(p) not in adapters]
     dtypes = {p.dtype for p in rest if p.is_floating_point()}
     if any(p.requires_grad for p in rest):
