@@ -81,6 +81,13 @@ class QLoRAPlugin(ModelConfig):
             "choices": ["auto", "none"],
         },
     )
+    memory_budget: str = field(
+        default="auto",
+        metadata={
+            "help": "What fused layers may keep for the backward: auto (the fastest that fits what is free), min "
+            "(recompute everything), or a size such as 20GiB."
+        },
+    )
 
     coverage: quantization.Coverage | None = field(init=False, repr=False, compare=False, default=None)
     fast_path: fast_step.Path = field(init=False, repr=False, compare=False, default_factory=fast_step.Path)
@@ -90,6 +97,7 @@ class QLoRAPlugin(ModelConfig):
         adapters.check_initialization(self.init_lora_weights)
         if self.fast not in ("auto", "none"):
             raise UserError(f"fast: {self.fast!r} is not a choice; write `auto` or `none`")
+        fast_step.check_memory_budget(self.memory_budget)
         if self.load_in_4bit and not self.use_peft:
             raise UserError(
                 "use_peft: false on a 4-bit base trains nothing; write `load_in_4bit: false` as well to train "
@@ -154,7 +162,7 @@ class QLoRAPlugin(ModelConfig):
         if gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.enable_input_require_grads()
-        self._make_fast(loaded)
+        self._make_fast(loaded, checkpointing=gradient_checkpointing)
         return loaded
 
     def _load(
@@ -180,12 +188,16 @@ class QLoRAPlugin(ModelConfig):
             base, self.lora_config(), initialization=self.init_lora_weights, added_token_ids=added_token_ids
         )
 
-    def _make_fast(self, model: PreTrainedModel | PeftModel, trainer: Trainer | None = None) -> None:
+    def _make_fast(
+        self, model: PreTrainedModel | PeftModel, trainer: Trainer | None = None, *, checkpointing: bool
+    ) -> None:
         refusal = fast_step.refusal(trainer.args) if trainer is not None else None
         if self.fast == "none" or refusal is not None:
             self.fast_path = fast_step.Path(mode="none", reason=refusal or "as given")
         else:
-            self.fast_path = fast_step.apply(model, trainer)
+            self.fast_path = fast_step.apply(
+                model, trainer, checkpointing=checkpointing, memory_budget=self.memory_budget
+            )
 
     def trainer(
         self,
@@ -210,7 +222,11 @@ class QLoRAPlugin(ModelConfig):
             processing_class, added_token_ids = self.tokenizer(args, model)
         # The trainer turns checkpointing on, as `args` say.
         loaded = self._load(
-            model, args.trust_remote_code, processing_class, added_token_ids, dict(args.model_init_kwargs or {})
+            model,
+            args.trust_remote_code,
+            processing_class,
+            added_token_ids,
+            dict(args.model_init_kwargs or {}),
         )
         with (
             adapters.kept_in_float32(loaded),
@@ -224,11 +240,13 @@ class QLoRAPlugin(ModelConfig):
             adapters.initialize_eva(loaded, _first_batches(trainer))
         if self.loraplus_lr_ratio is not None:
             optimizers.use_loraplus(trainer, self.loraplus_lr_ratio)
-        self._make_fast(loaded, trainer)
+        self._make_fast(loaded, trainer, checkpointing=args.gradient_checkpointing)
         _say(self.fast_path.line())
         return trainer
 
-    def optimizer(self, model: torch.nn.Module, *, lr: float = 2e-4, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    def optimizer(
+        self, model: torch.nn.Module, *, lr: float = 2e-4, weight_decay: float = 0.0
+    ) -> torch.optim.Optimizer:
         """The optimizer for a loop of one's own: paged 32-bit AdamW on CUDA, AdamW elsewhere."""
         return optimizers.create(model, lr=lr, weight_decay=weight_decay)
 
@@ -271,7 +289,9 @@ class QLoRAPlugin(ModelConfig):
         options = dict(model_init_kwargs)
         for key in ("revision", "trust_remote_code", "dtype", "device_map", "quantization_config"):
             if key in options:
-                raise UserError(f"model_init_kwargs: {key!r} has an option of its own in halfbyte; set that instead")
+                raise UserError(
+                    f"model_init_kwargs: {key!r} has an option of its own in halfbyte; set that instead"
+                )
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         base = quantization.load_base(
@@ -306,7 +326,9 @@ class QLoRAPlugin(ModelConfig):
             args.ddp_find_unused_parameters = False
         kwargs = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and kwargs.get("use_reentrant") and self.use_peft:
-            lines.append("gradient_checkpointing_kwargs: use_reentrant=True as given; DDP needs non-reentrant checkpointing")
+            lines.append(
+                "gradient_checkpointing_kwargs: use_reentrant=True as given; DDP needs non-reentrant checkpointing"
+            )
         elif args.gradient_checkpointing:
             merged = {**kwargs, "use_reentrant": False}
             args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = merged

@@ -73,6 +73,28 @@ def test_a_loop_of_ones_own_gets_fused_linears(model_dir: ModelDir) -> None:
     assert fused(QLoRAPlugin(dtype="float32", fast="none").load(str(model_dir("opt")))) == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "plugin", "level"),
+    [
+        ({"gradient_checkpointing": False}, {}, 3),
+        ({}, {"memory_budget": "min"}, 0),
+        ({}, {"memory_budget": "100GiB"}, 3),
+    ],
+)
+def test_the_budget_sets_the_save_level(
+    model_dir, tmp_path: Path, options: dict, plugin: dict, level: int
+) -> None:
+    plugin = QLoRAPlugin(dtype="float32", **plugin)
+    _, path = build(model_dir("llama"), tmp_path, plugin=plugin, **options)
+    assert path.level == level
+    json.dumps(path.as_dict())
+
+
+def test_a_budget_that_is_no_size_is_refused() -> None:
+    with pytest.raises(UserError, match="memory_budget"):
+        QLoRAPlugin(memory_budget="lots")
+
+
 def test_dora_is_named_and_trains(model_dir: ModelDir, tmp_path: Path) -> None:
     trainer, path = build(model_dir("llama"), tmp_path, plugin=QLoRAPlugin(dtype="float32", use_dora=True))
     assert path.plain == {"default is Dora": 14}

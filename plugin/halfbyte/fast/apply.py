@@ -12,11 +12,9 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
-from halfbyte.fast import batches, head, layer, linear
+from halfbyte.fast import batches, budget, head, layer, linear
 
 ON = "on"
-# Attention is not computed twice: it costs one more hidden state a token and layer than checkpointing keeps.
-KEPT_UNDER_CHECKPOINTING = 1
 
 
 @dataclass
@@ -27,6 +25,7 @@ class Path:
     reason: str | None = None
     layers: int = 0
     level: int | None = None
+    memory: budget.Choice | None = None
     layers_apart: dict[str, int] = field(default_factory=dict)
     linears: int = 0
     plain: dict[str, int] = field(default_factory=dict)
@@ -37,7 +36,8 @@ class Path:
     def as_dict(self) -> dict[str, Any]:
         if self.mode == "none":
             return {"mode": self.mode, "reason": self.reason}
-        return {name: value for name, value in vars(self).items() if value not in (None, {})}
+        found = {name: value for name, value in vars(self).items() if value not in (None, {})}
+        return found | ({"memory": self.memory.as_dict()} if self.memory is not None else {})
 
     def line(self) -> str:
         """The path in one line."""
@@ -65,26 +65,46 @@ def refusal(args: Any) -> str | None:
     return None
 
 
-def apply(model: PreTrainedModel | PeftModel, trainer: Trainer | None = None) -> Path:
+def apply(
+    model: PreTrainedModel | PeftModel,
+    trainer: Trainer | None = None,
+    *,
+    checkpointing: bool = True,
+    memory_budget: str = "auto",
+) -> Path:
     """Fuse what is covered in ``model``, and in ``trainer`` if it is SFT's; the rest stays as it is.
 
-    Nothing is copied or renamed: parameters, adapters and hooks are PEFT's before and after.
+    Nothing is copied or renamed: parameters, adapters and hooks are PEFT's before and after. Fused layers keep
+    everything without ``checkpointing``, what ``memory_budget`` allows with it, and nothing beside their input
+    where no ``trainer`` says how many tokens a step has.
     """
     path = Path()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if isinstance(trainer, SFTTrainer):
+    if isinstance(trainer, SFTTrainer):  # before the layers: a fused one no longer shows what attention sees
         path.batches = batches.install(trainer, base) or ON
     _fuse_linears(base, path)
     if isinstance(model, PeftModel) and path.linears:
-        _fuse_layers(model, path, checkpointing=trainer is None or trainer.args.gradient_checkpointing)
+        _fuse_layers(model, path, checkpointing)
+    if path.layers and checkpointing and trainer is not None:
+        path.memory = budget.apply(model, memory_budget, _tokens(trainer, base))
+        path.level = path.memory.level if path.memory is not None else path.level
     if isinstance(trainer, SFTTrainer):
         path.head = head.install(base) or ON
     path.autocast = _leave_autocast(base)
     return path
 
 
-def _fuse_layers(model: PeftModel, path: Path, *, checkpointing: bool) -> None:
-    path.level = KEPT_UNDER_CHECKPOINTING if checkpointing else max(layer.LEVELS)
+def _tokens(trainer: Trainer, base: PreTrainedModel) -> int:
+    """The most tokens that one forward of ``trainer`` can have on one rank."""
+    length = (
+        getattr(trainer.args, "max_length", None) or base.config.get_text_config().max_position_embeddings
+    )
+    rows = 1 if isinstance(trainer, SFTTrainer) else 2  # preference trainers take chosen and rejected at once
+    return int(rows * length * trainer.args.per_device_train_batch_size)
+
+
+def _fuse_layers(model: PeftModel, path: Path, checkpointing: bool) -> None:
+    path.level = min(layer.LEVELS) if checkpointing else max(layer.LEVELS)
     apart: Counter[str] = Counter()
     for module in model.get_base_model().modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -101,7 +121,8 @@ def _fuse_linears(base: torch.nn.Module, path: Path) -> None:
     for module in base.modules():
         if linear.fuse(module):
             path.linears += 1
-            for name, variant in module.lora_variant.items():
+            variants: dict[str, Any] = module.lora_variant  # type: ignore[assignment]
+            for name, variant in variants.items():
                 plain[f"{name} is {type(variant).__name__.removesuffix('LinearVariant')}"] += 1
         elif isinstance(module, LoraLayer):
             plain[f"adapter on {type(module.get_base_layer()).__name__}"] += 1
