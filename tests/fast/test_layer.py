@@ -129,6 +129,7 @@ def test_dropout_draws_what_peft_draws(level: int) -> None:
         {"target_modules": ["q_proj", "v_proj"]},
         {"target_modules": ["up_proj", "down_proj"], "lora_dropout": 0.3},
         {"target_modules": ["o_proj"]},
+        {"layers_to_transform": [0], "target_modules": ["q_proj", "k_proj", "gate_proj"]},
         {"rank_pattern": {"k_proj": 2, "up_proj": 7}, "alpha_pattern": {"v_proj": 3}},
         {"use_rslora": True, "lora_alpha": 2},
     ],

@@ -179,11 +179,16 @@ class GraphAttention:
             )
             assert isinstance(out, Tensor)
             return out.unsqueeze(0)
-        parts = [self._attend_rows(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in self.documents.spans]
-        return torch.cat(parts, dim=1)
+        lengths = [end - start for start, end in self.documents.spans]
+        # Split, not sliced: the gradient of each slice would be as long as the row.
+        parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([self._attend_rows(*part) for part in parts], dim=1)
 
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        groups = q.shape[2] // k.shape[2]
+        if groups > 1 and self.mask is not None:  # no kernel takes both a mask and shared keys
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return functional.scaled_dot_product_attention(
             query,
             key,
@@ -191,7 +196,7 @@ class GraphAttention:
             attn_mask=self.mask,
             is_causal=self.mask is None,
             scale=self.scale,
-            enable_gqa=q.shape[2] != k.shape[2],
+            enable_gqa=key.shape[1] != query.shape[1],
         ).transpose(1, 2)
 
 
