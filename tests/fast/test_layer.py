@@ -234,6 +234,16 @@ def test_documents_from_the_mask_of_padding_free_batches(references: dict) -> No
         assert fell_back(model) == [None, None]
 
 
+def test_documents_from_positions_under_flash_attention(references: dict) -> None:
+    """transformers reads them off the positions, and a fused layer runs without flash attention installed."""
+    model = fuse_all(models.make("llama"))
+    model.get_base_model().config._attn_implementation = "flash_attention_2"
+    batch = {name: BATCHES["packed"][name] for name in ("input_ids", "position_ids")}
+    assert_same(step(model, batch), references["llama", "packed"])
+    assert_same(step(model, BATCHES["causal"]), references["llama", "causal"])
+    assert fell_back(model) == [None, None]
+
+
 def test_copies_are_independent() -> None:
     model = fuse_all(models.make("llama"))
     twin = copy.deepcopy(model)

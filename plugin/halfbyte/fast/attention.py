@@ -46,6 +46,11 @@ class Documents:
         """Read the lengths, a tensor of any shape, off the device once for all layers of a forward."""
         return _documents(cumulative)
 
+    @classmethod
+    def of_positions(cls, positions: Tensor) -> "Documents | None":
+        """Documents that each count their positions from their first token; None where there is one only."""
+        return _positioned(positions)
+
     @property
     def longest(self) -> int:
         return max(end - start for start, end in self.spans)
@@ -226,6 +231,15 @@ def _once_per_tensor(function: Callable[..., Any]) -> Callable[..., Any]:
 def _documents(cumulative: Tensor) -> Documents:
     lengths = cumulative.flatten()
     return Documents(lengths, lengths.tolist())
+
+
+@_once_per_tensor
+def _positioned(positions: Tensor) -> Documents | None:
+    row = positions.flatten()
+    begins = [0, *((row[1:] != row[:-1] + 1).nonzero().flatten() + 1).tolist(), len(row)]
+    if len(begins) == 2:
+        return None
+    return Documents(torch.tensor(begins, dtype=torch.int32, device=row.device), begins)
 
 
 @_once_per_tensor

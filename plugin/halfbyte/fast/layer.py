@@ -13,7 +13,7 @@ level kept beside the layer's input                computed again in the backwar
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class FusedForward:
             if past_key_values is not None or kwargs.get("output_attentions"):
                 raise Uncovered("a KV cache or attention weights are wanted")
             documents = _documents(hidden_states, attention_mask, kwargs.get("cu_seq_lens_q"))
+            if documents is None and attention_mask is None and self._positions_tell(position_ids):
+                documents = Documents.of_positions(position_ids)
             step = self._step(hidden_states, attention_mask, position_embeddings, documents)
         except Uncovered as reason:
             self.reason = str(reason)
@@ -122,6 +124,11 @@ class FusedForward:
             attention=attention(hidden.device, hidden.dtype, decoder.scale, mask, documents),
             level=self.level,
         )
+
+    def _positions_tell(self, positions: Tensor | None) -> TypeGuard[Tensor]:
+        """Whether one row of positions says where documents begin: to flash attention, which gets no mask."""
+        implementation: str = self.decoder.attention.config._attn_implementation
+        return implementation.startswith("flash") and positions is not None and len(positions) == 1
 
     def _beyond_window(self, hidden: Tensor, documents: Documents | None) -> bool:
         longest = hidden.shape[1] if documents is None else documents.longest
