@@ -9,11 +9,11 @@ HEADER = (
 )
 
 EXPLANATION = """\
-`tokens/s` counts real tokens (padding excluded). `x first` is the median over steps of the first line's time over
-this line's, each pair on the same rows in the same turn; `spread` is the least and the largest. `loss` is the
-largest difference of a step's loss from the first line's, `gradient` the relative difference of all adapter
-gradients at the first step. `peak MiB` is what one step on the longest rows needs beyond what is held before it,
-in a process of its own."""
+`tokens/s` counts real tokens (padding excluded). `x first` is the median over steps of the first line's time
+over this line's, each pair on the same rows in the same turn; `spread` is the least and the largest. `loss` is
+the largest difference of a step's loss from the first line's, `gradient` the relative difference of all adapter
+gradients at the first step. `peak MiB` is what one step on the longest rows needs beyond what is held before
+it, in a process of its own."""
 
 NOT_SHOWN = """\
 - Nothing here ran on a GPU: what CUDA kernels, memory bandwidth and larger models change is not measured.

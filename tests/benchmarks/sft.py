@@ -1,8 +1,8 @@
-"""Measure SFT steps of halfbyte against plain TRL: `python -m tests.benchmarks.sft [--quick] [--bf16] [--write]`.
+"""Measure SFT steps against plain TRL: `python -m tests.benchmarks.sft [--quick] [--bf16] [--write]`.
 
-All variants of a case live in one process and take their steps in turn, on the same rows, so that a busy machine
-slows all of them. On CPU the clock is the process's CPU time on one thread. Peak memory is measured apart, with
-one process for each variant.
+All variants of a case live in one process and take their steps in turn, on the same rows, so that a busy
+machine slows all of them. On CPU the clock is the process's CPU time on one thread. Peak memory is measured
+apart, with one process for each variant.
 """
 
 import argparse
@@ -64,9 +64,9 @@ def main() -> None:
         found = measure(case, columns(case, options), options.repeats, cache)
         results.append(found)
         print(report.table(found), flush=True)
-    text = report.page(results, machine(), "--quick" if options.quick else "in full", options.repeats)
-    if options.write:
-        (Path(__file__).parent / "RESULTS.md").write_text(text, encoding="utf-8")
+        if options.write:  # after each case: a run that is cut short leaves what it has measured
+            text = report.page(results, machine(), "--quick" if options.quick else "in full", options.repeats)
+            (Path(__file__).parent / "RESULTS.md").write_text(text, encoding="utf-8")
 
 
 def columns(case: Case, options: argparse.Namespace) -> list[Variant]:

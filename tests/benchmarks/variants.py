@@ -143,7 +143,7 @@ class Stepper:
         self.parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
 
     def step(self) -> tuple[float, float]:
-        """Take one optimizer step; return its loss and its seconds (process CPU time, or the clock on CUDA)."""
+        """Take one optimizer step; return its loss and its seconds (CPU time, or the clock on CUDA)."""
         begin = _seconds()
         inputs = next(self.loader)
         items = self.trainer._get_num_items_in_batch([inputs], self.trainer.args.device)

@@ -1,4 +1,4 @@
-"""The fast step equals plain TRL in float32, for every supported architecture, dropout, batch shape and mask."""
+"""The fast step equals plain TRL in float32, for every architecture, dropout, batch shape and mask."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -74,9 +74,9 @@ def apply(
 ) -> Path:
     """Fuse what is covered in ``model``, and in ``trainer`` if it is SFT's; the rest stays as it is.
 
-    Nothing is copied or renamed: parameters, adapters and hooks are PEFT's before and after. Fused layers keep
-    everything without ``checkpointing``, what ``memory_budget`` allows with it, and nothing beside their input
-    where no ``trainer`` says how many tokens a step has.
+    Nothing is copied or renamed: parameters, adapters and hooks are PEFT's before and after. Fused layers
+    keep everything without ``checkpointing``, what ``memory_budget`` allows with it, and nothing beside their
+    input where no ``trainer`` says how many tokens a step has.
     """
     path = Path()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
