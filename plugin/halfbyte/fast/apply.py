@@ -1,4 +1,4 @@
-"""Make a loaded model, and the trainer around it, run the fast step; say which path each part took and why."""
+"""Make a model, and the trainer around it, run the fast step; say which path each part took and why."""
 
 import types
 from collections import Counter
@@ -19,7 +19,7 @@ ON = "on"
 
 @dataclass
 class Path:
-    """Which path a run takes: what is fused, and why the rest is not. ``run.json`` keeps it under ``fast``."""
+    """What of a run is fused, and why the rest is not; ``run.json`` keeps it under ``fast``."""
 
     mode: str = "auto"
     reason: str | None = None
