@@ -119,9 +119,11 @@ def test_the_options_we_add_are_a_frozen_list() -> None:
     assert ours == {
         "adapter_name_or_path",
         "additional_special_tokens",
+        "fast",
         "init_lora_weights",
         "lora_exclude_modules",
         "loraplus_lr_ratio",
+        "memory_budget",
     }
     assert {f.name for f in fields(RunArguments)} - {f.name for f in fields(ScriptArguments)} == {
         "overwrite_output_dir"

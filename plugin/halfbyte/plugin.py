@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from halfbyte import adapters, data, distributed, optimizers, quantization
+from halfbyte import fast as fast_step  # `fast` is an option here
 from halfbyte.distributed import fsdp2, zero3
 from halfbyte.errors import UserError
 
@@ -75,12 +76,30 @@ class QLoRAPlugin(ModelConfig):
         default=None,
         metadata={"help": "Template tokens to add to the vocabulary; their embedding rows are trained."},
     )
+    fast: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: the fused step where it covers the model; none: plain TRL, PEFT and bitsandbytes.",
+            "choices": ["auto", "none"],
+        },
+    )
+    memory_budget: str = field(
+        default="auto",
+        metadata={
+            "help": "What fused layers may keep for the backward: auto (the fastest that fits what is free), min "
+            "(recompute everything), or a size such as 20GiB."
+        },
+    )
 
     coverage: quantization.Coverage | None = field(init=False, repr=False, compare=False, default=None)
+    fast_path: fast_step.Path = field(init=False, repr=False, compare=False, default_factory=fast_step.Path)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         adapters.check_initialization(self.init_lora_weights)
+        if self.fast not in ("auto", "none"):
+            raise UserError(f"fast: {self.fast!r} is not a choice; write `auto` or `none`")
+        fast_step.check_memory_budget(self.memory_budget)
         if self.load_in_4bit and not self.use_peft:
             raise UserError(
                 "use_peft: false on a 4-bit base trains nothing; write `load_in_4bit: false` as well to train "
@@ -132,7 +151,7 @@ class QLoRAPlugin(ModelConfig):
         added_token_ids: Iterable[int] = (),
         **model_init_kwargs: Any,
     ) -> PreTrainedModel | PeftModel:
-        """Load ``model`` for this rank: quantized, adapters on (float32), checkpointing on.
+        """Load ``model`` for this rank: quantized, adapters on (float32) and fused, checkpointing on.
 
         ``model`` is a hub id, a directory, or an adapter directory, which stands for its base with that
         adapter. With ``tokenizer`` the embeddings grow where its vocabulary is larger. Without ``use_peft``
@@ -141,6 +160,21 @@ class QLoRAPlugin(ModelConfig):
         Raises :class:`UserError` for a checkpoint or adapter that does not fit; see :mod:`halfbyte.quantization`
         and :mod:`halfbyte.adapters`.
         """
+        loaded = self._load(model, trust_remote_code, tokenizer, added_token_ids, model_init_kwargs)
+        if gradient_checkpointing:
+            loaded.gradient_checkpointing_enable({"use_reentrant": False})
+            loaded.enable_input_require_grads()
+        self._make_fast(loaded, checkpointing=gradient_checkpointing)
+        return loaded
+
+    def _load(
+        self,
+        model: str | None,
+        trust_remote_code: bool,
+        tokenizer: PreTrainedTokenizerBase | None,
+        added_token_ids: Iterable[int],
+        model_init_kwargs: dict[str, Any],
+    ) -> PreTrainedModel | PeftModel:
         name, adapter = self.resolve(model)
         device = PartialState().device
         base = self._load_base(name, device, trust_remote_code, model_init_kwargs)
@@ -148,21 +182,26 @@ class QLoRAPlugin(ModelConfig):
             # Mean resizing draws at random: the new rows must be the same on every rank and after a reload.
             base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         if not self.use_peft:
-            peft_model = base
-        elif adapter is not None:
+            return base
+        if adapter is not None:
             adapters.same_base(adapter, name, quantization.fingerprint(name, self.model_revision))
-            peft_model = adapters.continue_from(base, adapter)
+            return adapters.continue_from(base, adapter)
+        return adapters.attach(
+            base, self.lora_config(), initialization=self.init_lora_weights, added_token_ids=added_token_ids
+        )
+
+    def _make_fast(
+        self, model: PreTrainedModel | PeftModel, trainer: Trainer | None = None, *, checkpointing: bool
+    ) -> None:
+        refusal = fast_step.refusal(trainer.args) if trainer is not None else None
+        if fsdp2.requested() or zero3.requested():
+            refusal = "not proven on a divided base"
+        if self.fast == "none" or refusal is not None:
+            self.fast_path = fast_step.Path(mode="none", reason=refusal or "as given")
         else:
-            peft_model = adapters.attach(
-                base,
-                self.lora_config(),
-                initialization=self.init_lora_weights,
-                added_token_ids=added_token_ids,
+            self.fast_path = fast_step.apply(
+                model, trainer, checkpointing=checkpointing, memory_budget=self.memory_budget
             )
-        if gradient_checkpointing:
-            peft_model.gradient_checkpointing_enable({"use_reentrant": False})
-            peft_model.enable_input_require_grads()
-        return peft_model
 
     def trainer(
         self,
@@ -196,13 +235,13 @@ class QLoRAPlugin(ModelConfig):
         if processing_class is None:
             processing_class, added_token_ids = self.tokenizer(args, model)
         set_seed(args.seed)  # as TRL does before it makes an adapter: `seed` decides its start
-        loaded = self.load(
+        # The trainer turns checkpointing on, as `args` say.
+        loaded = self._load(
             model,
-            gradient_checkpointing=False,  # the trainer turns it on, as `args` say
-            trust_remote_code=args.trust_remote_code,
-            tokenizer=processing_class,
-            added_token_ids=added_token_ids,
-            **(args.model_init_kwargs or {}),
+            args.trust_remote_code,
+            processing_class,
+            added_token_ids,
+            dict(args.model_init_kwargs or {}),
         )
         with (
             adapters.kept_in_float32(loaded),
@@ -218,6 +257,8 @@ class QLoRAPlugin(ModelConfig):
         if self.loraplus_lr_ratio is not None:
             optimizers.use_loraplus(trainer, self.loraplus_lr_ratio)
         distributed.save_adapters_whole(trainer)
+        self._make_fast(loaded, trainer, checkpointing=args.gradient_checkpointing)
+        _say(self.fast_path.line())
         return trainer
 
     def optimizer(

@@ -165,6 +165,7 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
         config=run.resolved,
         base=plugin.base_record(),
         data=rows.report.as_dict(),
+        fast=plugin.fast_path.as_dict(),
         strategy={**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
     )
     tracker = tracking.track(trainer, record)

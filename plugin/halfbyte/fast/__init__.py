@@ -1,0 +1,6 @@
+"""The fast step: fused layers and NF4+LoRA linears, a tiled head and padding-free batches, with plain TRL's numbers."""
+
+from halfbyte.fast.apply import Path, apply, refusal
+from halfbyte.fast.budget import check as check_memory_budget
+
+__all__ = ["Path", "apply", "check_memory_budget", "refusal"]

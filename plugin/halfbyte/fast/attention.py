@@ -1,0 +1,250 @@
+"""Causal attention, over padded batches or document by document, with the gradient apart from autograd.
+
+A fused layer keeps the output and the log-sum of each row's weights instead of an autograd graph, so that it
+can drop queries, keys and values and still go backward without a second attention.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+
+_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# What an attention keeps of its forward for its backward: the rows' log-sums, a graph, or nothing.
+Kept = Any
+
+
+class Attention(Protocol):
+    """Queries (batch, length, heads, size), keys and values (batch, length, kv heads, size) to outputs."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool) -> tuple[Tensor, Kept]: ...
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Kept
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of one row of tokens begin and end.
+
+    ``cumulative`` is int32 of shape (documents + 1,), from 0 to the number of tokens; ``bounds`` its values.
+    """
+
+    cumulative: Tensor
+    bounds: Sequence[int]
+
+    @classmethod
+    def of(cls, cumulative: Tensor) -> "Documents":
+        """Read the lengths, a tensor of any shape, off the device once for all layers of a forward."""
+        return _documents(cumulative)
+
+    @classmethod
+    def of_positions(cls, positions: Tensor) -> "Documents | None":
+        """Documents that each count their positions from their first token; None where there is one only."""
+        return _positioned(positions)
+
+    @property
+    def longest(self) -> int:
+        return max(end - start for start, end in self.spans)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        return [(a, b) for a, b in zip(self.bounds, self.bounds[1:], strict=False) if b > a]
+
+
+def attention(
+    device: torch.device, dtype: torch.dtype, scale: float, mask: Tensor | None, documents: Documents | None
+) -> Attention:
+    """The attention of one batch: within each of ``documents``, or under ``mask``, or causal.
+
+    ``mask`` is (batch, 1, length, length): True or 0 where a query may look, False or -inf where it may not.
+    """
+    if device.type == "cpu":
+        return CpuAttention(scale, _additive(mask, dtype) if mask is not None else None, documents)
+    return GraphAttention(scale, mask, documents)
+
+
+@dataclass(frozen=True)
+class CpuAttention:
+    """PyTorch's blocked CPU attention, whose backward needs the output and the rows' log-sums only."""
+
+    scale: float
+    mask: Tensor | None
+    documents: Documents | None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
+        parts = [self._forward_span(q, k, v, span) for span in self._spans(q)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([o for o, _ in parts], dim=1), torch.cat([log_sum for _, log_sum in parts], dim=2)
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [self._backward_span(do, q, k, v, o, kept, span) for span in self._spans(q)]
+        if len(parts) == 1:
+            return parts[0]
+        dq, dk, dv = (torch.cat(gradients, dim=1) for gradients in zip(*parts, strict=True))
+        return dq, dk, dv
+
+    def _forward_span(self, q: Tensor, k: Tensor, v: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+        query, key, value = self._heads_first(q, k, v, span)
+        o, log_sum = _cpu_forward(
+            query, key, value, 0.0, self.mask is None, attn_mask=self.mask, scale=self.scale
+        )
+        return o.transpose(1, 2), log_sum
+
+    def _backward_span(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, span: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self._heads_first(q, k, v, span)
+        dq, dk, dv = _cpu_backward(
+            do[:, span].transpose(1, 2),
+            query,
+            key,
+            value,
+            o[:, span].transpose(1, 2),
+            log_sum[:, :, span].contiguous(),
+            0.0,
+            self.mask is None,
+            attn_mask=self.mask,
+            scale=self.scale,
+        )
+        kv_heads = k.shape[2]
+        return dq.transpose(1, 2), _sum_groups(dk, kv_heads), _sum_groups(dv, kv_heads)
+
+    def _heads_first(self, q: Tensor, k: Tensor, v: Tensor, span: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The span as (batch, heads, length, size) each, keys and values repeated for each query head."""
+        groups = q.shape[2] // k.shape[2]
+        query, key, value = (x[:, span].transpose(1, 2) for x in (q, k, v))
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return query, key, value
+
+    def _spans(self, q: Tensor) -> list[slice]:
+        if self.documents is None:
+            return [slice(0, q.shape[1])]
+        return [slice(start, end) for start, end in self.documents.spans]
+
+
+@dataclass(frozen=True)
+class GraphAttention:
+    """Attention through PyTorch's public functions, with an autograd graph of its own for the gradient.
+
+    The graph is kept where queries, keys and values are kept anyway, and made again elsewhere.
+    """
+
+    scale: float
+    mask: Tensor | None
+    documents: Documents | None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Kept]:
+        if not keep_graph:
+            with torch.no_grad():
+                return self._attend(q, k, v), None
+        graph = self._graph(q, k, v)
+        return graph[0].detach(), graph
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Kept
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, inputs = kept if kept is not None else self._graph(q, k, v)
+        dq, dk, dv = torch.autograd.grad(out, inputs, do)
+        return dq, dk, dv
+
+    def _graph(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            return self._attend(*inputs), inputs
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.documents is None:
+            return self._attend_rows(q, k, v)
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            cumulative, longest = self.documents.cumulative, self.documents.longest
+            out = varlen_attn(
+                q[0],
+                k[0],
+                v[0],
+                cumulative,
+                cumulative,
+                longest,
+                longest,
+                scale=self.scale,
+                window_size=(-1, 0),
+                enable_gqa=q.shape[2] != k.shape[2],
+            )
+            assert isinstance(out, Tensor)
+            return out.unsqueeze(0)
+        lengths = [end - start for start, end in self.documents.spans]
+        # Split, not sliced: the gradient of each slice would be as long as the row.
+        parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([self._attend_rows(*part) for part in parts], dim=1)
+
+    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        groups = q.shape[2] // k.shape[2]
+        if groups > 1 and self.mask is not None:  # no kernel takes both a mask and shared keys
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=self.mask,
+            is_causal=self.mask is None,
+            scale=self.scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        ).transpose(1, 2)
+
+
+def _sum_groups(gradient: Tensor, kv_heads: int) -> Tensor:
+    """(batch, heads, length, size) to (batch, length, kv heads, size): add up the heads that share a key."""
+    batch, heads, length, size = gradient.shape
+    if heads != kv_heads:
+        gradient = gradient.view(batch, kv_heads, heads // kv_heads, length, size).sum(2)
+    return gradient.transpose(1, 2)
+
+
+def _once_per_tensor(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember the last result: every layer of a forward asks about the same tensor."""
+    last: list[tuple[weakref.ref[Tensor], tuple[Any, ...], Any]] = []
+
+    def remembered(tensor: Tensor, *others: Any) -> Any:
+        if last and last[0][0]() is tensor and last[0][1] == others:
+            return last[0][2]
+        result = function(tensor, *others)
+        last[:] = [(weakref.ref(tensor), others, result)]
+        return result
+
+    return remembered
+
+
+@_once_per_tensor
+def _documents(cumulative: Tensor) -> Documents:
+    lengths = cumulative.flatten()
+    return Documents(lengths, lengths.tolist())
+
+
+@_once_per_tensor
+def _positioned(positions: Tensor) -> Documents | None:
+    row = positions.flatten()
+    begins = [0, *((row[1:] != row[:-1] + 1).nonzero().flatten() + 1).tolist(), len(row)]
+    if len(begins) == 2:
+        return None
+    return Documents(torch.tensor(begins, dtype=torch.int32, device=row.device), begins)
+
+
+@_once_per_tensor
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as numbers added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

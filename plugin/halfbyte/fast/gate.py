@@ -1,0 +1,54 @@
+"""The gated activation of an MLP, ``act(gate) * up`` (SwiGLU, GeGLU), and its gradient."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from halfbyte.fast.device import kernels
+
+# transformers' activation modules that have a closed gradient in torch, and how torch names them.
+_NAMES = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "tanh", "GELUActivation": "none"}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """``act(gate) * up`` for ``gate_up`` (tokens, 2 x width), the two halves side by side."""
+
+    name: str
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Gate | None":
+        """The gate that ``module`` is the activation of; None for an activation that is not covered."""
+        name = _NAMES.get(type(module).__name__)
+        return cls(name) if name is not None else None
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        fused = kernels(gate_up)
+        if fused is not None and self.name == "silu":
+            return fused.swiglu_forward(gate_up)
+        gate, up = gate_up.chunk(2, dim=1)
+        return self._activate(gate).mul_(up)
+
+    def backward(self, dy: Tensor, gate_up: Tensor) -> Tensor:
+        """The gradient of ``gate_up`` for ``dy``, the gradient of the product; ``dy`` is overwritten."""
+        fused = kernels(gate_up)
+        if fused is not None and self.name == "silu":
+            return fused.swiglu_backward(dy, gate_up)
+        gate, up = gate_up.chunk(2, dim=1)
+        gradient = torch.empty_like(gate_up)
+        dgate, dup = gradient.chunk(2, dim=1)
+        torch.mul(dy, self._activate(gate), out=dup)
+        dgate.copy_(self._derivative(dy.mul_(up), gate))
+        return gradient
+
+    def _activate(self, gate: Tensor) -> Tensor:
+        if self.name == "silu":
+            return functional.silu(gate)
+        return functional.gelu(gate, approximate=self.name)
+
+    def _derivative(self, dy: Tensor, gate: Tensor) -> Tensor:
+        if self.name == "silu":
+            return torch.ops.aten.silu_backward(dy, gate)
+        return torch.ops.aten.gelu_backward(dy, gate, approximate=self.name)

@@ -1,0 +1,197 @@
+"""Triton kernels for what torch cannot fuse on a GPU: RMSNorm, rotary positions, SwiGLU, both ways.
+
+Each computes in float32 and rounds once, to the dtype of its input. Checked against the torch forms by
+Triton's interpreter and compiled for Hopper; not yet run on a GPU.
+"""
+
+# mypy: disable-error-code="import-not-found, no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements a program holds at a time: what fits the registers of a block of threads.
+_TILE = 4096
+_GATE_BLOCK = 1024
+
+
+@triton.jit
+def _norm_forward(
+    x,
+    weight,
+    y,
+    inverse,
+    rows,
+    eps,
+    offset: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    tile: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)[:, None]
+    column = tl.arange(0, block)[None, :]
+    inside = (row < rows) & (column < width)
+    value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    rate = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / width + eps)
+    tl.store(inverse + row, rate, mask=row < rows)
+    tl.store(y + row * width + column, value * rate * scale, mask=inside)
+
+
+@triton.jit
+def _norm_backward(
+    dy,
+    x,
+    inverse,
+    weight,
+    residual,
+    dx,
+    rows,
+    offset: tl.constexpr,
+    around: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    tile: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)[:, None]
+    column = tl.arange(0, block)[None, :]
+    inside = (row < rows) & (column < width)
+    at = row * width + column
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * scale
+    rate = tl.load(inverse + row, mask=row < rows, other=0.0)
+    along = tl.sum(gradient * value, axis=1, keep_dims=True) * rate * rate / width
+    result = rate * (gradient - value * along)
+    if around:
+        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + at, result, mask=inside)
+
+
+@triton.jit
+def _rotate(
+    x,
+    cos,
+    sin,
+    length,
+    heads,
+    x_batch,
+    x_token,
+    x_head,
+    angle_batch,
+    angle_token,
+    half: tl.constexpr,
+    block: tl.constexpr,
+    head_block: tl.constexpr,
+):
+    batch, token = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head = tl.arange(0, head_block)[:, None]
+    channel = tl.arange(0, block)[None, :]
+    angle = batch * angle_batch + token * angle_token + channel
+    c = tl.load(cos + angle, mask=channel < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=channel < half, other=0.0).to(tl.float32)
+    at = x + batch * x_batch + token * x_token + head * x_head + channel
+    inside = (head < heads) & (channel < half)
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, first * c - second * s, mask=inside)
+    tl.store(at + half, second * c + first * s, mask=inside)
+
+
+@triton.jit
+def _swiglu_forward(gate_up, y, width, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inside = column < width
+    gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * width + column, gate * tl.sigmoid(gate) * up, mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(dy, gate_up, gradient, width, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inside = column < width
+    at = row * 2 * width + column
+    d = tl.load(dy + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    tl.store(gradient + at, d * up * share * (1.0 + gate * (1.0 - share)), mask=inside)
+    tl.store(gradient + at + width, d * gate * share, mask=inside)
+
+
+def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`halfbyte.fast.norm.norm_forward`, but for rounding once only."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = torch.empty_like(rows)
+    inverse = rows.new_empty(len(rows), 1, dtype=torch.float32)
+    grid, shape = _row_tiles(rows)
+    _norm_forward[grid](rows, weight, y, inverse, len(rows), eps, offset=float(unit_offset), **shape)
+    return y.view(x.shape), inverse
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, unit_offset: bool, residual: Tensor | None
+) -> Tensor:
+    """As :func:`halfbyte.fast.norm.norm_backward`."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    gradients = dy.reshape(rows.shape).contiguous()
+    around = gradients if residual is None else residual.reshape(rows.shape).contiguous()
+    dx = torch.empty_like(rows)
+    grid, shape = _row_tiles(rows)
+    options = {"offset": float(unit_offset), "around": residual is not None, **shape}
+    _norm_backward[grid](gradients, rows, inverse, weight, around, dx, len(rows), **options)
+    return dx.view(x.shape)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As :func:`halfbyte.fast.rope.rotate_`: ``x`` (batch, length, heads, size) in place."""
+    assert x.stride(-1) == 1, x.stride()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    batch, length, heads, size = x.shape
+    _rotate[(batch, length)](
+        x,
+        cos,
+        sin,
+        length,
+        heads,
+        *x.stride()[:3],
+        cos.stride(0) if len(cos) > 1 else 0,
+        cos.stride(1),
+        half=size // 2,
+        block=triton.next_power_of_2(size // 2),
+        head_block=triton.next_power_of_2(heads),
+    )
+    return x
+
+
+def swiglu_forward(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` for contiguous ``gate_up`` (tokens, 2 x width)."""
+    tokens, width = len(gate_up), gate_up.shape[1] // 2
+    y = gate_up.new_empty(tokens, width)
+    _swiglu_forward[_gate_blocks(tokens, width)](gate_up, y, width, block=_GATE_BLOCK)
+    return y
+
+
+def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of ``gate_up``, contiguous, for contiguous ``dy`` (tokens, width)."""
+    tokens, width = dy.shape
+    gradient = torch.empty_like(gate_up)
+    _swiglu_backward[_gate_blocks(tokens, width)](dy, gate_up, gradient, width, block=_GATE_BLOCK)
+    return gradient
+
+
+def _row_tiles(rows: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """The grid and the shape of tiles of whole rows."""
+    count, width = rows.shape
+    block = triton.next_power_of_2(width)
+    tile = max(1, _TILE // block)
+    warps = 8 if block >= _TILE else 4
+    return (triton.cdiv(count, tile),), {"width": width, "block": block, "tile": tile, "num_warps": warps}
+
+
+def _gate_blocks(tokens: int, width: int) -> tuple[int, int]:
+    return tokens, triton.cdiv(width, _GATE_BLOCK)

@@ -1,0 +1,81 @@
+"""RMSNorm and its gradient: float32 inside, whatever the dtype outside, one pass over the rows each way."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.fast.device import kernels
+
+# Elements worked on at a time on a CPU: the float32 copies of a block stay in the second-level cache.
+_BLOCK = 1 << 17
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One RMSNorm of a model: ``y = x / sqrt(mean(x^2) + eps) * scale``.
+
+    ``unit_offset`` is Gemma's form: the scale is ``1 + weight`` and is applied before rounding to the dtype
+    of ``x``; elsewhere it is ``weight``, applied after (transformers' ``GemmaRMSNorm``, ``LlamaRMSNorm``).
+    """
+
+    module: Any
+    eps: float
+    unit_offset: bool
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize the last dimension; return the result and, per row, ``1 / rms`` in float32."""
+        weight: Tensor = self.module.weight.detach()
+        fused = kernels(x)
+        forward = norm_forward if fused is None else fused.norm_forward
+        return forward(x, weight, self.eps, self.unit_offset)
+
+    def backward(self, dy: Tensor, x: Tensor, inverse: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The gradient of ``x``, plus ``residual`` (the gradient that reaches ``x`` around the norm)."""
+        weight: Tensor = self.module.weight.detach()
+        fused = kernels(x)
+        backward = norm_backward if fused is None else fused.norm_backward
+        return backward(dy, x, inverse, weight, self.unit_offset, residual)
+
+
+def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.empty_like(rows)
+    inverse = rows.new_empty(len(rows), 1, dtype=torch.float32)
+    scale = weight.float() + 1.0 if unit_offset else weight.to(x.dtype)
+    for block in _blocks(rows):
+        value = rows[block].to(torch.float32, copy=True)
+        mean_square = torch.linalg.vector_norm(value, dim=1, keepdim=True).square_().div_(rows.shape[1])
+        inverse[block] = mean_square.add_(eps).rsqrt_()
+        value.mul_(inverse[block])
+        if unit_offset:
+            y[block] = value.mul_(scale)
+        else:
+            y[block].copy_(value).mul_(scale)
+    return y.view(x.shape), inverse
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, unit_offset: bool, residual: Tensor | None
+) -> Tensor:
+    rows, gradients = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
+    around = residual.reshape(rows.shape) if residual is not None else None
+    dx = torch.empty_like(rows)
+    scale = weight.float() + 1.0 if unit_offset else weight.float()
+    for block in _blocks(rows):
+        value = rows[block].to(torch.float32, copy=True)
+        gradient = gradients[block] * scale
+        rate = inverse[block]
+        along = torch.linalg.vecdot(gradient, value, dim=1).unsqueeze(1)
+        along.mul_(rate * rate * rate).div_(-rows.shape[1])
+        value.mul_(along).addcmul_(gradient, rate)
+        dx[block] = value if around is None else value.add_(around[block])
+    return dx.view(x.shape)
+
+
+def _blocks(rows: Tensor) -> list[slice]:
+    """Row ranges of a size the cache holds; all rows at once off the CPU."""
+    count = len(rows)
+    step = max(1, _BLOCK // rows.shape[1]) if rows.device.type == "cpu" else max(1, count)
+    return [slice(start, start + step) for start in range(0, count, step)]

@@ -1,0 +1,184 @@
+"""Frozen linear maps with LoRA that read the same input, taken as one.
+
+    y_i = x W_i' + b_i + s_i d_i(x) A_i' B_i'        (' transposes; d_i is the dropout of adapter i)
+
+The A of all maps are stacked and the B are put on a diagonal, so that the three projections of attention cost
+the matrix products of one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from torch import Tensor, nn
+from torch.nn import functional
+
+from halfbyte.fast import linear
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA of one map: ``a`` (rank, inputs), ``b`` (outputs, rank), PEFT's own parameters."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    dropout: "Dropout | None"
+
+
+class Dropout:
+    """One draw of dropout, which can be drawn again: it remembers the state of the generator.
+
+    Drawn where PEFT draws it, the mask is the one that PEFT would have got.
+    """
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+        self.state: Tensor | None = None
+
+    def factors(self, x: Tensor) -> Tensor:
+        """0 or ``1 / (1 - p)`` for each element of ``x``, the same at every call."""
+        generator = torch.cuda if x.is_cuda else torch.random
+        if self.state is None:
+            self.state = generator.get_rng_state()
+            return self._draw(x)
+        now = generator.get_rng_state()
+        generator.set_rng_state(self.state)
+        try:
+            return self._draw(x)
+        finally:
+            generator.set_rng_state(now)
+
+    def _draw(self, x: Tensor) -> Tensor:
+        return functional.dropout(torch.ones_like(x), self.p, training=True)
+
+
+class Projections:
+    """Linear maps of the same input, each with the adapter that is active now, or none.
+
+    ``bases`` are ``bitsandbytes`` 4-bit or plain linear modules, frozen; weights are read off them at each
+    use, because a sharded model holds them only around a layer's forward and backward.
+    """
+
+    def __init__(self, bases: list[nn.Linear], adapters: list[Adapter | None]) -> None:
+        self.bases, self.adapters = bases, adapters
+
+    def parameters(self) -> list[Tensor]:
+        """A and B of every map that has an adapter, in order: the order of the gradients."""
+        return [parameter for _, adapter in self._adapted() for parameter in (adapter.a, adapter.b)]
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weights of all maps, dequantized and stacked: (outputs of all, inputs)."""
+        weights = [dequantized(base, dtype) for base in self.bases]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def forward(
+        self, x: Tensor, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map ``x`` (tokens, inputs); return the outputs side by side, plus ``residual``, and inner values.
+
+        The inner values (:meth:`inner`) are what :meth:`backward` wants back.
+        """
+        y = functional.linear(x, weight, self._bias(x.dtype))
+        inner = self.inner(x)
+        if inner is not None:
+            y.addmm_(inner, self._outer(x.dtype).t())
+        # Added last: in bfloat16 the sum with the large residual may be rounded only once.
+        return y if residual is None else y.add_(residual), inner
+
+    def backward(
+        self, dy: Tensor, x: Tensor, inner: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradients of ``x``, which is not wanted without ``weight``, and of :meth:`parameters`."""
+        dx = torch.mm(dy, weight) if weight is not None else None
+        if inner is None:
+            return dx, []
+        dinner = torch.mm(dy, self._outer(dy.dtype))
+        gradients = self._a_gradients(dinner, x, dx)
+        b_gradients = self._b_gradients(dy, inner)
+        return dx, [gradient for pair in zip(gradients, b_gradients, strict=True) for gradient in pair]
+
+    def inner(self, x: Tensor) -> Tensor | None:
+        """``d_i(x) A_i'`` of every adapter side by side: (tokens, ranks of all); None without adapters."""
+        if not self.parameters():
+            return None
+        if not self._dropped():
+            return torch.mm(x, self._stacked_a(x.dtype).t())
+        parts = [
+            torch.mm(_dropped_out(x, each), each.a.detach().to(x.dtype).t()) for _, each in self._adapted()
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _a_gradients(self, dinner: Tensor, x: Tensor, dx: Tensor | None) -> list[Tensor]:
+        """The gradients of every A; what passes through the adapters to ``x`` is added to ``dx``."""
+        adapters = [adapter for _, adapter in self._adapted()]
+        ranks = [len(adapter.a) for adapter in adapters]
+        if not self._dropped():
+            if dx is not None:
+                dx.addmm_(dinner, self._stacked_a(x.dtype))
+            return list(torch.mm(dinner.t(), x).split(ranks))
+        gradients = []
+        for adapter, part in zip(adapters, dinner.split(ranks, dim=1), strict=True):
+            gradients.append(torch.mm(part.t(), _dropped_out(x, adapter)))
+            if dx is not None:
+                through = torch.mm(part, adapter.a.detach().to(x.dtype))
+                dx.add_(through if adapter.dropout is None else through.mul_(adapter.dropout.factors(x)))
+        return gradients
+
+    def _b_gradients(self, dy: Tensor, inner: Tensor) -> list[Tensor]:
+        widths = [base.out_features for base in self.bases]
+        outputs = dy.split(widths, dim=1)
+        parts = inner.split([len(adapter.a) for _, adapter in self._adapted()], dim=1)
+        return [
+            torch.mm(outputs[i].t(), part).mul_(adapter.scaling)
+            for (i, adapter), part in zip(self._adapted(), parts, strict=True)
+        ]
+
+    def _stacked_a(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([adapter.a.detach().to(dtype) for _, adapter in self._adapted()])
+
+    def _outer(self, dtype: torch.dtype) -> Tensor:
+        """Every ``s_i B_i`` on the diagonal of a zero matrix: (outputs of all, ranks of all)."""
+        rows = sum(base.out_features for base in self.bases)
+        columns = sum(len(adapter.a) for _, adapter in self._adapted())
+        outer = torch.zeros(rows, columns, dtype=dtype, device=self.bases[0].weight.device)
+        starts = [sum(base.out_features for base in self.bases[:i]) for i in range(len(self.bases))]
+        column = 0
+        for i, adapter in self._adapted():
+            outputs, rank = adapter.b.shape
+            block = outer[starts[i] : starts[i] + outputs, column : column + rank]
+            block.copy_(adapter.b.detach()).mul_(adapter.scaling)
+            column += rank
+        return outer
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The biases side by side, zero where a map has none; None where none has one."""
+        if all(base.bias is None for base in self.bases):
+            return None
+        device = self.bases[0].weight.device
+        return torch.cat(
+            [
+                torch.zeros(base.out_features, dtype=dtype, device=device)
+                if base.bias is None
+                else base.bias.detach().to(dtype)
+                for base in self.bases
+            ]
+        )
+
+    def _adapted(self) -> Iterator[tuple[int, Adapter]]:
+        return ((i, adapter) for i, adapter in enumerate(self.adapters) if adapter is not None)
+
+    def _dropped(self) -> bool:
+        return any(adapter.dropout is not None for _, adapter in self._adapted())
+
+
+def dequantized(base: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The weight of ``base`` (outputs, inputs) in ``dtype``, exactly as bitsandbytes computes with it."""
+    if not isinstance(base, Linear4bit):
+        return base.weight.detach().to(dtype)
+    return linear.dequantize(base.weight, linear.quantization_state(base), dtype)
+
+
+def _dropped_out(x: Tensor, adapter: Adapter) -> Tensor:
+    return x if adapter.dropout is None else adapter.dropout.factors(x).mul_(x)

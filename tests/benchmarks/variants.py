@@ -1,0 +1,162 @@
+"""The trainers that the benchmarks compare: plain TRL under its options, and halfbyte, stepped by hand."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from halfbyte import QLoRAPlugin
+from halfbyte.quantization.dtype import choose_compute_dtype
+from tests.benchmarks.workload import Case
+
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: ``ours`` or TRL's, in ``dtype``, with the given options of SFTConfig."""
+
+    name: str
+    dtype: str
+    ours: bool = False
+    checkpointing: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    memory_budget: str = "auto"
+
+
+def native_dtype() -> str:
+    """The dtype halfbyte would choose here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return str(choose_compute_dtype(device)).removeprefix("torch.")
+
+
+def reference(dtype: str) -> Variant:
+    return Variant(f"TRL {dtype}, checkpointing", dtype)
+
+
+def halfbyte(dtype: str, memory_budget: str = "auto") -> Variant:
+    label = (
+        f"halfbyte {dtype}" if memory_budget == "auto" else f"halfbyte {dtype}, memory_budget {memory_budget}"
+    )
+    return Variant(label, dtype, ours=True, memory_budget=memory_budget)
+
+
+# The CLI's own defaults: --load_in_4bit computes in float32 under bfloat16 autocast.
+TRL_DEFAULTS = Variant("TRL defaults", "float32", options={"bf16": True})
+
+
+def grid(dtype: str) -> list[Variant]:
+    """TRL's options that may make it faster, to be tried on the threshold cases."""
+    found = []
+    for label, checkpointing, kwargs in (
+        ("no checkpointing", False, {}),
+        ("selective checkpointing", True, {"gradient_checkpointing_kwargs": {"selective": True}}),
+        ("checkpointing", True, {}),
+    ):
+        found.append(Variant(f"TRL {dtype}, {label}", dtype, checkpointing=checkpointing, options=kwargs))
+        free = {**kwargs, "padding_free": True, "max_length": None}
+        found.append(
+            Variant(f"TRL {dtype}, {label}, padding_free", dtype, checkpointing=checkpointing, options=free)
+        )
+    return found
+
+
+class Stepper:
+    """A trainer, set up as ``train()`` sets it up, that takes one optimizer step at a time."""
+
+    def __init__(self, variant: Variant, case: Case, model: Path, rows: Dataset, output: Path) -> None:
+        self.variant = variant
+        bf16 = variant.options.get("bf16", variant.dtype == "bfloat16")
+        options: dict[str, Any] = {
+            "output_dir": str(output),
+            "use_cpu": not torch.cuda.is_available(),
+            "bf16": bf16,
+            "gradient_checkpointing": variant.checkpointing,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "per_device_train_batch_size": case.batch,
+            "train_sampling_strategy": "sequential",
+            "optim": "adamw_torch",
+            "learning_rate": 1e-4,
+            "max_grad_norm": 1.0,
+            "max_length": None,
+            "report_to": "none",
+            "disable_tqdm": True,
+            **{k: v for k, v in variant.options.items() if k != "bf16"},
+        }
+        torch.manual_seed(0)
+        self.trainer = (
+            self._ours(case, model, rows, options) if variant.ours else self._trl(case, model, rows, options)
+        )
+        self._same_adapter()
+        self._set_up()
+
+    def _ours(self, case: Case, model: Path, rows: Dataset, options: dict[str, Any]) -> Trainer:
+        plugin = QLoRAPlugin(
+            dtype=self.variant.dtype, lora_dropout=case.dropout, memory_budget=self.variant.memory_budget
+        )
+        trainer = plugin.trainer(SFTTrainer, model=str(model), args=SFTConfig(**options), train_dataset=rows)
+        self.path = plugin.fast_path.line()
+        return trainer
+
+    def _trl(self, case: Case, model: Path, rows: Dataset, options: dict[str, Any]) -> Trainer:
+        dtype = getattr(torch, self.variant.dtype)
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        base = AutoModelForCausalLM.from_pretrained(model, quantization_config=quantization, dtype=dtype)
+        peft_model = get_peft_model(base, LoraConfig(**LORA, lora_dropout=case.dropout))
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        args = SFTConfig(**options)
+        return SFTTrainer(model=peft_model, args=args, train_dataset=rows, processing_class=tokenizer)
+
+    def _same_adapter(self) -> None:
+        """Values that bfloat16 holds, since TRL rounds a quantized model's adapters to it; B is not zero."""
+        generator = torch.Generator().manual_seed(11)
+        for name, parameter in sorted(self.trainer.model.named_parameters()):
+            if parameter.requires_grad:
+                value = torch.randn(parameter.shape, generator=generator) * (
+                    0.02 if "lora_B" in name else 0.05
+                )
+                parameter.data.copy_(value.bfloat16())
+                if self.variant.dtype == "float32" and not self.variant.options:
+                    parameter.data = parameter.data.float()
+
+    def _set_up(self) -> None:
+        trainer, args = self.trainer, self.trainer.args
+        trainer.create_optimizer()
+        if args.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        trainer.model.train()
+        self.loader = iter(trainer.get_train_dataloader())
+        self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.model_wrapped = self.model
+        trainer.current_gradient_accumulation_steps = 1
+        self.parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+    def step(self) -> tuple[float, float]:
+        """Take one optimizer step; return its loss and its seconds (CPU time, or the clock on CUDA)."""
+        begin = _seconds()
+        inputs = next(self.loader)
+        items = self.trainer._get_num_items_in_batch([inputs], self.trainer.args.device)
+        loss = self.trainer.training_step(self.model, inputs, items)
+        self.trainer.accelerator.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.gradients = {name: p.grad for name, p in self.parameters.items()}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item(), _seconds() - begin
+
+
+def _seconds() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()

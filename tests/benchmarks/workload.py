@@ -1,0 +1,84 @@
+"""What the benchmarks train on: random checkpoints of stated shape, and token rows of stated lengths."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PAD = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload. ``threshold`` marks the cases that the targets are stated for."""
+
+    name: str
+    hidden: int = 512
+    layers: int = 8
+    vocabulary: int = 8192
+    lengths: str = "fixed"
+    length: int = 512
+    batch: int = 4
+    completion_only: bool = False
+    dropout: float = 0.0
+    threshold: bool = False
+
+
+CASES = [
+    Case("lognormal", lengths="lognormal", threshold=True),
+    Case("fixed 512", threshold=True),
+    Case("lognormal, dropout 0.05", lengths="lognormal", dropout=0.05),
+    Case("lognormal, completion only", lengths="lognormal", completion_only=True),
+    Case("fixed 512, V 32k", vocabulary=32_768),
+    Case("lognormal, V 128k, completion only", vocabulary=131_072, lengths="lognormal", completion_only=True),
+    Case("lognormal, H 1024", hidden=1024, lengths="lognormal"),
+]
+
+
+def checkpoint(case: Case, directory: Path) -> Path:
+    """A random Llama of the case's shape with a word-level tokenizer, saved once."""
+    path = directory / f"llama-{case.hidden}-{case.layers}-{case.vocabulary}"
+    if path.exists():
+        return path
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=case.vocabulary,
+        hidden_size=case.hidden,
+        intermediate_size=case.hidden * 11 // 4,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.hidden // 64,
+        num_key_value_heads=case.hidden // 128,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=PAD,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    words = {f"w{i}": i for i in range(case.vocabulary)}
+    words |= {"<s>": 0, "</s>": 1, "<pad>": PAD, "<unk>": 3}
+    words = {word: i for word, i in words.items() if i > 3 or word.startswith("<")}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(path)
+    return path
+
+
+def rows(case: Case, steps: int) -> Dataset:
+    """Tokenized rows for ``steps`` batches: ids, and labels that are -100 on prompts if completion only."""
+    draw = random.Random(7)
+    found = []
+    for _ in range(steps * case.batch):
+        length = case.length
+        if case.lengths == "lognormal":  # median 150 tokens, a long tail cut at the longest
+            length = min(max(int(draw.lognormvariate(5.0, 0.8)), 16), case.length)
+        ids = [draw.randrange(4, case.vocabulary) for _ in range(length)]
+        prompt = int(length * draw.uniform(0.3, 0.8)) if case.completion_only else 0
+        found.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return Dataset.from_list(found)

@@ -1,0 +1,123 @@
+"""Padding-free batches: documents do not see each other, and losses and gradients equal padded batches'."""
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
+
+from halfbyte.fast import batches
+from tests import tiny
+
+LENGTHS = (13, 5, 21, 1, 8)
+ARCHITECTURES = {
+    **{name: tiny.CONFIGS[name] for name in ("llama", "opt", "qwen3", "gemma")},
+    # A window shorter than the longest document: the mask must hold both.
+    "mistral": lambda: MistralConfig(**tiny._GATED, sliding_window=6),
+    "mistral wide": lambda: MistralConfig(**tiny._GATED, sliding_window=64),
+    "gemma3": lambda: Gemma3TextConfig(**tiny._GATED, head_dim=16, sliding_window=6),
+}
+
+
+def make(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = ARCHITECTURES[name]()
+    cls = Gemma3ForCausalLM if name == "gemma3" else AutoModelForCausalLM
+    model = cls(config) if name == "gemma3" else cls.from_config(config, attn_implementation="sdpa")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    return model
+
+
+def rows() -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for length in LENGTHS:
+        ids = torch.randint(4, tiny.VOCABULARY, (length,), generator=generator).tolist()
+        found.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
+    return found
+
+
+def step(model: torch.nn.Module, *, padding_free: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    batch = DataCollatorForLanguageModeling(pad_token_id=3, padding_free=padding_free)(rows())
+    out = model(**batch, fused_lm_head=True)
+    loss = -out.log_probs.sum() / out.label_mask.sum()
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_loss_and_gradients_equal_padded_batches(name: str, checkpointing: bool) -> None:
+    model = make(name).train()
+    loss, grads = step(model, padding_free=False)
+    assert batches._use_attention(model) is None
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ours, our_grads = step(model, padding_free=True)
+    assert abs(ours - loss) <= 1e-6 * loss
+    for parameter in grads:
+        assert (our_grads[parameter] - grads[parameter]).norm() <= 1e-5 * grads[parameter].norm() + 1e-9
+    # The same model on padded batches is what it was.
+    assert torch.equal(step(model, padding_free=False)[0], loss)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mistral"])
+def test_no_document_sees_another(name: str) -> None:
+    model = make(name).eval()
+    assert batches._use_attention(model) is None
+    batch = {**DataCollatorForLanguageModeling(pad_token_id=3, padding_free=True)(rows()), "use_cache": False}
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][0, : LENGTHS[0]] = 7
+    with torch.no_grad():
+        first, second = (model(**b).logits[0] for b in (batch, changed))
+    assert not torch.allclose(first[: LENGTHS[0]], second[: LENGTHS[0]], atol=1e-3)
+    assert torch.equal(first[LENGTHS[0] :], second[LENGTHS[0] :])
+
+
+def test_the_mask_is_lengths_and_not_a_square() -> None:
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    model = make("llama")
+    assert batches._use_attention(model) is None
+    seen = []
+
+    def look(module, args, kwargs) -> None:
+        seen.append(kwargs["attention_mask"])
+
+    model.model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    model(input_ids=torch.full((1, sum(LENGTHS)), 9), position_ids=positions, use_cache=False)
+    assert seen[0].flatten().tolist() == [0, 13, 18, 39, 40, 48]
+
+
+def test_one_document_has_no_mask() -> None:
+    model = make("llama")
+    assert batches._use_attention(model) is None
+    assert batches.mask(1, 5, 5, mask_function=lambda b, h, q, k: k <= q, attention_mask=None) is None
+
+
+def test_a_model_without_the_interface_keeps_its_attention() -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
+    before = model.config._attn_implementation
+    assert batches._use_attention(model) is not None
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_that_hides_documents_from_its_attention_is_found_out(monkeypatch) -> None:
+    model = make("llama")
+    inner = model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda position_ids=None, cu_seq_lens_q=None, **kwargs: inner(**kwargs)
+    )
+    assert "where documents begin" in (batches._use_attention(model) or "")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_probe_draws_no_random_numbers() -> None:
+    model = make("opt").train()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    assert batches._use_attention(model) is None
+    assert torch.equal(torch.rand(1), expected)

@@ -1,0 +1,104 @@
+"""The Triton kernels equal the torch forms, by Triton's interpreter; they compile for Hopper."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+if "TRITON_INTERPRET" not in os.environ:
+    # Triton reads the variable when a kernel is defined: the module runs again in a process of its own.
+    def test_in_the_interpreter() -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_kernels_compile_for_hopper() -> None:
+        import triton
+        from halfbyte.fast import kernels
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        x, f, i = "*bf16", "*fp32", "i32"
+        rows = {"width": 4096, "block": 4096, "tile": 1}
+        cases = [
+            (kernels._norm_forward, [x, x, x, f, i, "fp32"], {"offset": 0.0, **rows}),
+            (kernels._norm_backward, [x, x, f, x, x, x, i], {"offset": 1.0, "around": True, **rows}),
+            (kernels._rotate, [x, x, x, *[i] * 7], {"half": 64, "block": 64, "head_block": 64}),
+            (kernels._swiglu_forward, [x, x, i], {"block": 1024}),
+            (kernels._swiglu_backward, [x, x, x, i], {"block": 1024}),
+        ]
+        for kernel, types, constants in cases:
+            names = kernel.arg_names
+            signature = {**dict(zip(names, types, strict=False)), **dict.fromkeys(constants, "constexpr")}
+            source = ASTSource(kernel, {n: signature[n] for n in names}, constants)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+            assert ".target sm_90" in compiled.asm["ptx"]
+
+else:
+    from halfbyte.fast import gate, kernels, norm, rope
+
+    from tests.fast import models, test_layer
+
+    DTYPES = [torch.float32, torch.bfloat16]
+
+    def close(ours: torch.Tensor, exact: torch.Tensor) -> bool:
+        """Within a rounding of the float32 result (the interpreter cuts to bfloat16) and of a sum."""
+        assert ours.shape == exact.shape
+        tolerance = 2e-6 if ours.dtype == torch.float32 else 2**-7
+        return bool(((ours.float() - exact).abs() <= tolerance * exact.abs() + 1e-6).all())
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("shape", "unit_offset"), [((3, 7, 100), False), ((2, 5, 4, 24), True)])
+    def test_norm(shape: tuple[int, ...], unit_offset: bool, dtype: torch.dtype) -> None:
+        x, dy, around = (torch.randn(shape).to(dtype) for _ in range(3))
+        weight = torch.randn(shape[-1]).to(dtype)
+        y, inverse = kernels.norm_forward(x, weight, 1e-6, unit_offset)
+        exact, exact_inverse = norm.norm_forward(x.float(), weight.float(), 1e-6, unit_offset)
+        assert y.dtype == dtype
+        assert close(y, exact)
+        assert close(inverse, exact_inverse)
+        for residual in (None, around):
+            dx = kernels.norm_backward(dy, x, inverse, weight, unit_offset, residual)
+            floats = (dy.float(), x.float(), inverse, weight.float(), unit_offset)
+            exact = norm.norm_backward(*floats, None if residual is None else residual.float())
+            assert dx.dtype == dtype
+            assert (dx.float() - exact).abs().max() <= 0.02 * exact.abs().max()
+            if dtype == torch.float32:
+                torch.testing.assert_close(dx, exact, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_rotation(rows: int, dtype: torch.dtype) -> None:
+        qkv = torch.randn(2, 5, 6, 20).to(dtype)
+        angles = torch.rand(rows, 5, 1, 10)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        expected = rope.rotate_(qkv[:, :, :4].float(), cos.float(), sin.float())
+        untouched = qkv[:, :, 4:].clone()
+        ours = kernels.rotate_(qkv[:, :, :4], cos, sin)
+        assert torch.equal(qkv[:, :, 4:], untouched)
+        torch.testing.assert_close(
+            ours.float(), expected, rtol=2**-7, atol=2**-7 if dtype == torch.bfloat16 else 1e-6
+        )
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_swiglu(dtype: torch.dtype) -> None:
+        gate_up, dy = torch.randn(3, 2 * 1100).to(dtype), torch.randn(3, 1100).to(dtype)
+        swiglu = gate.Gate("silu")
+        assert close(kernels.swiglu_forward(gate_up), swiglu.forward(gate_up.float()))
+        gradient = kernels.swiglu_backward(dy, gate_up)
+        exact = swiglu.backward(dy.float(), gate_up.float())
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(gradient.float(), exact, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma"])
+    def test_a_layer_on_the_kernels(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected = test_layer.step(models.make(arch), test_layer.BATCHES["causal"])
+        for module in (gate, norm, rope):
+            monkeypatch.setattr(module, "kernels", lambda x: kernels)
+        model = test_layer.fuse_all(models.make(arch), level=1)
+        test_layer.assert_same(test_layer.step(model, test_layer.BATCHES["causal"]), expected)

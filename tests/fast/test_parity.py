@@ -1,0 +1,191 @@
+"""The fast step equals plain TRL in float32, for every architecture, dropout, batch shape and mask."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from halfbyte import QLoRAPlugin
+from tests import tiny
+from tests.test_parity import Steps
+
+ARCHITECTURES = ["llama", "opt", "qwen3", "gemma"]
+Gradients = dict[str, torch.Tensor]
+
+
+def arguments(output: Path, cls: type = SFTConfig, **options):
+    options = {"max_steps": 2, "bf16": False, **options}
+    return cls(
+        output_dir=str(output),
+        use_cpu=True,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=1,
+        learning_rate=1e-3,
+        optim="adamw_torch",
+        max_grad_norm=0.0,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+
+
+def plain(base: Path, dropout: float, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """PEFT on bitsandbytes, with an adapter whose B is not zero and whose values bfloat16 holds."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=dtype)
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=8, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+            parameter.data = parameter.data.bfloat16().float()
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapter(model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    saved: dict[tuple[str, float], Path] = {}
+
+    def get(arch: str, dropout: float) -> Path:
+        if (arch, dropout) not in saved:
+            path = saved[arch, dropout] = tmp_path_factory.mktemp(arch)
+            plain(model_dir(arch), dropout).save_pretrained(path)
+        return saved[arch, dropout]
+
+    return get
+
+
+def train(trainer: Trainer) -> Steps:
+    steps = Steps()
+    trainer.add_callback(steps)
+    trainer.train()
+    return steps
+
+
+def run_trl(base: Path, args, rows: Dataset, *, dropout: float = 0.0, cls: type = SFTTrainer) -> Steps:
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model = plain(base, dropout, dtype)
+    trainer = cls(
+        model=model, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(base)
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad and not args.bf16:
+            parameter.data = parameter.data.float()
+    return train(trainer)
+
+
+def run_ours(
+    base: Path, adapter: Path, args, rows: Dataset, *, cls: type = SFTTrainer, **options
+) -> tuple[Steps, QLoRAPlugin]:
+    dtype = "bfloat16" if args.bf16 else "float32"
+    plugin = QLoRAPlugin(dtype=dtype, adapter_name_or_path=str(adapter), **options)
+    return train(plugin.trainer(cls, model=str(base), args=args, train_dataset=rows)), plugin
+
+
+def assert_equal(ours: Steps, theirs: Steps, *, losses: float = 1e-5, gradients: float = 1e-5) -> None:
+    assert len(ours.losses) == len(theirs.losses) > 0
+    for a, b in zip(ours.losses, theirs.losses, strict=True):
+        assert abs(a - b) <= losses
+    for a, b in zip(ours.gradients, theirs.gradients, strict=True):
+        assert (a - b).norm() <= gradients * b.norm()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_padding_and_label_masks(arch: str, model_dir, adapter, tmp_path: Path) -> None:
+    # Conversations of several lengths with assistant-only labels: padded by TRL, not by us.
+    rows = Dataset.from_list(tiny.conversations(12))
+    options = {"assistant_only_loss": True}
+    theirs = run_trl(model_dir(arch), arguments(tmp_path, **options), rows)
+    ours, plugin = run_ours(model_dir(arch), adapter(arch, 0.0), arguments(tmp_path, **options), rows)
+    assert_equal(ours, theirs)
+    assert plugin.fast_path.as_dict()["batches"] == plugin.fast_path.as_dict()["head"] == "on"
+    assert all(step.count_nonzero() > 0.99 * step.numel() for step in ours.gradients)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_dropout_draws_the_same_masks(arch: str, model_dir, adapter, tmp_path: Path) -> None:
+    # Rows of one length: a padded batch and a padding-free row then draw the same numbers.
+    rows = Dataset.from_list([{"text": tiny.text(5 * n)} for n in range(12)])
+    options = {"max_length": 6}
+    theirs = run_trl(model_dir(arch), arguments(tmp_path, **options), rows, dropout=0.1)
+    ours, _ = run_ours(model_dir(arch), adapter(arch, 0.1), arguments(tmp_path, **options), rows)
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_packing(arch: str, dropout: float, model_dir, adapter, tmp_path: Path) -> None:
+    rows = Dataset.from_list(tiny.conversations(40))
+    options = {"packing": True, "max_length": 64, "assistant_only_loss": True}
+    theirs = run_trl(model_dir(arch), arguments(tmp_path, **options), rows, dropout=dropout)
+    ours, _ = run_ours(model_dir(arch), adapter(arch, dropout), arguments(tmp_path, **options), rows)
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+def test_preferences_keep_trls_head(arch: str, model_dir, adapter, tmp_path: Path) -> None:
+    rows = Dataset.from_list(tiny.preferences(12))
+    ours, plugin = run_ours(
+        model_dir(arch), adapter(arch, 0.1), arguments(tmp_path, DPOConfig), rows, cls=DPOTrainer
+    )
+    theirs, _ = run_ours(
+        model_dir(arch), adapter(arch, 0.1), arguments(tmp_path, DPOConfig), rows, cls=DPOTrainer, fast="none"
+    )
+    assert_equal(ours, theirs)
+    assert "head" not in plugin.fast_path.as_dict()
+
+
+def test_ten_steps_without_checkpointing(model_dir, adapter, tmp_path: Path) -> None:
+    rows = Dataset.from_list(tiny.texts(60))
+    options = {"gradient_checkpointing": False, "max_steps": 10}
+    theirs = run_trl(model_dir("llama"), arguments(tmp_path, **options), rows)
+    ours, _ = run_ours(model_dir("llama"), adapter("llama", 0.0), arguments(tmp_path, **options), rows)
+    assert_equal(ours, theirs, losses=1e-4, gradients=1e-4)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bfloat16_gradients_are_as_good_as_trls(arch: str, model_dir, adapter, tmp_path: Path) -> None:
+    rows = Dataset.from_list(tiny.conversations(12))
+    options = {"max_steps": 1}
+    exact = run_trl(model_dir(arch), arguments(tmp_path, **options), rows).gradients[0]
+    theirs = run_trl(model_dir(arch), arguments(tmp_path, bf16=True, **options), rows).gradients[0]
+    ours, plugin = run_ours(
+        model_dir(arch), adapter(arch, 0.0), arguments(tmp_path, bf16=True, **options), rows
+    )
+    assert plugin.fast_path.autocast == "off: all in torch.bfloat16"
+    assert (ours.gradients[0] - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+def test_metrics_are_trls(model_dir, adapter, tmp_path: Path) -> None:
+    rows = Dataset.from_list(tiny.conversations(12))
+    logged = []
+    for fast in ("auto", "none"):
+        plugin = QLoRAPlugin(dtype="float32", adapter_name_or_path=str(adapter("llama", 0.0)), fast=fast)
+        args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+        trainer = plugin.trainer(
+            SFTTrainer, model=str(model_dir("llama")), args=args, train_dataset=rows, eval_dataset=rows
+        )
+        trainer.train()
+        logged.append(trainer.state.log_history)
+    for a, b in zip(*logged, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if not key.endswith(("runtime", "per_second", "flos")):
+                assert a[key] == pytest.approx(b[key], abs=2e-5, rel=1e-5), key
