@@ -164,6 +164,13 @@ class Tracker(TrainerCallback):
         where = self._wandb.finish(0 if status == "completed" else 1) if self._wandb is not None else None
         self._print_summary(plots, where)
 
+    def abandon(self, status: str, next_command: str | None = None) -> None:
+        """Says on disk how the run ended, and no more: for a thread that ends the process at once."""
+        if self._main and not self._finished:
+            self._finished = True
+            self.record.update(status=status, next=next_command)
+            self.record.write()
+
     def write_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Writes README.md; takes the place of `Trainer.create_model_card`, whose arguments it accepts."""
         if self._main:
