@@ -22,9 +22,7 @@ ENTRY_POINTS = {"saboteur": "tests.checkpoint.saboteur:recipe"}
 
 @dataclass
 class SaboteurArguments(SFTArguments):
-    fault: str | None = field(
-        default=None, metadata={"help": "A signal's name, loss, gradient, weight or memory."}
-    )
+    fault: str | None = field(default=None, metadata={"help": "A signal, loss, gradient, weight or memory."})
     fault_place: str = field(
         default="step", metadata={"help": "`step`, `evaluation` or `save`, for signals."}
     )
@@ -54,12 +52,14 @@ class SaboteurTrainer(SFTTrainer):
         if now and self._targeted():
             if self.args.fault == "loss":
                 return loss * float("nan")
-            trained = [weight for weight in self.model.parameters() if weight.requires_grad]
             if self.args.fault == "gradient":
-                trained[0].grad[0, 0] = float("inf")
-            if self.args.fault == "weight":
-                trained[0].data[0, 0] = float("nan")
+                self._trained()[0].grad[0, 0] = float("inf")
         return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.fault == "weight" and self.state.global_step == self.args.fault_step:
+            self._trained()[0].data[0, 0] = float("nan")  # as an optimizer step would leave it
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         self._signal("evaluation")
@@ -69,6 +69,9 @@ class SaboteurTrainer(SFTTrainer):
         self._signal("save")
         super()._save_checkpoint(*args, **kwargs)
         self._signal("saved")
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def _targeted(self) -> bool:
         return self.args.fault_target in ("all", str(PartialState().process_index))
