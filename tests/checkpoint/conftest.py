@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import launch, packages, tiny
+from tests.checkpoint import runs as checkpointed
 from tests.checkpoint import saboteur
 
 ENDED_SECONDS = 30
@@ -39,6 +40,17 @@ def saboteur_options(tmp_path: Path, model_dir) -> Callable[..., list[str]]:
         return [word for key, value in chosen.items() for word in (f"--{key}", str(value))]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_dir) -> checkpointed.Finished:
+    """An uninterrupted run to hold others against, made once."""
+    root = tmp_path_factory.mktemp("finished")
+    made = checkpointed.Finished(
+        root / "run", model_dir("llama"), tiny.write_rows(root / "rows", tiny.conversations(12))
+    )
+    assert checkpointed.run("sft", made.options(made.output)) == 0
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +100,7 @@ def launched(tmp_path: Path, sabotaged_site: str, saboteur_options):
 
     def start(launcher: str, **options: object) -> Launched:
         commands = {
-            "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"],
+            "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
             "accelerate": [
                 *("accelerate.commands.launch", "--config_file", str(launch.ROOT / "launch" / "cpu.yaml")),
                 *("--num_processes", "2", "--main_process_port", "0", "-m"),

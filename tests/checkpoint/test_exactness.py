@@ -19,7 +19,6 @@ CELLS = {
 }
 MORE_CELLS = {
     "packing": ("sft", {"packing": "true", "max_length": "64", **EVALUATED}),
-    "padding-free": ("sft", {"padding_free": "true", "attn_implementation": "sdpa"}),
     "epochs": ("sft", {"max_steps": "-1", "num_train_epochs": "1.5", "save_steps": "3", **EVALUATED}),
     "saved at the end of an epoch": (
         "sft",

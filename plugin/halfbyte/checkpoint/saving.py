@@ -100,7 +100,7 @@ class Saver:
 
     def _make_room(self, needed: int) -> None:
         shutil.rmtree(self.pending, ignore_errors=True)
-        self.pending.mkdir(parents=True)
+        self.pending.mkdir()  # not its parents: a directory taken away in mid-run is not made anew
         free = shutil.disk_usage(self.output_dir).free
         if free < _SPACE * needed:
             raise OSError("too little space")
