@@ -200,6 +200,8 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
     )
     if resume.manifest is not None:
         record.update(run_id=resume.manifest.run_id, resumed_from=resume.path)
+        for line in changes.other_versions(resume.manifest, record["versions"]) if is_main else ():
+            print(line, flush=True)
     saving.keep(trainer, saving.RunFacts(record["run_id"], run.resolved, inputs, record["versions"]))
     exactness.make_exact(trainer, Path(resume.path) if resume.path is not None else None)
     tracker = tracking.track(trainer, record)

@@ -51,7 +51,7 @@ def test_resumed_equals_uninterrupted(model_dir: ModelDir, tmp_path: Path, cell:
     assert tokens == sorted(tokens)
     assert len(set(tokens)) == len(tokens)
     assert "rows after step 3 cut" in capsys.readouterr().out
-    assert (parts / "earlier" / "1" / "metrics.jsonl").is_file()
+    assert (parts / "_earlier" / "1" / "metrics.jsonl").is_file()
 
 
 @pytest.mark.faults

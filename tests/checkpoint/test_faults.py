@@ -59,11 +59,11 @@ def test_every_state_that_a_kill_can_leave_is_resumed_from(
 
 
 PLACES = {
-    "before the rename": ("os.rename", ".pending-checkpoint/checkpoint-4"),
-    "directory": ("os.mkdir", ".pending-checkpoint/checkpoint-4"),
-    "state": ("open", ".pending-checkpoint/checkpoint-4/trainer_state.json"),
-    "manifest": ("open", ".pending-checkpoint/checkpoint-4/manifest.json"),
-    "another rank": ("open", ".pending-checkpoint/checkpoint-4/progress_1.json"),
+    "before the rename": ("os.rename", "_pending-checkpoint/checkpoint-4"),
+    "directory": ("os.mkdir", "_pending-checkpoint/checkpoint-4"),
+    "state": ("open", "_pending-checkpoint/checkpoint-4/trainer_state.json"),
+    "manifest": ("open", "_pending-checkpoint/checkpoint-4/manifest.json"),
+    "another rank": ("open", "_pending-checkpoint/checkpoint-4/progress_1.json"),
 }
 CASES = [
     (place, processes)

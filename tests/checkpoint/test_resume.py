@@ -105,8 +105,8 @@ def test_what_comes_after_the_checkpoint_is_set_aside(checkpoints: Path) -> None
     (checkpoints / "metrics.jsonl").write_text(text)
     told = find(str(checkpoints), str(checkpoints / "checkpoint-2")).prepare(str(checkpoints))
     assert [row["step"] for row in read_rows(checkpoints)] == [1, 2]
-    assert (checkpoints / "earlier" / "1" / "metrics.jsonl").read_text() == text
-    assert (checkpoints / "earlier" / "1" / "checkpoint-10" / "weights").is_file()
+    assert (checkpoints / "_earlier" / "1" / "metrics.jsonl").read_text() == text
+    assert (checkpoints / "_earlier" / "1" / "checkpoint-10" / "weights").is_file()
     assert [path.name for path in history.checkpoints(checkpoints)] == ["checkpoint-2"]
     assert len(told) == 2
 
@@ -180,12 +180,12 @@ def test_damage_to_any_file_of_a_checkpoint(finished: Finished, parts, kind: str
 
 def test_no_checkpoint_yet_starts_over_and_keeps_the_logs(finished: Finished, tmp_path: Path, capsys) -> None:
     output = tmp_path / "run"
-    (output / ".pending-checkpoint" / "checkpoint-2").mkdir(parents=True)
+    (output / "_pending-checkpoint" / "checkpoint-2").mkdir(parents=True)
     (output / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
     (output / "run.json").write_text("{}")
     assert run("sft", finished.options(output), "--resume_from_checkpoint", "auto") == 0
     assert "no checkpoint yet; starting from step 0" in capsys.readouterr().out
-    assert (output / "earlier" / "1" / "metrics.jsonl").read_text() == '{"step": 1, "loss": 9.0}\n'
+    assert (output / "_earlier" / "1" / "metrics.jsonl").read_text() == '{"step": 1, "loss": 9.0}\n'
     assert_equal(finished.output, output, STEPS)
 
 
@@ -218,3 +218,10 @@ def test_changed_rows_are_refused_and_allowed(finished: Finished, parts, tmp_pat
     assert "data: " in capsys.readouterr().err
     assert run("sft", changed, *resumed, "data") == 0
     assert "changed by allow_config_change: data" in capsys.readouterr().out
+
+
+def test_other_versions_are_said() -> None:
+    then = recorded(versions={"torch": "2.11.0", "trl": "1.16.0", "gone": "1"})
+    assert changes.other_versions(then, {"torch": "2.11.0", "trl": "1.16.0"}) == []
+    told = changes.other_versions(then, {"torch": "2.13.0", "trl": "1.16.0"})
+    assert told == ["resume: other versions, so it may not be bit for bit: torch 2.11.0 -> 2.13.0"]

@@ -103,6 +103,16 @@ def refuse(
     ]
 
 
+def other_versions(manifest: Manifest, now: Mapping[str, str]) -> list[str]:
+    """A line when other versions of the libraries are installed than those that wrote the checkpoint."""
+    changed = [
+        f"{name} {then} -> {now[name]}"
+        for name, then in manifest.versions.items()
+        if name in now and now[name] != then
+    ]
+    return [f"resume: other versions, so it may not be bit for bit: {', '.join(changed)}"] if changed else []
+
+
 def check_keys(allowed: Sequence[str] | None, config: Mapping[str, Any]) -> None:
     """Refuse names in ``allow_config_change`` that nothing goes by."""
     known = {*config, "world_size", "data", "base", "chat_template"}

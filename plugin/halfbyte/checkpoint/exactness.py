@@ -63,6 +63,7 @@ class _Exactness(TrainerCallback):
         trainer = self._trainer
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
+            self._find_best(state)
             args.eval_on_start = False  # it was done when the run began
             if state.global_step >= state.max_steps:
                 trainer._run_epoch = self._nothing_left
@@ -84,6 +85,9 @@ class _Exactness(TrainerCallback):
     def _restore(self, checkpoint: Path) -> None:
         path = checkpoint / _file(self._trainer)
         if not path.is_file():  # another world size, which the user has allowed
+            self._say(
+                "on another number of processes the random generators start anew: close, not bit for bit"
+            )
             return
         values = json.loads(path.read_text(encoding="utf-8"))
         for name in _COUNTERS:
@@ -92,6 +96,21 @@ class _Exactness(TrainerCallback):
         self._trainer._tr_loss.fill_(values["_tr_loss"])
         for mode, series in values.get("_metrics", {}).items():
             self._trainer._metrics[mode].update(series)
+
+    def _find_best(self, state: TrainerState) -> None:
+        """Where the best checkpoint is now: the state has the path it was saved under."""
+        if state.best_global_step is None:
+            return
+        best = Path(self._trainer.args.output_dir) / f"checkpoint-{state.best_global_step}"
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if state.best_model_checkpoint is None and self._trainer.args.load_best_model_at_end:
+            self._say(
+                f"{best.name}, the best so far, is not in {best.parent}: it cannot be loaded at the end"
+            )
+
+    def _say(self, line: str) -> None:
+        if self._trainer.is_world_process_zero():
+            print(f"resume: {line}", flush=True)
 
     def _nothing_left(self, **kwargs: Any) -> None:
         self._trainer.control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""What a resume sets aside: rows and checkpoints after its step, kept under ``earlier/N`` of the run."""
+"""What a resume sets aside: rows and checkpoints after its step, kept under ``_earlier/N`` of the run."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 METRICS = "metrics.jsonl"
-EARLIER = "earlier"
+EARLIER = "_earlier"  # upstream pushes no name that begins with an underscore
 _PREFIX = "checkpoint-"
 # What marks a directory as that of an earlier run, and is kept when the run starts over.
 _OF_A_RUN = (METRICS, "run.json", "adapter_model.safetensors", "model.safetensors", "README.md", "plots")
@@ -28,7 +28,7 @@ def step_of(path: Path) -> int | None:
 
 def holds_a_run(output_dir: Path) -> bool:
     """Whether everything visible in ``output_dir`` can be a run's own: an empty directory too."""
-    visible = [path.name for path in output_dir.iterdir() if not path.name.startswith(".")]
+    visible = [path.name for path in output_dir.iterdir() if not path.name.startswith((".", "_"))]
     return not visible or any((output_dir / name).exists() for name in (METRICS, "run.json", EARLIER))
 
 

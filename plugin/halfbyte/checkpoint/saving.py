@@ -26,7 +26,7 @@ from halfbyte.errors import Halted
 from halfbyte.tracking.record import plain
 from halfbyte.tracking.redaction import redact
 
-PENDING = ".pending-checkpoint"
+PENDING = "_pending-checkpoint"  # upstream pushes no name that begins with an underscore
 _SPACE = 2  # free bytes wanted, in sizes of a checkpoint
 
 
