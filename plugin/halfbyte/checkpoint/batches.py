@@ -15,7 +15,7 @@ def row_numbers(trainer: Any, count: int, batches: list[Any]) -> list[list[int]]
     batches. None where that is not possible: a stream, a sampler that draws anew, rows that are packed
     as they come.
     """
-    loader = getattr(trainer.callback_handler, "train_dataloader", None)
+    loader: Any = getattr(trainer.callback_handler, "train_dataloader", None)
     sampler, rows = getattr(loader, "batch_sampler", None), trainer.train_dataset
     if sampler is None or not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
         return None
