@@ -20,7 +20,14 @@ def environment(**extra: str) -> dict[str, str]:
 
 def halfbyte(*arguments: str, cwd: Path | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
     """``python -m halfbyte ARGUMENTS`` in one process."""
-    return _run([sys.executable, "-m", "halfbyte", *arguments], cwd, extra)
+    return python("halfbyte", *arguments, cwd=cwd, **extra)
+
+
+def python(
+    module: str, *arguments: str, cwd: Path | None = None, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """``python -m MODULE ARGUMENTS`` in one process."""
+    return _run([sys.executable, "-m", module, *arguments], cwd, extra)
 
 
 def accelerate(

@@ -126,5 +126,8 @@ def test_the_options_we_add_are_a_frozen_list() -> None:
         "memory_budget",
     }
     assert {f.name for f in fields(RunArguments)} - {f.name for f in fields(ScriptArguments)} == {
-        "overwrite_output_dir"
+        "allow_config_change",
+        "on_nonfinite",
+        "overwrite_output_dir",
+        "user_special_tokens",
     }

@@ -90,5 +90,6 @@ def test_a_hub_token_is_in_no_file(model_dir: ModelDir, tmp_path: Path, rows: st
     done = halfbyte(*arguments, "--save_steps", "1", "--hub_token", token)
     assert done.returncode == 0, done.stderr
     files = [Path(at) / name for at, _, names in os.walk(output) for name in names]
-    assert any(file.name == "training_args.bin" for file in files)
+    assert any(file.name == "training_args.json" for file in files)
+    assert not any(file.name == "training_args.bin" for file in files)
     assert not [file for file in files if token.encode() in file.read_bytes()]

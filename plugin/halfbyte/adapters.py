@@ -314,7 +314,7 @@ def same_template(adapter: str, tokenizer: PreTrainedTokenizerBase, asked: str |
     """Raise :class:`UserError` if the template in use is not the one ``adapter`` was trained with."""
     if asked is None:
         return
-    trained_with = AutoTokenizer.from_pretrained(adapter).chat_template
+    trained_with = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).chat_template
     if tokenizer.chat_template != trained_with:
         raise UserError(
             f"chat_template_path: {asked!r} is not the chat template that the adapter {adapter!r} was trained with "

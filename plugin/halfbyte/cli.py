@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from halfbyte import recipe as recipes
-from halfbyte.errors import UserError
+from halfbyte.errors import Halted, Stopped, UserError
 
 USAGE = """\
 usage: halfbyte RECIPE --config FILE [--key value ...]   train
@@ -18,11 +18,17 @@ usage: halfbyte RECIPE --config FILE [--key value ...]   train
        halfbyte recipes [--json]                         the installed recipes
        halfbyte doctor [--launch FILE] [--json]          is this machine ready, and what would a launch file run
        halfbyte cache ls|rm                              the bases that were quantized before
+       halfbyte verify DIR                               check a run or a checkpoint against its manifest
        halfbyte demo [--output_dir DIR]                  the offline quick start: base, sft, dpo
 
 On several processes: accelerate launch --config_file launch/ddp.yaml -m halfbyte RECIPE --config FILE
---debug shows tracebacks. Exit codes: 0 done, 2 a mistake in the input, 130 SIGINT, 143 SIGTERM, 1 anything else.
+--debug shows tracebacks. Exit codes: 0 done, 2 a mistake in the input, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM,
+1 anything else.
 """
+
+# Set by accelerate launch and by torchrun in the processes that they start.
+_LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         return _run(arguments)
     except UserError as error:
         return _fail(error, f"error: {error}", 2, debug)
+    except Stopped as stopped:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # the launcher passes on a signal once a rank has ended
+        _say(str(stopped))
+        return stopped.code
+    except Halted as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        return 1
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt, "interrupted", 128 + signal.SIGINT, debug=False)
     except Exception as error:
@@ -83,16 +99,33 @@ def _run(arguments: list[str]) -> int:
         from halfbyte.plan import doctor
 
         return doctor.main(rest)
+    if name == "verify":
+        from halfbyte.checkpoint import verify
+
+        return verify.main(rest)
     if name in recipes.COMMANDS:
         raise UserError(f"`halfbyte {name}` is announced but not part of this version; see README.md")
     if name.startswith("-"):
         raise UserError(f"the recipe comes first: halfbyte RECIPE {name} ...")
+    _end_with_the_launcher()
     # At import bitsandbytes reports that an optional kernel package is missing, which halfbyte does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     recipe = recipes.load(name)
     from halfbyte import train
 
     return train.main(name, recipe, rest)
+
+
+def _end_with_the_launcher() -> None:
+    """Have the kernel send SIGTERM when the launcher dies: an orphan would train on, unseen."""
+    if sys.platform != "linux" or not any(name in os.environ for name in _LAUNCHED):
+        return
+    import ctypes
+
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        raise Stopped(signal.SIGTERM, "the launcher is gone")
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -45,12 +45,16 @@ def aside(directory: Path) -> Path:
     return candidate
 
 
-def save_final(trainer: Trainer, output_dir: str, weights: dict[str, torch.Tensor] | None = None) -> None:
+def save_final(
+    trainer: Trainer, output_dir: str, weights: dict[str, torch.Tensor] | None = None
+) -> list[str]:
     """Write the trained weights and the tokenizer into ``output_dir``: written aside, then renamed.
 
     An adapter run writes PEFT's format, without the frozen reference adapter of a preference run; a
     full-parameter run writes the model. ``weights`` are the model's, gathered, where ranks hold parts.
+    Returns the names of the files; only rank 0 has any.
     """
+    names: list[str] = []
     if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model)
         pending = Path(output_dir) / ".pending"
@@ -63,7 +67,9 @@ def save_final(trainer: Trainer, output_dir: str, weights: dict[str, torch.Tenso
             trainer.processing_class.save_pretrained(pending)
         # PEFT writes a model card of its own; the run's is written at the end.
         (pending / "README.md").unlink(missing_ok=True)
-        for file in pending.iterdir():
+        for file in sorted(pending.iterdir()):
             file.replace(Path(output_dir) / file.name)
+            names.append(file.name)
         pending.rmdir()
     trainer.accelerator.wait_for_everyone()
+    return names

@@ -4,24 +4,28 @@ Everything that can fail on what the user wrote fails before the output director
 """
 
 import os
+import shlex
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import disable_progress_bars
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 from trl import DatasetMixtureConfig
 
 from halfbyte import config, data, distributed, optimizers, tracking
+from halfbyte.checkpoint import changes, exactness, guards, manifest, memory, saving, signals
+from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.config import RunArguments, Settings
 from halfbyte.distributed import zero3
-from halfbyte.errors import UserError
+from halfbyte.errors import Stopped, UserError
 from halfbyte.output import claim, left_as_it_was, save_final
 from halfbyte.plugin import TRAINING_DEFAULTS, QLoRAPlugin
 from halfbyte.recipe import Recipe
@@ -40,6 +44,8 @@ class Run:
     plugin: QLoRAPlugin
     mixture: DatasetMixtureConfig
     resolved: dict[str, Any]
+    resume: Resume
+    resume_command: str
 
 
 def main(name: str, recipe: Recipe, argv: list[str]) -> int:
@@ -54,11 +60,23 @@ def main(name: str, recipe: Recipe, argv: list[str]) -> int:
     _quieten()
     distributed.refuse_unsupported()
     on_cpu = bool("use_cpu" in settings.given and settings["use_cpu"])
-    lines = decide(settings)
+    _join_the_others(settings)
+    resume = find(settings["output_dir"], settings["resume_from_checkpoint"])
+    lines = decide(settings, resume.recorded)
     script, training, plugin, mixture = settings.build()
     strategy = distributed.strategy_in_force(on_cpu=on_cpu)
     _hide_hub_token(training)
-    run = Run(name, recipe, script, training, plugin, mixture, settings.resolved())
+    run = Run(
+        name,
+        recipe,
+        script,
+        training,
+        plugin,
+        mixture,
+        settings.resolved(),
+        resume,
+        resume_command(name, argv),
+    )
     _train(run, strategy, lines)
     if torch.distributed.is_initialized():
         # Only when all went well: a rank that failed leaves without waiting for the others.
@@ -76,20 +94,19 @@ def training_defaults(cls: type) -> dict[str, Any]:
     return {field: value for field, value in TRAINING_DEFAULTS.items() if declares(field) in _UPSTREAM}
 
 
-def decide(settings: Settings) -> list[str]:
-    """Settle what depends on this machine: device, precision, optimizer, trackers. Return lines to print."""
+def decide(settings: Settings, recorded: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
+    """Settle what depends on this machine: device, precision, optimizer, trackers. Return lines to print.
+
+    ``recorded`` are the options of the checkpoint that the run goes on from: its precision is taken over.
+    """
     for key in ("fsdp", "fsdp_config", "deepspeed"):
         if key in settings.given:
             raise UserError(
                 f"{settings.given[key]}: {key}: how processes share the work is the launcher's to say; take it out, "
                 f"and launch with a file of launch/ (see README.md, Support)"
             )
-    if not torch.cuda.is_available():
-        settings.set_default("use_cpu", True)
-    on_cpu = bool(settings["use_cpu"])
-    distributed.record_flights()
-    state = PartialState(cpu=on_cpu, **_process_group(settings, on_cpu))
-    lines = [_decide_precision(settings, state.device)]
+    state = _join_the_others(settings)
+    lines = [_decide_precision(settings, state.device, recorded)]
     if zero3.requested():
         for key in {"bf16", "fp16"} - settings.given.keys():
             settings.override(key, False)
@@ -107,14 +124,27 @@ def decide(settings: Settings) -> list[str]:
     return lines
 
 
+def _join_the_others(settings: Settings) -> PartialState:
+    """Start the process group, once."""
+    if not torch.cuda.is_available():
+        settings.set_default("use_cpu", True)
+    on_cpu = bool(settings["use_cpu"])
+    distributed.record_flights()
+    return PartialState(cpu=on_cpu, **_process_group(settings, on_cpu))
+
+
 def _process_group(settings: Settings, on_cpu: bool) -> dict[str, Any]:
     timeout = timedelta(seconds=settings["ddp_timeout"])
     return {"timeout": timeout, **({"backend": settings["ddp_backend"]} if on_cpu else {})}
 
 
-def _decide_precision(settings: Settings, device: torch.device) -> str:
+def _decide_precision(settings: Settings, device: torch.device, recorded: Mapping[str, Any]) -> str:
     """Make ``dtype``, ``bf16`` and ``fp16`` agree: what was given rules, and the device's best fills in."""
     given = settings.given
+    if "dtype" in recorded and not {"dtype", "bf16", "fp16"} & given.keys():
+        for key in ("dtype", "bf16", "fp16"):
+            settings.override(key, recorded[key])
+        return f"compute dtype: {recorded['dtype']} (as in the checkpoint)"
     if "dtype" in given and settings["dtype"] not in (None, "auto"):
         dtype, why = settings["dtype"], "as given"
     elif settings["bf16"] and "bf16" in given:
@@ -141,20 +171,31 @@ def _decide_precision(settings: Settings, device: torch.device) -> str:
 def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
     is_main = PartialState().is_main_process
     training, plugin = run.training, run.plugin
-    resume = _resume_from(training)
-    if (problem := distributed.agree(claim_problem(run, resume))) is not None:
+    resume, allowed = run.resume, run.script.allow_config_change
+    changes.check_keys(allowed, run.resolved)
+    overwrite = run.script.overwrite_output_dir and resume.path is None
+    if (problem := distributed.agree(resume.problem(training.output_dir, overwrite=overwrite))) is not None:
         raise UserError(problem)
+    lines = [*lines, *resume.lines, *_changed(run, {**run.resolved, "world_size": strategy.world_size})]
     with distributed.on_every_rank("preparing the data"):
         tokenizer, _ = plugin.tokenizer(training)
         rows = data.load(run.script, run.mixture, training, run.recipe.data, tokenizer)
+        base = plugin.base_record()
+        inputs = {
+            "data": rows.report.as_dict()["sha"],
+            "base": base["sha"],
+            "chat_template": manifest.text_hash(tokenizer.chat_template),
+        }
+        lines = [*lines, *_changed(run, inputs)]
     with distributed.on_every_rank("building the trainer"), left_as_it_was(training.output_dir):
         trainer = _build(run, rows)
         if run.recipe.data is not None:
             data.check_labels(trainer, rows.report)
     if is_main:
-        moved = claim(training.output_dir, overwrite=run.script.overwrite_output_dir and resume is None)
+        moved = claim(training.output_dir, overwrite=overwrite)
         if moved is not None:
             lines = [*lines, f"the earlier run in {training.output_dir} is now in {moved}"]
+        lines = [*lines, *resume.prepare(training.output_dir)]
         if plugin.load_in_4bit and plugin.coverage is not None:
             lines = [*lines, plugin.coverage.line()]
         print(*lines, *rows.report.lines(), sep="\n", flush=True)
@@ -168,49 +209,67 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
         fast=plugin.fast_path.as_dict(),
         strategy={**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
     )
+    if resume.manifest is not None:
+        record.update(run_id=resume.manifest.run_id, resumed_from=resume.path)
+        for line in changes.other_versions(resume.manifest, record["versions"]) if is_main else ():
+            print(line, flush=True)
+    saving.keep(trainer, saving.RunFacts(record["run_id"], run.resolved, inputs, record["versions"]))
+    exactness.make_exact(trainer, Path(resume.path) if resume.path is not None else None)
     tracker = tracking.track(trainer, record)
     distributed.watch_invariants(trainer, on_begin=lambda facts: record.update(strategy=facts))
     distributed.watch(trainer, training.ddp_timeout, on_failure=lambda: tracker.finish("failed"))
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-        if trainer.eval_dataset is not None and not _evaluated_last(trainer):
-            trainer.evaluate()
-        save_final(trainer, training.output_dir, distributed.gathered_adapters(trainer.model))
-    except BaseException as error:
-        tracker.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        raise
+    finite = guards.guard(trainer, run.script.on_nonfinite)
+
+    def abandon(signum: int) -> None:
+        tracker.abandon("interrupted", run.resume_command)
+
+    with signals.stopping(trainer, abandon):
+        try:
+            with memory.advised(trainer):
+                trainer.train(resume_from_checkpoint=resume.path)
+                if trainer.eval_dataset is not None and not _evaluated_last(trainer):
+                    trainer.evaluate()
+            files = save_final(trainer, training.output_dir, distributed.gathered_adapters(trainer.model))
+            record.update(files=manifest.listing(Path(training.output_dir), files))
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt | Stopped)
+            tracker.finish("interrupted" if interrupted else "failed", run.resume_command)
+            if isinstance(error, Stopped):
+                PartialState().wait_for_everyone()  # a launcher ends all ranks as soon as one has ended
+            raise
+    if finite.skipped:
+        record.update(skipped_steps=finite.skipped)
     tracker.finish("completed", _next_command(run))
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=run.script.dataset_name)
+        with saving.without_pickled_arguments():
+            trainer.push_to_hub(dataset_name=run.script.dataset_name)
 
 
-def claim_problem(run: Run, resume: str | None) -> str | None:
-    """Why this run may not write into its output directory, or None."""
-    directory = Path(run.training.output_dir)
-    if directory.exists() and not directory.is_dir():
-        return f"output_dir: {directory} is a file; name a directory"
-    used = directory.is_dir() and any(directory.iterdir())
-    if used and resume is None and not run.script.overwrite_output_dir:
-        return (
-            f"output_dir: {directory} is not empty; choose another, continue it with "
-            f"`--resume_from_checkpoint auto`, or move it aside with `--overwrite_output_dir`"
-        )
-    return None
+def resume_command(name: str, argv: list[str]) -> str:
+    """The command that continues this run from its newest checkpoint, without the secrets of ``argv``."""
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option in ("--resume_from_checkpoint", "--overwrite_output_dir"):
+            if not equals and option == "--resume_from_checkpoint":
+                next(words, None)
+            continue
+        if equals:
+            word = f"{option}={tracking.redact(value, option)}"
+        elif kept and kept[-1].startswith("--") and not word.startswith("--"):
+            word = str(tracking.redact(word, kept[-1]))
+        kept.append(word)
+    launcher = "accelerate launch ... -m halfbyte" if PartialState().num_processes > 1 else "halfbyte"
+    return f"{launcher} {shlex.join([name, *kept])} --resume_from_checkpoint auto"
 
 
-def _resume_from(training: Any) -> str | None:
-    """The checkpoint to resume from: TRL's ``true`` means ``auto``, the newest one."""
-    wanted = training.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("false", "none"):
-        return None
-    if str(wanted).lower() in ("true", "auto"):
-        directory = Path(training.output_dir)
-        return distributed.agree(get_last_checkpoint(str(directory)) if directory.is_dir() else None)
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise UserError(
-            f"resume_from_checkpoint: {wanted!r} is not a checkpoint (it has no trainer_state.json)"
-        )
-    return str(wanted)
+def _changed(run: Run, now: Mapping[str, Any]) -> list[str]:
+    """Refuse what is not as it was when the checkpoint was written, unless the user allows it."""
+    resume = run.resume
+    if resume.manifest is None:
+        return []
+    return changes.refuse(resume.manifest, now, run.script.allow_config_change, str(resume.path))
 
 
 def _build(run: Run, rows: data.RunData) -> Trainer:

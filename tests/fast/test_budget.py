@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from halfbyte.errors import UserError
 from halfbyte.fast import budget, layer
-
 from tests.fast import models, test_layer
 
 TOKENS = test_layer.BATCHES["causal"]["input_ids"].numel()

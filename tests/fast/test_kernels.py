@@ -19,9 +19,10 @@ if "TRITON_INTERPRET" not in os.environ:
 
     def test_kernels_compile_for_hopper() -> None:
         import triton
-        from halfbyte.fast import kernels
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+
+        from halfbyte.fast import kernels
 
         x, f, i = "*bf16", "*fp32", "i32"
         rows = {"width": 4096, "block": 4096, "tile": 1}
@@ -41,7 +42,6 @@ if "TRITON_INTERPRET" not in os.environ:
 
 else:
     from halfbyte.fast import gate, kernels, norm, rope
-
     from tests.fast import models, test_layer
 
     DTYPES = [torch.float32, torch.bfloat16]

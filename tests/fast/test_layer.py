@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from halfbyte.fast import batches, layer
-from halfbyte.fast.attention import GraphAttention
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
+from halfbyte.fast import batches, layer
+from halfbyte.fast.attention import GraphAttention
 from tests.fast import models
 
 FAMILY = list(models.CONFIGS)

@@ -13,3 +13,24 @@ class RunArguments(ScriptArguments):
         default=False,
         metadata={"help": "Move an earlier run in output_dir aside instead of refusing; nothing is deleted."},
     )
+    allow_config_change: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Options that a resume may change although they change the run; `world_size` for the number of "
+            "processes; `data`, `base` and `chat_template` for what the options name."
+        },
+    )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "What a loss, gradient or weight that is not finite does: stop the run, or skip that step.",
+            "choices": ["stop", "skip"],
+        },
+    )
+    user_special_tokens: str = field(
+        default="error",
+        metadata={
+            "help": "What the chat template's turn delimiters inside a message are: an error, escaped, or allowed.",
+            "choices": ["error", "escape", "allow"],
+        },
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 
-from halfbyte.data import sources
+from halfbyte.data import delimiters, sources
 from halfbyte.data.formats import DataFormat, Layout
 from halfbyte.data.rendering import known_roles, training_template
 from halfbyte.data.report import DataReport, SplitReport
@@ -42,9 +42,10 @@ def load(script: Any, mixture: Any, training: Any, format: DataFormat | None, to
         wanted["eval"] = (script.dataset_test_split, "dataset_test_split")
     found = {name: sources.split(splits, *asked) for name, asked in wanted.items()}
     report = DataReport()
+    policy = getattr(script, "user_special_tokens", "error")
     ready = {}
     for name, dataset in found.items():
-        ready[name], counts = _split(name, dataset, training, format, tokenizer, report)
+        ready[name], counts = _split(name, dataset, training, format, tokenizer, report, policy)
         if name == "train":
             report.train = counts
         else:
@@ -55,7 +56,13 @@ def load(script: Any, mixture: Any, training: Any, format: DataFormat | None, to
 
 
 def _split(
-    name: str, dataset: Any, training: Any, format: DataFormat | None, tokenizer: Any, report: DataReport
+    name: str,
+    dataset: Any,
+    training: Any,
+    format: DataFormat | None,
+    tokenizer: Any,
+    report: DataReport,
+    policy: str,
 ) -> tuple[Any, SplitReport]:
     streaming = isinstance(dataset, datasets.IterableDataset)
     with sources.reading(name):
@@ -89,8 +96,14 @@ def _split(
     pairs = "rejected" in layout.columns
     if streaming:
         dataset = check.arriving(dataset)
+    else:
+        check.all(dataset)
+    if conversational:
+        dataset = delimiters.settle(
+            name, dataset, list(layout.columns), tokenizer, policy, report, check.template
+        )
+    if streaming:
         return (dataset.filter(unequal_arriving(name), with_indices=True) if pairs else dataset), counts
-    check.all(dataset)
     if pairs and (equal := equal_rows(dataset, name)):
         counts.equal_rows = equal
         gone = set(equal)

@@ -62,6 +62,7 @@ class Tracker(TrainerCallback):
         self.metrics = MetricsLog(record.output_dir / "metrics.jsonl")
         self._main = trainer.is_world_process_zero()
         self._throughput = Throughput()
+        self._trainer = trainer
         self._progress = RunProgress(bar=not trainer.args.disable_tqdm)
         self._wandb: WandbRun | None = None
         self._warned: set[str] = set()
@@ -81,7 +82,7 @@ class Tracker(TrainerCallback):
             if self._wandb.url:
                 print(f"wandb: {self._wandb.url}", flush=True)
         self._progress.begin(state.global_step, state.max_steps)
-        self._throughput.resume()
+        self._throughput.begin(self._tokens(getattr(self._trainer, "_total_train_tokens", None), state.epoch))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
@@ -164,6 +165,13 @@ class Tracker(TrainerCallback):
         where = self._wandb.finish(0 if status == "completed" else 1) if self._wandb is not None else None
         self._print_summary(plots, where)
 
+    def abandon(self, status: str, next_command: str | None = None) -> None:
+        """Says on disk how the run ended, and no more: for a thread that ends the process at once."""
+        if self._main and not self._finished:
+            self._finished = True
+            self.record.update(status=status, next=next_command)
+            self.record.write()
+
     def write_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Writes README.md; takes the place of `Trainer.create_model_card`, whose arguments it accepts."""
         if self._main:
@@ -198,11 +206,13 @@ class Tracker(TrainerCallback):
     def _rate(self, row: Row) -> float | None:
         if is_evaluation(row) or "train_runtime" in row:
             return None
-        tokens = row.get("num_tokens")
-        if tokens is None:  # a trainer that does not count them: take the data's size for each epoch
-            size, epoch = self.record["data"].get("tokens"), row.get("epoch")
-            tokens = size * epoch if size and epoch else None
+        tokens = self._tokens(row.get("num_tokens"), row.get("epoch"))
         return None if tokens is None else self._throughput.count(tokens)
+
+    def _tokens(self, counted: float | None, epoch: float | None) -> float | None:
+        """The tokens of the run so far; for a trainer that does not count them, the data's size by epoch."""
+        size = self.record["data"].get("tokens")
+        return counted if counted is not None else size * epoch if size and epoch else None
 
     def _print_summary(self, plots: list[Path], where: str | None) -> None:
         values = self.record.as_dict()

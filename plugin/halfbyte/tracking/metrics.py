@@ -93,7 +93,7 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
 class Throughput:
     """Training tokens per second, evaluations and saves left out.
 
-    Tokens are TRL's `num_tokens`, which counts those of all ranks from 0 in every session.
+    Tokens are TRL's `num_tokens`, which counts those of all ranks; a resumed run's begins where it stopped.
     """
 
     def __init__(self) -> None:
@@ -101,6 +101,12 @@ class Throughput:
         self.tokens = 0.0
         self._mark = time.perf_counter()
         self._counted = (0.0, 0.0)  # seconds and tokens at the last row
+        self._before = 0.0
+
+    def begin(self, tokens: float | None) -> None:
+        """Starts the clock of a session that finds `tokens` counted already."""
+        self._before = tokens or 0.0
+        self.resume()
 
     def resume(self) -> None:
         """Starts the clock, after an evaluation or a save."""
@@ -113,7 +119,8 @@ class Throughput:
         self._mark = now
 
     def count(self, tokens: float) -> float | None:
-        """Takes the tokens of the session so far; returns the rate since the last call."""
+        """Takes the tokens of the run so far; returns the rate since the last call."""
+        tokens -= self._before
         seconds, before = self._counted
         self.tokens, self._counted = tokens, (self.seconds, tokens)
         elapsed = self.seconds - seconds

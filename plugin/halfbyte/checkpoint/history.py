@@ -1,0 +1,92 @@
+"""What a resume sets aside: rows and checkpoints after its step, kept under ``_earlier/N`` of the run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+METRICS = "metrics.jsonl"
+EARLIER = "_earlier"  # upstream pushes no name that begins with an underscore
+_PREFIX = "checkpoint-"
+# What marks a directory as that of an earlier run, and is kept when the run starts over.
+_OF_A_RUN = (METRICS, "run.json", "adapter_model.safetensors", "model.safetensors", "README.md", "plots")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The directories checkpoint-N, the newest step first."""
+    if not output_dir.is_dir():
+        return []
+    found = [path for path in output_dir.glob(f"{_PREFIX}*") if step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
+
+
+def step_of(path: Path) -> int | None:
+    """N of checkpoint-N; None for any other name."""
+    number = path.name.removeprefix(_PREFIX)
+    return int(number) if path.name.startswith(_PREFIX) and number.isdecimal() else None
+
+
+def holds_a_run(output_dir: Path) -> bool:
+    """Whether everything visible in ``output_dir`` can be a run's own: an empty directory too."""
+    visible = [path.name for path in output_dir.iterdir() if not path.name.startswith((".", "_"))]
+    return not visible or any((output_dir / name).exists() for name in (METRICS, "run.json", EARLIER))
+
+
+def cut(output_dir: Path, step: int | None) -> list[str]:
+    """Set aside what the run in ``output_dir`` made after ``step`` (None: all of it); return lines to print.
+
+    The whole metrics.jsonl is copied before its later rows are cut, and checkpoints are moved, not deleted.
+    """
+    # Brings torch and more, which `halfbyte verify` can do without.
+    from halfbyte.tracking.record import replace_file
+
+    lines = []
+    aside = _next(output_dir)
+    if step is None:
+        for name in _OF_A_RUN:
+            if (output_dir / name).exists():
+                _move(output_dir / name, aside)
+        return [f"the logs of the earlier run are now in {aside}"] if aside.exists() else []
+    log = output_dir / METRICS
+    if log.exists():
+        kept, dropped = _rows_until(log, step)
+        if dropped:
+            aside.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(log, aside / METRICS)
+            replace_file(log, b"".join(kept))
+            lines.append(f"{METRICS}: {dropped} rows after step {step} cut (kept in {aside / METRICS})")
+    later = [path for path in checkpoints(output_dir) if (step_of(path) or 0) > step]
+    for path in later:
+        _move(path, aside)
+    if later:
+        lines.append(f"{', '.join(path.name for path in later)}: moved to {aside}")
+    return lines
+
+
+def _rows_until(log: Path, step: int) -> tuple[list[bytes], int]:
+    kept, dropped, ended = [], 0, False
+    for line in log.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            # The row that ended a session, and the evaluation after it, come again at the new end.
+            ended = ended or "train_runtime" in row
+            keep = row["step"] <= step and not ended
+        except (ValueError, KeyError, TypeError):
+            keep = False  # cut short by a kill
+        if keep:
+            kept.append(line + b"\n")
+        else:
+            dropped += 1
+    return kept, dropped
+
+
+def _move(path: Path, aside: Path) -> None:
+    aside.mkdir(parents=True, exist_ok=True)
+    os.replace(path, aside / path.name)
+
+
+def _next(output_dir: Path) -> Path:
+    number = 1
+    while (candidate := output_dir / EARLIER / str(number)).exists():
+        number += 1
+    return candidate

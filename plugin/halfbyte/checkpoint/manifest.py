@@ -1,0 +1,181 @@
+"""manifest.json: what a checkpoint holds, by size and sha256, and whether it still holds it.
+
+Standard library only, so that `halfbyte verify` starts at once.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+FORMAT = 1
+_CHUNK = 1 << 20
+
+Listing = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json records beside the files: where the run stood, and what decided how it got there.
+
+    ``config`` is the resolved configuration, redacted; ``inputs`` are fingerprints of what the configuration
+    only names (data, base, chat template); ``data_position`` counts in optimizer steps, epochs and batches.
+    """
+
+    step: int
+    run_id: str
+    world_size: int
+    config: Mapping[str, Any]
+    config_hash: str
+    inputs: Mapping[str, Any]
+    data_position: Mapping[str, Any]
+    finite: bool
+    resumable: bool
+    best_step: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def write(directory: Path, manifest: Manifest) -> None:
+    """Seal ``directory``: every file and directory in it is forced to disk, and the manifest comes last.
+
+    Raises OSError for what is no regular file, and for what the disk refuses.
+    """
+    files: Listing = {}
+    for name in names(directory):
+        with (directory / name).open("rb") as file:
+            files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": _digest(file)}
+            os.fsync(file.fileno())
+    content: dict[str, Any] = {"format": FORMAT, **asdict(manifest), "files": files}
+    content["sha256"] = _own_hash(content)
+    with (directory / NAME).open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for at, _, _ in os.walk(directory):
+        sync(Path(at))
+
+
+def read(directory: Path) -> Manifest:
+    """The manifest of ``directory``. Raises ValueError, in words for the user, when it cannot be relied on."""
+    return _read(directory)[0]
+
+
+def check(directory: Path) -> tuple[Manifest | None, list[str]]:
+    """Compare ``directory`` with its manifest; return the manifest, if it is whole, and every deviation.
+
+    Nothing but names that are found in the directory is opened, links are never followed, and no file is
+    decoded: only hashed.
+    """
+    try:
+        manifest, files = _read(directory)
+    except ValueError as error:
+        return None, [str(error)]
+    try:
+        found = names(directory)
+    except OSError as error:
+        return manifest, [str(error)]
+    problems = [f"{name} is missing" for name in sorted(files.keys() - set(found))]
+    for name in found:
+        if name not in files:
+            if not Path(name).name.startswith("."):  # what file systems and file browsers leave behind
+                problems.append(f"{name} is not in the manifest; take it away")
+        elif (problem := deviation(directory / name, files[name])) is not None:
+            problems.append(f"{name} {problem}")
+    return manifest, problems
+
+
+def deviation(path: Path, expected: Mapping[str, Any]) -> str | None:
+    """How the file at ``path`` differs from its entry, or None."""
+    try:
+        size = path.stat().st_size
+        if size != expected["size"]:
+            return f"has {size} bytes instead of {expected['size']}"
+        with path.open("rb") as file:
+            return None if _digest(file) == expected["sha256"] else "has changed content (sha256)"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def listing(directory: Path, chosen: list[str]) -> Listing:
+    """Size and sha256 of the files ``chosen`` in ``directory``."""
+    found: Listing = {}
+    for name in chosen:
+        with (directory / name).open("rb") as file:
+            found[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": _digest(file)}
+    return found
+
+
+def text_hash(text: object) -> str | None:
+    """A fingerprint of a text or of what prints as one, such as the templates of a tokenizer; None of None."""
+    return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()
+
+
+def names(directory: Path) -> list[str]:
+    """The regular files below ``directory`` but its manifest, as relative paths.
+
+    Raises OSError for a link, a device or a pipe: what lies behind one is not part of the checkpoint.
+    """
+    return sorted(name for name in _walk(directory, directory) if name != NAME)
+
+
+def _walk(directory: Path, root: Path) -> Iterator[str]:
+    for entry in os.scandir(directory):
+        path = Path(entry.path)
+        mode = entry.stat(follow_symlinks=False).st_mode
+        if stat.S_ISDIR(mode):
+            yield from _walk(path, root)
+        elif stat.S_ISREG(mode):
+            yield path.relative_to(root).as_posix()
+        else:
+            raise OSError(f"{path.relative_to(root)} is a link or a device, not a file")
+
+
+def sync(directory: Path) -> None:
+    """Force the entries of ``directory`` to disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(directory: Path) -> tuple[Manifest, Listing]:
+    path = directory / NAME
+    try:
+        if path.is_symlink():
+            raise ValueError(f"{NAME} is a link")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"it has no {NAME}: its save never ended, or another program wrote it") from None
+    except OSError as error:
+        raise ValueError(f"{NAME} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(str(error) if path.is_symlink() else f"{NAME} is damaged") from None
+    if not isinstance(content, dict) or content.pop("sha256", None) != _own_hash(content):
+        raise ValueError(f"{NAME} is damaged")
+    if content.pop("format", None) != FORMAT:
+        raise ValueError(f"{NAME} is of another version of halfbyte")
+    files = content.pop("files", None)
+    try:
+        assert all({"size", "sha256"} <= entry.keys() for entry in files.values())
+        return Manifest(**content), files
+    except (AssertionError, AttributeError, TypeError):
+        raise ValueError(f"{NAME} is damaged") from None
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _own_hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,138 @@
+"""Where a run goes on from: the newest checkpoint that verifies, and what is said of the others."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from halfbyte import distributed
+from halfbyte.checkpoint import history, manifest
+from halfbyte.checkpoint.manifest import Manifest
+from halfbyte.errors import UserError
+
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The decision of rank 0, the same on every rank.
+
+    ``path`` is the checkpoint, None to begin at step 0; ``wanted`` says whether a resume was asked for;
+    ``lines`` are to be printed: what was found and what was skipped, and why.
+    """
+
+    wanted: bool = False
+    path: str | None = None
+    manifest: Manifest | None = None
+    lines: tuple[str, ...] = ()
+
+    @property
+    def recorded(self) -> Mapping[str, Any]:
+        """The options that the checkpoint was made with, those that decide the trajectory."""
+        return self.manifest.config if self.manifest is not None else {}
+
+    def problem(self, output_dir: str, *, overwrite: bool) -> str | None:
+        """Why this run may not write into ``output_dir``, or None."""
+        directory = Path(output_dir)
+        if directory.exists() and not directory.is_dir():
+            return f"output_dir: {directory} is a file; name a directory"
+        used = directory.is_dir() and any(directory.iterdir())
+        if not used or self._inside(directory) or (overwrite and self.path is None):
+            return None
+        if self.path is not None:
+            return (
+                f"output_dir: {directory} is not empty and {self.path} is not in it; choose a new directory for "
+                f"this continuation, or continue the run in {directory} with `--resume_from_checkpoint auto`"
+            )
+        if self.wanted:
+            if history.holds_a_run(directory):
+                return None
+            return f"output_dir: {directory} is not empty and holds no run to continue; choose another"
+        return (
+            f"output_dir: {directory} is not empty; choose another, continue it with "
+            f"`--resume_from_checkpoint auto`, or move it aside with `--overwrite_output_dir`"
+        )
+
+    def prepare(self, output_dir: str) -> list[str]:
+        """Set aside what lies after the checkpoint in ``output_dir``; on rank 0. Returns lines to print."""
+        directory = Path(output_dir)
+        if self.path is not None:
+            assert self.manifest is not None
+            return history.cut(directory, self.manifest.step) if self._inside(directory) else []
+        return history.cut(directory, None) if self.wanted else []
+
+    def _inside(self, directory: Path) -> bool:
+        return self.path is not None and Path(self.path).resolve().parent == directory.resolve()
+
+
+def find(output_dir: str, wanted: str | bool | None) -> Resume:
+    """Decide where to go on from: ``wanted`` is a path, or ``auto`` (TRL's ``true``) for the newest that is good.
+
+    Raises :class:`UserError` on every rank: the path named is no good, or there are checkpoints and none is.
+    """
+    word = str(wanted).lower()
+    if wanted is None or word in ("false", "none", ""):
+        return Resume()
+    answer: Resume | str = ""
+    if PartialState().is_main_process:
+        try:
+            answer = _newest(Path(output_dir)) if word in ("true", "auto") else _named(Path(str(wanted)))
+        except UserError as error:
+            answer = str(error)
+    answer = distributed.agree(answer)
+    if isinstance(answer, str):
+        raise UserError(answer)
+    return answer
+
+
+def _named(path: Path) -> Resume:
+    found, problems = usable(path)
+    if problems:
+        raise UserError(
+            f"resume_from_checkpoint: {path} is not a checkpoint to rely on: {_joined(problems)}; "
+            f"`--resume_from_checkpoint auto` looks for the newest that is"
+        )
+    return Resume(True, str(path), found, (f"resuming from {path}",))
+
+
+def _newest(output_dir: Path) -> Resume:
+    lines: list[str] = []
+    present = history.checkpoints(output_dir)
+    for path in present:
+        found, problems = usable(path)
+        if not problems:
+            return Resume(True, str(path), found, (*lines, f"resuming from {path}"))
+        lines.append(f"skipped {path.name}: {_joined(problems)}")
+    if not present:
+        return Resume(True, None, None, ("resume_from_checkpoint: no checkpoint yet; starting from step 0",))
+    if len(lines) > _SHOWN:
+        lines = [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more"]
+    raise UserError(
+        "\n".join(
+            [
+                f"resume_from_checkpoint: no checkpoint in {output_dir} can be relied on:",
+                *(f"  {line}" for line in lines),
+                "repair or remove them, or start over with `--overwrite_output_dir` and no resume",
+            ]
+        )
+    )
+
+
+def usable(path: Path) -> tuple[Manifest | None, list[str]]:
+    """The manifest of ``path`` and what speaks against going on from it: damage, or what it never held."""
+    found, problems = manifest.check(path)
+    if path.is_symlink():
+        problems = ["it is a link", *problems]
+    if found is not None and not problems:
+        if not found.resumable:
+            problems.append("it was saved with save_only_model, without the optimizer")
+        if not found.finite:
+            problems.append("its weights are not finite")
+    return found, problems
+
+
+def _joined(problems: list[str]) -> str:
+    more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
+    return "; ".join(problems[:2]) + more

@@ -1,0 +1,217 @@
+"""The chat template's turn delimiters inside messages, where they would forge a turn.
+
+A tokenizer turns the text ``<|im_end|>`` into the end of a turn wherever it stands. Other added tokens,
+such as ``<think>``, belong into messages and are only counted.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import jinja2
+
+from halfbyte.data.report import DataReport
+from halfbyte.data.rows import numbered
+from halfbyte.errors import UserError
+
+# The words of a probe's messages; what a template writes between them is its own.
+_USER, _ASSISTANT, _OTHER = "7fae1", "7fae2", "7fae3"
+_WORDS = re.compile("7fae[123]")
+_TAG = re.compile(r"</?(\w+)>")
+# A template without tokens of its own marks turns by text; words alone ("User:") are too common to refuse.
+_MARK = re.compile(r"[<\[|#{]")
+_ROLES = ("role", "from")
+
+
+def turn_delimiters(tokenizer: Any, template: str | None = None) -> tuple[str, ...]:
+    """What the chat template writes around turns: added tokens, or the text it uses where it has none.
+
+    A pair of tags such as ``<think>`` and ``</think>`` that the tokenizer does not call special is no
+    delimiter, although templates write an empty one.
+    """
+    gaps = [gap for text in _probes(tokenizer, template) for gap in _WORDS.split(text)]
+    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    found = Counter(token for gap in gaps for token in _pattern(added).findall(gap)) if added else Counter()
+    tokens = [token for token in found if added[token] or not _is_tag(token, added)]
+    if tokens:
+        return tuple(sorted(tokens))
+    lines = {line.strip() for gap in gaps for line in gap.splitlines()}
+    return tuple(sorted(line for line in lines if len(line) > 2 and _MARK.search(line)))
+
+
+def settle(
+    split: str,
+    dataset: Any,
+    columns: Sequence[str],
+    tokenizer: Any,
+    policy: str,
+    report: DataReport,
+    template: str | None = None,
+) -> Any:
+    """Return the split with delimiters in its messages treated as ``policy`` says, and note the counts.
+
+    ``columns`` hold conversations. With ``error`` a delimiter raises UserError with its row; ``escape`` puts a
+    space after its first character; ``allow`` leaves it. A stream is treated as it is read, and not counted.
+    """
+    check = _Check(turn_delimiters(tokenizer, template), tokenizer)
+    if isinstance(dataset, datasets.IterableDataset):
+        return _arriving(split, dataset, columns, check, policy)
+    rows: list[int] = []
+    turns: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    for number, row in numbered(dataset, list(columns)):
+        held = check.count(row, columns)
+        if inside := {token: count for token, count in held.items() if token in check.delimiters}:
+            rows.append(number)
+            turns.update(inside)
+        others.update({token: count for token, count in held.items() if token not in check.delimiters})
+    if others:
+        report.notes.append(f"{split}: added tokens in messages, trained as they are: {_counts(others)}")
+    if not rows:
+        return dataset
+    where = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+    if policy == "error":
+        raise _forged(split, f"{len(rows):,} of {len(dataset):,} rows ({where})", _counts(turns))
+    done = "escaped" if policy == "escape" else "left as they are"
+    report.notes.append(
+        f"{split}: turn delimiters in messages of {len(rows):,} rows {done}: {_counts(turns)}"
+    )
+    if policy == "escape":
+        pattern = _pattern(check.delimiters)
+        dataset = dataset.map(
+            lambda row: {column: _escaped(row[column], pattern) for column in columns},
+            features=dataset.features,
+        )
+        for number, row in numbered(dataset, list(columns)):
+            _refuse_rest(split, number, check, row, columns)
+    return dataset
+
+
+def _arriving(split: str, stream: Any, columns: Sequence[str], check: "_Check", policy: str) -> Any:
+    if policy == "allow":
+        return stream
+    pattern = _pattern(check.delimiters)
+
+    def treat(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if policy == "escape":
+            row = {**row, **{column: _escaped(row[column], pattern) for column in columns}}
+        _refuse_rest(split, index + 1, check, row, columns)
+        return row
+
+    return stream.map(treat, with_indices=True, features=stream.features) if check.delimiters else stream
+
+
+def _refuse_rest(
+    split: str, number: int, check: "_Check", row: Mapping[str, Any], columns: Sequence[str]
+) -> None:
+    """Refuse what is in a row: with ``escape``, what only joining the parts of a message makes."""
+    if held := {t: n for t, n in check.count(row, columns).items() if t in check.delimiters}:
+        raise _forged(split, f"row {number}", _counts(Counter(held)))
+
+
+class _Check:
+    """Counts added tokens and delimiters in the messages of a row."""
+
+    def __init__(self, delimiters: tuple[str, ...], tokenizer: Any) -> None:
+        self.delimiters = frozenset(delimiters)
+        added = tokenizer.added_tokens_decoder.values()
+        self._pattern = _pattern([*(token.content for token in added), *delimiters])
+        # A token that is looked for after normalization may be written in other characters than its own.
+        normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        altered = [t.content for t in added if t.normalized and t.content in self.delimiters]
+        self._ids: dict[int, str] = {}
+        if normalizer is not None and altered:
+            self._ids = dict(zip(tokenizer.convert_tokens_to_ids(altered), altered, strict=True))
+        self._tokenizer = tokenizer
+
+    def count(self, row: Mapping[str, Any], columns: Sequence[str]) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for column in columns:
+            for message in row[column] or ():
+                for text in _texts(message):
+                    found.update(self._pattern.findall(text))
+                    if self._ids:
+                        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+                        hidden = Counter(self._ids[token] for token in ids if token in self._ids)
+                        found |= hidden
+        return found
+
+
+def _texts(message: Mapping[str, Any]) -> Iterator[str]:
+    """Every text of a message but its role; the parts of a list joined, as templates do."""
+    for key, value in message.items():
+        if key in _ROLES or value is None:
+            continue
+        yield "".join(_strings(value))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != "type":
+                yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _escaped(value: Any, pattern: re.Pattern[str], key: str = "") -> Any:
+    if isinstance(value, str):
+        return value if key in _ROLES else pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", value)
+    if isinstance(value, Mapping):
+        return {name: _escaped(item, pattern, name) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(item, pattern, key) for item in value]
+    return value
+
+
+def _probes(tokenizer: Any, template: str | None) -> Iterator[str]:
+    """Short conversations as the template renders them; those that it refuses are left out."""
+    user = {"role": "user", "content": _USER}
+    assistant = {"role": "assistant", "content": _ASSISTANT}
+    beside = [{"role": role, "content": _OTHER} for role in ("system", "tool")]
+    for turns, prompt in (
+        ([user, assistant, user, assistant], False),
+        ([user], True),
+        ([beside[0], user, assistant], False),
+        ([user, assistant, beside[1], assistant], False),
+    ):
+        try:
+            yield str(
+                tokenizer.apply_chat_template(
+                    turns, tokenize=False, chat_template=template, add_generation_prompt=prompt
+                )
+            )
+        except jinja2.TemplateSyntaxError:
+            raise
+        # A template is a program of the user's: it may refuse a conversation in any way.
+        except Exception:
+            continue
+
+
+def _is_tag(token: str, added: Mapping[str, bool]) -> bool:
+    """Whether a token is one of a pair such as ``<think>`` and ``</think>``."""
+    name = _TAG.fullmatch(token)
+    return name is not None and {f"<{name[1]}>", f"</{name[1]}>"} <= added.keys()
+
+
+def _pattern(tokens: Any) -> re.Pattern[str]:
+    longest_first = sorted({token for token in tokens if token}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _counts(found: Counter[str]) -> str:
+    shown = ", ".join(f"{token} {count:,}" for token, count in found.most_common(5))
+    return shown + (", ..." if len(found) > 5 else "")
+
+
+def _forged(split: str, where: str, counts: str) -> UserError:
+    return UserError(
+        f"{split}: {where}: turn delimiters of the chat template inside messages: {counts}\n"
+        "  to the model they end one turn and begin another; take them out of the data,\n"
+        "  or write `user_special_tokens: escape` to break them up, or `allow` to train on them as they are"
+    )

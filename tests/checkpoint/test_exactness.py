@@ -1,0 +1,89 @@
+"""A run that was interrupted and resumed ends bit for bit as one that was not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.checkpoint.runs import ROWS, assert_equal, interrupted, options, read_rows, run
+from tests.launch import accelerate
+
+ModelDir = Callable[..., Path]
+SEVERAL_BATCHES = {"gradient_accumulation_steps": "2", "logging_steps": "2"}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": "2"}
+CELLS = {
+    # The log is written every second step and the checkpoint at the third: half a row is carried over.
+    "sft": ("sft", {**SEVERAL_BATCHES, **EVALUATED}),
+    "dpo": ("dpo", {**SEVERAL_BATCHES, **EVALUATED}),
+}
+MORE_CELLS = {
+    "packing": ("sft", {"packing": "true", "max_length": "64", **EVALUATED}),
+    "epochs": ("sft", {"max_steps": "-1", "num_train_epochs": "1.5", "save_steps": "3", **EVALUATED}),
+    "saved at the end of an epoch": (
+        "sft",
+        {"save_steps": "4", "eval_strategy": "epoch", "eval_on_start": "true"},
+    ),
+    "8-bit": ("sft", {"optim": "adamw_8bit", "lora_r": "64"}),
+    "paged 32-bit": ("dpo", {"optim": "paged_adamw_32bit"}),
+    "bfloat16": ("sft", {"dtype": "bfloat16", "bf16": "true"}),
+}
+WHERE = {"saved at the end of an epoch": 4}
+
+
+def check(model_dir: ModelDir, tmp_path: Path, recipe: str, given: dict[str, str], step: int = 3) -> Path:
+    rows = tiny.write_rows(tmp_path / "rows", ROWS[recipe](12))
+    whole = tmp_path / "whole"
+    assert run(recipe, options(model_dir("llama"), rows, whole, **given)) == 0
+    parts = interrupted(whole, tmp_path / "parts", step)
+    again = options(model_dir("llama"), rows, parts, **given)
+    assert run(recipe, again, "--resume_from_checkpoint", "auto") == 0
+    last = max(int(path.name[11:]) for path in whole.glob("checkpoint-*"))
+    assert last > step
+    assert_equal(whole, parts, last)
+    return parts
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_resumed_equals_uninterrupted(model_dir: ModelDir, tmp_path: Path, cell: str, capsys) -> None:
+    parts = check(model_dir, tmp_path, *CELLS[cell])
+    tokens = [row["num_tokens"] for row in read_rows(parts) if "num_tokens" in row]
+    assert tokens == sorted(tokens)
+    assert len(set(tokens)) == len(tokens)
+    assert "rows after step 3 cut" in capsys.readouterr().out
+    assert (parts / "_earlier" / "1" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("cell", MORE_CELLS)
+def test_resumed_equals_uninterrupted_in_every_cell(model_dir: ModelDir, tmp_path: Path, cell: str) -> None:
+    check(model_dir, tmp_path, *MORE_CELLS[cell], step=WHERE.get(cell, 3))
+
+
+def test_a_finished_run_trains_no_step_more(model_dir: ModelDir, tmp_path: Path) -> None:
+    rows = tiny.write_rows(tmp_path / "rows", ROWS["sft"](24))
+    output = tmp_path / "run"
+    arguments = options(model_dir("llama"), rows, output, max_steps="2", save_steps="2")
+    assert run("sft", arguments) == 0
+    weights, logged = (output / "adapter_model.safetensors").read_bytes(), len(read_rows(output))
+    assert run("sft", arguments, "--resume_from_checkpoint", "true") == 0
+    assert (output / "adapter_model.safetensors").read_bytes() == weights
+    assert len(read_rows(output)) == logged
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_resumed_equals_uninterrupted_under_ddp(
+    model_dir: ModelDir, tmp_path: Path, recipe: str, processes: int
+) -> None:
+    rows = tiny.write_rows(tmp_path / "rows", ROWS[recipe](40))
+    whole = tmp_path / "whole"
+    given = {**SEVERAL_BATCHES, **EVALUATED, "per_device_train_batch_size": "1"}
+    done = accelerate(recipe, *options(model_dir("llama"), rows, whole, **given), processes=processes)
+    assert done.returncode == 0, done.stderr[-4000:]
+    parts = interrupted(whole, tmp_path / "parts")
+    again = [*options(model_dir("llama"), rows, parts, **given), "--resume_from_checkpoint", "auto"]
+    done = accelerate(recipe, *again, processes=processes)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_equal(whole, parts)

@@ -1,0 +1,171 @@
+"""A signal at any place, to any process: every rank stops at one step, with one good checkpoint, and soon."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from halfbyte import train
+from halfbyte.checkpoint import signals
+from halfbyte.errors import Stopped
+from tests import launch
+from tests.checkpoint import saboteur
+from tests.checkpoint.conftest import ENDED_SECONDS
+
+CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
+
+
+def checkpoints(output: Path) -> list[int]:
+    return sorted(int(path.name[11:]) for path in output.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "step"),
+    [("SIGTERM", "step", 3), ("SIGINT", "evaluation", 5), ("SIGUSR1", "save", 5)],
+)
+def test_a_signal_stops_at_the_next_boundary(
+    saboteur_options, tmp_path: Path, name: str, place: str, step: int, capfd: pytest.CaptureFixture
+) -> None:
+    before = signal.getsignal(signal.Signals[name])
+    with pytest.raises(Stopped) as stopped:
+        train.main("saboteur", saboteur.recipe, saboteur_options(fault=name, fault_place=place))
+    output = tmp_path / "run"
+    assert stopped.value.code == CODES[name]
+    assert stopped.value.signal == name
+    assert (output / "left-0").read_text() == f"{step}\n"
+    assert checkpoints(output) == [step]
+    assert (output / f"checkpoint-{step}" / "trainer_state.json").is_file()
+    record = json.loads((output / "run.json").read_text())
+    assert (record["status"], record["steps"]) == ("interrupted", step)
+    assert record["next"].startswith("halfbyte saboteur --model_name_or_path ")
+    assert record["next"].endswith(" --resume_from_checkpoint auto")
+    assert not (output / "adapter_model.safetensors").exists()
+    assert f"{name} received" in capfd.readouterr().err
+    assert signal.getsignal(signal.Signals[name]) is before
+
+
+def test_a_save_that_cannot_fit_is_not_begun(
+    saboteur_options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first save is slow by the clock that the guard reads; the signal comes after it, in a step."""
+    real = time.monotonic
+    late = [0.0]
+    save = saboteur.SaboteurTrainer._save_checkpoint
+
+    def slow(self: saboteur.SaboteurTrainer, *args: object, **kwargs: object) -> None:
+        save(self, *args, **kwargs)
+        late[0] += 28.0
+
+    monkeypatch.setattr(saboteur.SaboteurTrainer, "_save_checkpoint", slow)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: real() + late[0])
+    with pytest.raises(Stopped, match="no checkpoint: the last took 28 s"):
+        train.main("saboteur", saboteur.recipe, saboteur_options(fault="SIGTERM", fault_step=7))
+    assert checkpoints(tmp_path / "run") == [5]
+
+
+def child(code: str) -> subprocess.Popen[str]:
+    text = (
+        "import os, signal, sys, time\nfrom types import SimpleNamespace\n"
+        "from halfbyte.checkpoint import signals\n"
+        "said = lambda number: print('abandoned', number, flush=True)\n"
+        f"watch = signals.Watch(said)\nwatch.start()\n{code}"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", text], text=True, stdout=subprocess.PIPE, env=launch.environment()
+    )
+
+
+def test_a_rank_that_hangs_is_ended_by_the_watchdog() -> None:
+    """The main thread is inside a C call that no signal interrupts, as in a collective without its peer."""
+    hang = (
+        "signals.BOUNDARY_SECONDS = 0.2\nimport ctypes\nsignal.pthread_sigmask\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "while True: ctypes.PyDLL(None) and ctypes.CDLL(None).sleep(60)\n"
+    )
+    process = child(hang)
+    printed, _ = process.communicate(timeout=120)
+    assert (process.returncode, printed) == (143, "abandoned 15\n")
+
+
+def test_a_second_signal_stops_at_once_and_an_echo_does_not() -> None:
+    twice = (
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.2)\n"
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)\n"  # what a launcher passes on
+        "print('still here', flush=True)\nsignals.SAME_SECONDS = 0.0\n"
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+    )
+    process = child(twice)
+    printed, _ = process.communicate(timeout=120)
+    assert (process.returncode, printed) == (130, "still here\nabandoned 2\n")
+
+
+def test_a_forked_worker_does_not_answer_for_its_parent() -> None:
+    code = (
+        "pid = os.fork()\n"
+        "if pid == 0:\n    signals._watch = watch; os._exit(0)\n"
+        "os.waitpid(pid, 0)\nsignals._watch = watch\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.2); os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), watch.received, flush=True); os._exit(0)\n"
+    )
+    printed, _ = child(code).communicate(timeout=120)
+    assert printed == "7 None\n"
+
+
+def assert_stopped_together(run, output: Path, name: str, step: int | None = None) -> None:
+    try:
+        code = run.process.wait(timeout=180)
+    except subprocess.TimeoutExpired:
+        pytest.fail(run.printed[-4000:])
+    signalled = time.monotonic()
+    while run.left() and time.monotonic() - signalled < ENDED_SECONDS:
+        time.sleep(0.05)
+    assert run.left() == []
+    assert code != 0
+    ranks = sorted(output.glob("left-*"))
+    steps = {int(path.read_text()) for path in ranks}
+    assert len(steps) == 1, run.printed[-4000:]
+    (stopped,) = steps
+    assert step is None or stopped == step
+    assert stopped in checkpoints(output), run.printed[-4000:]
+    record = json.loads((output / "run.json").read_text())
+    assert (record["status"], record["steps"]) == ("interrupted", stopped)
+    assert f"stopped by {name} at step {stopped}: checkpoint-{stopped} is saved" in run.printed
+    assert run.printed.count("stopped by ") == 1, "one rank prints"
+
+
+def test_a_signal_to_one_rank_stops_both_at_one_step(launched, tmp_path: Path) -> None:
+    run = launched("accelerate", fault="SIGTERM", fault_target="1")
+    assert_stopped_together(run, tmp_path / "run", "SIGTERM", 3)
+    assert len(list((tmp_path / "run").glob("left-*"))) == 2
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("place", ["step", "evaluation", "save"])
+@pytest.mark.parametrize("target", ["launcher", "0", "1", "all"])
+def test_signals_to_any_process_at_any_place(launched, tmp_path: Path, target: str, place: str) -> None:
+    run = launched("torchrun", fault="SIGTERM", fault_target=target, fault_place=place)
+    assert_stopped_together(
+        run, tmp_path / "run", "SIGTERM", None if target == "launcher" else {"step": 3}.get(place, 5)
+    )
+    assert len(list((tmp_path / "run").glob("left-*"))) == 2
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
+def test_other_signals_to_all_ranks(launched, tmp_path: Path, name: str) -> None:
+    target = "all" if name == "SIGINT" else "1"  # torchrun itself dies of SIGUSR1
+    run = launched("torchrun", fault=name, fault_target=target)
+    assert_stopped_together(run, tmp_path / "run", name, 3)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("launcher", ["accelerate-1", "torchrun"])
+def test_a_dead_launcher_leaves_no_orphan(launched, tmp_path: Path, launcher: str, name: str) -> None:
+    run = launched(launcher, fault=name, fault_target="launcher")
+    assert_stopped_together(run, tmp_path / "run", "SIGTERM")
