@@ -6,7 +6,7 @@ DEV := build hatchling hypothesis mypy pytest ruff types-PyYAML
 # One thread a process: tests start several, and two processes on shared threads are slower than on their own.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test lint test-distributed test-faults clean
+.PHONY: setup demo test lint test-distributed test-faults bench clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup
+	$(TEST_ENV) $(BIN)/python -m tests.benchmarks
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist

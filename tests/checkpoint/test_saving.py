@@ -15,7 +15,7 @@ from transformers.trainer import safe_globals
 
 from halfbyte.checkpoint import manifest, saving
 from halfbyte.checkpoint.resume import find
-from tests.checkpoint.runs import Finished, assert_equal, entries, run
+from tests.checkpoint.runs import Finished, assert_equal, entries, options, run
 
 Cut = Callable[..., Path]
 
@@ -67,8 +67,7 @@ def test_rotation_keeps_the_best_and_the_newest(finished: Finished, tmp_path: Pa
         "metric_for_best_model": "eval_loss",
         "greater_is_better": "true",  # the loss falls: the first stays the best
     }
-    arguments = finished.options(output)
-    assert run("sft", [*arguments, *(word for k, v in given.items() for word in (f"--{k}", v))]) == 0
+    assert run("sft", options(finished.model, finished.rows, output, **given)) == 0
     assert names(output) == {"checkpoint-1", "checkpoint-6"}
     state = json.loads((output / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(output / "checkpoint-1")
