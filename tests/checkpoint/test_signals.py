@@ -48,6 +48,28 @@ def test_a_signal_stops_at_the_next_boundary(
     assert signal.getsignal(signal.Signals[name]) is before
 
 
+def test_what_a_signal_cut_off_is_made_up_for(saboteur_options, tmp_path: Path) -> None:
+    """Stopped in an evaluation and resumed: the rows and the weights of a run that never was, dropout on."""
+    chosen = {"max_steps": 7, "lora_dropout": 0.1, "logging_steps": 2, "learning_rate": 1e-2}
+    whole = saboteur_options(**{**chosen, "output_dir": tmp_path / "whole"})
+    assert train.main("saboteur", saboteur.recipe, whole) == 0
+    cut = saboteur_options(**chosen)
+    with pytest.raises(Stopped):
+        train.main("saboteur", saboteur.recipe, [*cut, "--fault", "SIGTERM", "--fault_place", "evaluation"])
+    resumed = [*cut, "--resume_from_checkpoint", "auto", "--allow_config_change", "fault", "fault_place"]
+    assert train.main("saboteur", saboteur.recipe, resumed) == 0
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert weights[0] == weights[1]
+    logged = [
+        [
+            {key: value for key, value in json.loads(line).items() if "loss" in key or key == "step"}
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "run")
+    ]
+    assert logged[0] == logged[1]
+
+
 def test_a_save_that_cannot_fit_is_not_begun(
     saboteur_options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,8 +186,22 @@ def test_other_signals_to_all_ranks(launched, tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-@pytest.mark.parametrize("launcher", ["accelerate-1", "torchrun"])
+@pytest.mark.parametrize(
+    ("launcher", "name"), [("accelerate-1", "SIGTERM"), ("accelerate-1", "SIGKILL"), ("torchrun", "SIGTERM")]
+)
 def test_a_dead_launcher_leaves_no_orphan(launched, tmp_path: Path, launcher: str, name: str) -> None:
     run = launched(launcher, fault=name, fault_target="launcher")
     assert_stopped_together(run, tmp_path / "run", "SIGTERM")
+
+
+@pytest.mark.faults
+def test_a_killed_torchrun_leaves_no_orphan_and_no_half_checkpoint(launched, tmp_path: Path) -> None:
+    """It takes the ranks' store with it, so that they cannot agree on a new checkpoint: the last one stays."""
+    run = launched("torchrun", fault="SIGKILL", fault_target="launcher", fault_step=7)
+    run.process.wait(timeout=180)
+    killed = time.monotonic()
+    while run.left() and time.monotonic() - killed < ENDED_SECONDS:
+        time.sleep(0.05)
+    assert run.left() == []
+    assert 5 in checkpoints(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] in ("failed", "interrupted")

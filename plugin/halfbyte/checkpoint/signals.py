@@ -29,6 +29,8 @@ RESERVE_SECONDS = 5.0  # of these, for what comes after a save
 # A launcher passes on a signal that its group, its pod or its job step was sent as a whole.
 SAME_SECONDS = 3.0
 
+_KEY = "halfbyte"  # in trainer_state.json, beside the states of callbacks
+
 _watch: "Watch | None" = None
 
 
@@ -108,6 +110,10 @@ class Watch:
         os._exit(128 + self.received)
 
 
+class _CutOff(BaseException):
+    """Ends an evaluation; caught around it."""
+
+
 class StopTogether(TrainerCallback):
     """Stops every rank at the same boundary, with a checkpoint where there is time to write one."""
 
@@ -117,6 +123,14 @@ class StopTogether(TrainerCallback):
         self._save_seconds = self._used = 0.0
         self._save = trainer._save_checkpoint
         trainer._save_checkpoint = self._timed_save
+        self._evaluate = trainer.evaluate
+        trainer.evaluate = self._evaluate_or_stop
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Make up for the evaluation that a stop cut off; the Trainer restores the generators after this."""
+        if state.stateful_callbacks.pop(_KEY, {}).get("evaluation_due"):
+            metrics = self._trainer._evaluate(None, None)
+            self._trainer._determine_best_metric(metrics=metrics, trial=None)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,6 +138,8 @@ class StopTogether(TrainerCallback):
         self._agree()
         if self._stopping is not None:
             self._refuse_a_late_save(state)
+            if control.should_evaluate:
+                state.stateful_callbacks[_KEY] = {"evaluation_due": True}
             control.should_evaluate, control.should_save = False, True  # on_save stops
         return control
 
@@ -142,13 +158,24 @@ class StopTogether(TrainerCallback):
         if state.global_step == 0 or place.is_dir():
             raise self._stopped(state, "the evaluation is cut off")
         self._refuse_a_late_save(state)
-        self._trainer._save_checkpoint(self._trainer.model_wrapped, trial=None)
-        self._trainer.callback_handler.on_save(args, state, control)
+        raise _CutOff
+
+    def _evaluate_or_stop(self, *args: Any, **kwargs: Any) -> Any:
+        """`evaluate`, and outside of it, where the generators are training's again, the save that it was cut for."""
+        try:
+            return self._evaluate(*args, **kwargs)
+        except _CutOff:
+            trainer = self._trainer
+            trainer.state.stateful_callbacks[_KEY] = {"evaluation_due": True}
+            trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)  # raises Stopped
+            raise
 
     def remove(self) -> None:
         """Undo what construction and `add_callback` did."""
         self._trainer.remove_callback(self)
         self._trainer._save_checkpoint = self._save
+        self._trainer.evaluate = self._evaluate
 
     def _agree(self) -> None:
         """Learn whether any rank was sent a signal, and how much of the grace period is used on the slowest."""
