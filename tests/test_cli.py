@@ -94,7 +94,7 @@ def test_a_mistake_ends_with_2_and_is_said_on_standard_error(capsys, arguments: 
 
 
 def test_every_reserved_name_answers(capsys) -> None:
-    for name in sorted(recipes.COMMANDS - {"demo", "recipes"}):
+    for name in sorted(recipes.COMMANDS - {"demo", "doctor", "recipes"}):
         assert main([name]) == 2
         assert name in capsys.readouterr().err
 
