@@ -21,7 +21,7 @@ def decided(monkeypatch: pytest.MonkeyPatch, best: torch.dtype, device: torch.de
         prog="halfbyte sft",
         defaults=train.training_defaults(SFTConfig),
     )
-    train._decide_precision(settings, device)
+    train._decide_precision(settings, device, {})
     return settings["dtype"], settings["bf16"], settings["fp16"]
 
 
