@@ -54,7 +54,9 @@ def test_every_architecture_trains(model_dir: ModelDir, tmp_path: Path, rows, ar
     assert told["steps"] == 2
     assert told["base"]["four_bit_share"] == 1.0
     assert told["config"]["load_in_4bit"] is True
+    held = told["strategy"].pop("base_bytes_per_rank")
     assert told["strategy"] == {"name": "single", "world_size": 1, "devices": ["cpu"]}
+    assert held == [told["base"]["bytes_4bit"]]
     losses = [json.loads(line).get("loss") for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert len([loss for loss in losses if loss is not None]) == 2
     assert (output / "plots" / "loss.png").stat().st_size > 1000
