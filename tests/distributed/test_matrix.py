@@ -64,7 +64,7 @@ def test_the_shipped_recipe_from_a_trl_yaml(tmp_path: Path, model_dir) -> None:
     done = launch.accelerate("sft", "--config", str(config), "--max_steps", "20")
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads((output / "run.json").read_text())
-    assert told["strategy"] == {"name": "ddp", "world_size": 2, "devices": ["cpu", "cpu"]}
+    assert (told["strategy"]["name"], told["strategy"]["world_size"]) == ("ddp", 2)
     assert told["steps"] == 20
     assert len(told["peak_memory_bytes"]) == 2
     assert told["metrics"]["eval"]["step"] == 20
