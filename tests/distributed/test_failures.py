@@ -1,6 +1,7 @@
 """A rank that raises, dies or stands still ends the whole job soon, with one message and no process left."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests import launch, tiny
 
 SECONDS = 30
 CPU = ["--config_file", str(launch.ROOT / "launch" / "cpu.yaml"), "--main_process_port", "0"]
+FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--main_process_port", "0"]
 PRODUCT = f"{launch.ROOT / 'plugin'}:{launch.ROOT / 'recipes'}"
 
 
@@ -81,7 +83,7 @@ def test_a_rank_that_raises_says_so_once(model_dir, tmp_path: Path, rows: str, s
         job.kill()
     assert job.returncode != 0
     assert time.monotonic() - begun < 240
-    messages = [line for line in error.splitlines() if line.startswith("error: ")]
+    messages = re.findall(r"^(?:rank \d: )?error: .*", error, flags=re.MULTILINE)
     assert len(messages) == 1, error[-3000:]
     assert "only rank 1 fails" in messages[0]
 
@@ -119,7 +121,7 @@ def test_a_stopped_rank_is_named(model_dir, tmp_path: Path, rows: str, site: str
     ("launcher", "words"),
     [
         (["--cpu", "--num_processes", "2"], "asked for 2 processes, but this one trains alone"),
-        (["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--main_process_port", "0"], "FSDP2"),
+        ([*FSDP2, "--fsdp_cpu_ram_efficient_loading", "false"], "FSDP2 was asked for, but DDP is in force"),
         ([*CPU, "--mixed_precision", "bf16"], "sets mixed_precision bf16, but the run computes in float32"),
     ],
 )
@@ -132,7 +134,7 @@ def test_a_wrong_launch_is_exit_2_with_the_right_line(
     finally:
         job.kill()
     assert job.returncode != 0
-    messages = [line for line in error.splitlines() if line.startswith("error: ")]
+    messages = re.findall(r"^(?:rank \d: )?error: .*", error, flags=re.MULTILINE)
     assert len(messages) == 1, error[-3000:]
     assert words in messages[0]
     assert "exit status 2" in error or "exitcode  : 2" in error

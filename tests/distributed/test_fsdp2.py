@@ -112,7 +112,7 @@ ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"FSDP_VERSION": "1"}, r"FSDP1, which is refused.*launch/fsdp2\.yaml"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing"),

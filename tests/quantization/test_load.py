@@ -70,7 +70,9 @@ def test_experts_left_in_16_bits_are_an_error_that_names_them(model_dir: Callabl
 def test_a_prequantized_checkpoint_reloads_to_the_same_bytes(
     model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model = load(model_dir("llama"))
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir("llama"), quantization_config=nf4(), dtype=torch.float32
+    )
     model.save_pretrained(tmp_path / "nf4")
     again = load(tmp_path / "nf4")
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):

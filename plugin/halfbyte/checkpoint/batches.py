@@ -1,6 +1,6 @@
 """What was in a batch: the numbers of its rows, found again from the sampler, and its text."""
 
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -36,38 +36,56 @@ def row_numbers(trainer: Any, count: int, batches: list[Any]) -> list[list[int]]
 
 def _same(rows: Any, numbers: list[int], batch: Any) -> bool:
     """Whether a batch begins each of its sequences as the rows do."""
-    ids = batch.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+    held = _sequences(batch)
+    if held is None or len(held) < len(numbers):
         return False
-    for place, number in enumerate(numbers):
+    for number, (ids, _) in zip(numbers, held, strict=False):
         row = rows[number]
         begin = row.get("input_ids") or row.get("prompt_ids")
         if begin is None:
             return False
-        begin = list(begin)[: min(16, ids.shape[1] // 2)]
-        held = ids[place].tolist()
-        if not any(held[at : at + len(begin)] == begin for at in range(len(held))):  # padded on either side
+        begin, tokens = list(begin)[: max(1, min(16, len(ids) // 2))], ids.tolist()
+        # Padding may stand on either side.
+        if not any(tokens[at : at + len(begin)] == begin for at in range(len(tokens))):
             return False
     return True
+
+
+def _sequences(batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]] | None:
+    """Token ids and labels of each sequence of a batch; one without padding is parted where positions restart."""
+    ids = batch.get("input_ids") if hasattr(batch, "get") else None
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return None
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
+        labels = None
+    positions = batch.get("position_ids")
+    if len(ids) == 1 and isinstance(positions, torch.Tensor) and positions.shape == ids.shape:
+        begins = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
+        pieces = [slice(begin, end) for begin, end in pairwise(begins)]
+        return [(ids[0, piece], None if labels is None else labels[0, piece]) for piece in pieces]
+    mask = batch.get("attention_mask")
+    masked = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
+    return [
+        (row[mask[place].bool()] if masked else row, None if labels is None else labels[place])
+        for place, row in enumerate(ids)
+    ]
 
 
 def describe_batch(batch: Any, tokenizer: Any) -> dict[str, Any]:
     """Token ids, text and number of labels of each sequence of a batch, without its padding."""
     if not isinstance(batch, dict) and not hasattr(batch, "items"):
         return {"batch": type(batch).__name__}
-    ids = batch.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+    held = _sequences(batch)
+    if held is None:
         return {"shapes": {key: list(getattr(value, "shape", [])) for key, value in batch.items()}}
-    mask = batch.get("attention_mask")
     sequences = []
-    for place, row in enumerate(ids):
-        kept = row[mask[place].bool()] if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else row
-        held = kept[:MOST_TOKENS].tolist()
-        described: dict[str, Any] = {"input_ids": held, "cut": len(kept) > MOST_TOKENS}
+    for ids, labels in held:
+        kept = ids[:MOST_TOKENS].tolist()
+        described: dict[str, Any] = {"input_ids": kept, "cut": len(ids) > MOST_TOKENS}
         if hasattr(tokenizer, "decode"):
-            described["text"] = tokenizer.decode(held)
-        labels = batch.get("labels")
-        if isinstance(labels, torch.Tensor) and labels.shape == ids.shape:
-            described["labels"] = int((labels[place] != -100).sum())
+            described["text"] = tokenizer.decode(kept)
+        if labels is not None:
+            described["labels"] = int((labels != -100).sum())
         sequences.append(described)
     return {"sequences": sequences}

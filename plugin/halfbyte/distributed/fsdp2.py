@@ -33,11 +33,6 @@ def requested(environment: Mapping[str, str] = os.environ) -> bool:
 
 def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
     """Raise :class:`UserError` for what the launcher may ask of FSDP and a 4-bit model cannot have."""
-    if environment.get("FSDP_VERSION", "1") != "2":
-        raise UserError(
-            "FSDP version 1 writes empty adapter checkpoints (PEFT does not find its weights under FSDP1's names) and "
-            "cannot divide 4-bit weights; write `fsdp_version: 2`, as in launch/fsdp2.yaml"
-        )
     if _is_true(environment.get("FSDP_OFFLOAD_PARAMS")):
         raise UserError(
             "fsdp_offload_params: CPU offload of 4-bit weights is not proven; write `fsdp_offload_params: false`. "
