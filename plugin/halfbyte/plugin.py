@@ -221,6 +221,8 @@ class QLoRAPlugin(ModelConfig):
         if strategy.name in distributed.SHARDED:
             distributed.check_quantized(strategy.name, self.load_in_4bit)
             distributed.check_optimizer(str(getattr(args.optim, "value", args.optim)))
+        if strategy.name == "fsdp2":
+            fsdp2.refuse_trained_rows(self.additional_special_tokens or [])
         if strategy.name == "zero3":
             zero3.refuse_precision(self.dtype, bf16=args.bf16, fp16=args.fp16)
             zero3.refuse_adapters(

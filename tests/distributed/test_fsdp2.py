@@ -23,10 +23,6 @@ from tests import packages, tiny
 from tests.distributed import fake_ranks, sharded
 from tests.distributed.optimizers import ENTRY_POINTS
 
-TEMPLATE = (
-    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|done|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
-)
 ModelDir = Callable[..., Path]
 
 
@@ -168,6 +164,12 @@ def test_packed_weights_are_stored_as_what_is_divided_and_never_cast(
     assert (line is not None) == (not integers and given is None)
 
 
+def test_trained_rows_are_refused() -> None:
+    fsdp2.refuse_trained_rows([])
+    with pytest.raises(UserError, match=r"<\|turn\|>.*trained embedding rows.*launch/ddp\.yaml"):
+        fsdp2.refuse_trained_rows(["<|turn|>"])
+
+
 def test_which_torch_divides_integers() -> None:
     assert [fsdp2.divides_integers(v) for v in ("2.11.0", "2.12.1+cpu", "2.13.0+cpu", "3.0.0")] == [
         False,
@@ -187,22 +189,14 @@ def test_which_torch_divides_integers() -> None:
         ("qwen3", 3, {"gradient_accumulation_steps": 2, "eval_on_start": True}),
         ("opt", 2, {}),
         ("llama", 2, {"bnb_4bit_quant_storage": "float32"}),
-        (
-            "qwen3",
-            2,
-            {"chat_template_path": "TEMPLATE", "additional_special_tokens": ["<|turn|>", "<|done|>"]},
-        ),
         ("llama", 2, {"use_dora": True, "loraplus_lr_ratio": 4.0}),
     ],
-    ids=["tied embeddings, accumulation", "opt", "float storage", "trained rows, tied", "DoRA, LoRA+"],
+    ids=["tied embeddings, accumulation", "opt", "float storage", "DoRA, LoRA+"],
 )
 def test_it_equals_one_process(
     tmp_path: Path, model_dir: ModelDir, arch: str, processes: int, options: dict[str, Any]
 ) -> None:
     options = {"model_name_or_path": str(model_dir(arch)), **options}
-    if "chat_template_path" in options:
-        (tmp_path / "turns.jinja").write_text(TEMPLATE)
-        options["chat_template_path"] = str(tmp_path / "turns.jinja")
     runs = []
     for count in (1, processes):
         (root := tmp_path / f"{count}").mkdir()

@@ -6,7 +6,7 @@ every rank, with a warning. torch divides parameters of any dtype from 2.13 on
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import accelerate.accelerator
@@ -47,6 +47,15 @@ def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
         raise UserError(
             "fsdp_activation_checkpointing: the run checkpoints activations itself (`gradient_checkpointing`, on by "
             "default); write `fsdp_activation_checkpointing: false`"
+        )
+
+
+def refuse_trained_rows(tokens: Sequence[str]) -> None:
+    """Raise :class:`UserError` if embedding rows are to be trained: with a tied head torch 2.13 crashed on them."""
+    if tokens:
+        raise UserError(
+            f"additional_special_tokens: {list(tokens)} need trained embedding rows, which crash torch under FSDP2 "
+            f"when the head is tied to them; launch with launch/ddp.yaml"
         )
 
 

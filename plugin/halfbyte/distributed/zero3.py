@@ -70,7 +70,7 @@ def refuse_adapters(*, tokens: Sequence[str], dora: bool, loraplus: bool) -> Non
     if tokens:
         raise UserError(
             f"additional_special_tokens: {list(tokens)} need trained embedding rows, which are not proven under "
-            f"DeepSpeed; launch with launch/fsdp2.yaml or launch/ddp.yaml"
+            f"DeepSpeed; launch with launch/ddp.yaml"
         )
 
 
