@@ -98,11 +98,11 @@ def train(
     return Finished(output, rows)
 
 
-def resumed(root: Path, run: Finished, step: int) -> dict[str, str]:
-    """The option that continues from a copy of ``run``'s checkpoint at ``step``, made in ``root``."""
+def resumed(root: Path, run: Finished, step: int) -> dict[str, Any]:
+    """The options that continue from a copy of ``run``'s checkpoint at ``step``, made in ``root``."""
     copy = root / f"checkpoint-{step}"
     shutil.copytree(run.output / copy.name, copy)
-    return {"resume_from_checkpoint": str(copy)}
+    return {"allow_config_change": ["dataset_name"], "resume_from_checkpoint": str(copy)}
 
 
 def assert_equal(one: Finished, other: Finished, within: float = 1e-5) -> None:
