@@ -10,7 +10,9 @@
 set -euo pipefail
 
 GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-8}
-MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Read whole, then the first taken: behind `| head`, scontrol may die of a closed pipe and end the job.
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MAIN_ADDRESS=${hosts%%$'\n'*}
 export GPUS_PER_NODE MAIN_ADDRESS
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

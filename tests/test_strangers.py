@@ -25,11 +25,11 @@ version = "3.1"
 dependencies = ["halfbyte"]
 
 [project.entry-points."halfbyte.recipes"]
-scaled-sft = "stranger.scaled:recipe"
-brevity = "stranger.brevity:recipe"
+scaled-sft = "stranger_recipes.scaled:recipe"
+brevity = "stranger_recipes.brevity:recipe"
 
 [tool.hatch.build.targets.wheel]
-packages = ["stranger"]
+packages = ["stranger_recipes"]
 """
 
 # The least a recipe can be: a config with a field of its own, a trainer that uses it, and a sentence.
@@ -98,10 +98,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory that the stranger's wheel is installed into."""
     root = tmp_path_factory.mktemp("stranger")
     project, wheels, site = root / "project", root / "wheels", root / "site"
-    (project / "stranger").mkdir(parents=True)
+    (project / "stranger_recipes").mkdir(parents=True)
     (project / "pyproject.toml").write_text(PYPROJECT)
     for name, code in (("__init__", ""), ("scaled", SCALED), ("brevity", BREVITY)):
-        (project / "stranger" / f"{name}.py").write_text(code)
+        (project / "stranger_recipes" / f"{name}.py").write_text(code)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels)]
     subprocess.run([*build, str(project)], check=True)
@@ -144,7 +144,7 @@ def test_both_recipes_are_listed_beside_the_shipped_ones(site: Path) -> None:
         "name": "brevity",
         "package": "stranger-recipes",
         "version": "3.1",
-        "object": "stranger.brevity:recipe",
+        "object": "stranger_recipes.brevity:recipe",
     }
 
 

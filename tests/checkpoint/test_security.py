@@ -148,7 +148,7 @@ def test_code_in_a_model_directory_is_not_run_and_nobody_is_asked(
 
 def test_only_the_recipe_that_is_typed_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = f"import os\nos.makedirs({str(tmp_path / 'executed')!r})\n" + packages.RECIPE
-    site = packages.write(tmp_path / "site", "stranger", {"theirs": "stranger:recipe"}, code=code)
+    site = packages.write(tmp_path / "site", "unasked", {"theirs": "unasked:recipe"}, code=code)
     monkeypatch.syspath_prepend(str(site))
     assert "theirs" in {entry.name for entry in recipe.entries()}
     recipe.load("sft")
