@@ -85,6 +85,8 @@ def _run(arguments: list[str]) -> int:
 
         print(version("halfbyte"))
         return 0
+    # At import bitsandbytes reports that an optional kernel package is missing, which halfbyte does not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if name == "recipes":
         return _list(rest)
     if name == "demo":
@@ -108,8 +110,6 @@ def _run(arguments: list[str]) -> int:
     if name.startswith("-"):
         raise UserError(f"the recipe comes first: halfbyte RECIPE {name} ...")
     _end_with_the_launcher()
-    # At import bitsandbytes reports that an optional kernel package is missing, which halfbyte does not use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     recipe = recipes.load(name)
     from halfbyte import train
 
