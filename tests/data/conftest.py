@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,21 @@ import pytest
 from trl import DatasetMixtureConfig, DPOConfig, ScriptArguments, SFTConfig
 
 from halfbyte.data import RunData, Text, load
+from halfbyte.errors import UserError
 from tests import tiny
 
 Rows = list[dict[str, Any]]
+
+
+@contextmanager
+def refusal(*words: str) -> Iterator[None]:
+    """The block is refused, in at most ten lines that have all of ``words``."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 10
+    for word in words:
+        assert word in message, message
 
 
 def turn(role: str, content: Any) -> dict[str, Any]:

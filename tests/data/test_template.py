@@ -10,7 +10,7 @@ from halfbyte.data import prepare_tokenizer
 from halfbyte.data.template import stop_ids
 from halfbyte.errors import UserError
 from tests import tiny
-from tests.data.conftest import dpo, sft
+from tests.data.conftest import dpo, refusal, sft
 
 LLAMA3 = (
     "{# not a token: <|comment|> #}{{ bos_token }}{% for m in messages %}"
@@ -27,12 +27,8 @@ def base(tmp_path):
 
 
 def refused(*words: str, path: str, training, **options) -> None:
-    with pytest.raises(UserError) as caught:
+    with refusal(*words):
         prepare_tokenizer(path, training=training, **options)
-    message = str(caught.value)
-    assert len(message.splitlines()) <= 10
-    for word in words:
-        assert word in message, message
 
 
 def test_a_template_file(base, tmp_path):
