@@ -49,10 +49,10 @@ class Finished:
 def start(
     strategy: str, processes: int, *words: str, shim: bool = True, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """``accelerate launch --config_file launch/STRATEGY.yaml ... WORDS`` with CPU ranks, FSDP2 over the shim."""
-    module = "halfbyte"
+    """``accelerate launch --config_file launch/STRATEGY.yaml ... WORDS`` with CPU ranks, divided over the shim."""
+    module = "tests.distributed.gloo_as_gpu" if strategy in ("fsdp2", "zero3") and shim else "halfbyte"
     if strategy == "fsdp2" and shim:
-        module, extra = "tests.distributed.gloo_as_gpu", {**extra, "ACCELERATE_TORCH_DEVICE": "cpu"}
+        extra = {**extra, "ACCELERATE_TORCH_DEVICE": "cpu"}
     file = launch.ROOT / "launch" / f"{strategy}.yaml"
     options = ["--config_file", str(file), "--num_processes", str(processes), "--main_process_port", "0"]
     paths = [str(launch.ROOT), os.environ.get("PYTHONPATH", ""), extra.pop("PYTHONPATH", "")]
@@ -82,6 +82,7 @@ def train(
         "per_device_train_batch_size": GLOBAL_BATCH // processes,
         "learning_rate": 1e-3,
         "dtype": "float32",
+        "use_cpu": True,  # meant, so that ranks without a GPU are no mistake
         "max_steps": 6,
         "logging_steps": 1,
         "eval_strategy": "steps",

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from halfbyte import QLoRAPlugin
-from halfbyte.distributed import fsdp2, strategy
+from halfbyte.distributed import fsdp2
 from halfbyte.distributed.invariants import replicated
 from halfbyte.distributed.sharded_weights import base_bytes, packed_bytes
 from halfbyte.errors import UserError
@@ -101,23 +101,6 @@ def test_other_models_go_accelerates_own_way(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # What is refused.
-
-ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"FSDP_VERSION": "1"}, r"FSDP1, which is refused.*launch/fsdp2\.yaml"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
-        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing"),
-    ],
-)
-def test_what_a_4_bit_model_cannot_have_is_refused(changed: dict[str, str], named: str) -> None:
-    strategy.refuse_unsupported(ASKED)
-    with pytest.raises(UserError, match=named):
-        strategy.refuse_unsupported({**ASKED, **changed})
 
 
 def test_the_bare_cpu_launch_is_refused(tmp_path: Path) -> None:
