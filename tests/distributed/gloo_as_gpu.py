@@ -28,7 +28,8 @@ def install() -> None:
 
 def install_for_deepspeed() -> None:
     """Leave all of DeepSpeed's collectives to the process group."""
-    backend: Any = importlib.import_module("deepspeed.comm.torch")  # its package binds `torch` to torch itself
+    # By name: as an attribute of its package, `torch` is torch itself.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
 
 
