@@ -19,13 +19,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable . $(DEV)
 	touch $@
 
+# Only the distributed tests use DeepSpeed. It is built against the torch that is there, and compiles nothing.
+$(VENV)/.deepspeed: $(VENV)/.installed
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	touch $@
+
 demo: setup
 	$(BIN)/halfbyte demo
 
 test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not distributed and not faults"
 
-test-distributed: setup
+test-distributed: $(VENV)/.deepspeed
 	$(TEST_ENV) $(BIN)/python -m pytest -m distributed
 
 test-faults: setup

@@ -1,9 +1,12 @@
-"""``halfbyte`` with CPU ranks that accelerate takes for GPUs, so that FSDP2 really wraps them, over gloo.
+"""``halfbyte`` with CPU ranks that are divided as GPUs are, over gloo.
 
 Launched in place of ``-m halfbyte``. On CPUs accelerate otherwise trains with DDP when FSDP was asked for
-(accelerate/state.py), which halfbyte refuses.
+(accelerate/state.py), which halfbyte refuses, and DeepSpeed compiles collectives of its own at the first launch
+(deepspeed/comm/torch.py), which takes a compiler and minutes.
 """
 
+import importlib
+import os
 import runpy
 from typing import Any
 
@@ -23,6 +26,16 @@ def install() -> None:
     PartialState.__init__ = init
 
 
+def install_for_deepspeed() -> None:
+    """Leave all of DeepSpeed's collectives to the process group."""
+    # By name: as an attribute of its package, `torch` is torch itself.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
+
+
 if __name__ == "__main__":
-    install()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        install_for_deepspeed()
+    else:
+        install()
     runpy.run_module("halfbyte", run_name="__main__")

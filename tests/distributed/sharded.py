@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from halfbyte import QLoRAPlugin
+from halfbyte import recipe as recipes
+from halfbyte.train import main
 from tests import launch, tiny
 
 GLOBAL_BATCH = 6
@@ -49,10 +51,10 @@ class Finished:
 def start(
     strategy: str, processes: int, *words: str, shim: bool = True, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """``accelerate launch --config_file launch/STRATEGY.yaml ... WORDS`` with CPU ranks, FSDP2 over the shim."""
-    module = "halfbyte"
+    """``accelerate launch --config_file launch/STRATEGY.yaml ... WORDS`` with CPU ranks, divided over the shim."""
+    module = "tests.distributed.gloo_as_gpu" if strategy in ("fsdp2", "zero3") and shim else "halfbyte"
     if strategy == "fsdp2" and shim:
-        module, extra = "tests.distributed.gloo_as_gpu", {**extra, "ACCELERATE_TORCH_DEVICE": "cpu"}
+        extra = {**extra, "ACCELERATE_TORCH_DEVICE": "cpu"}
     file = launch.ROOT / "launch" / f"{strategy}.yaml"
     options = ["--config_file", str(file), "--num_processes", str(processes), "--main_process_port", "0"]
     paths = [str(launch.ROOT), os.environ.get("PYTHONPATH", ""), extra.pop("PYTHONPATH", "")]
@@ -82,6 +84,7 @@ def train(
         "per_device_train_batch_size": GLOBAL_BATCH // processes,
         "learning_rate": 1e-3,
         "dtype": "float32",
+        "use_cpu": True,  # meant, so that ranks without a GPU are no mistake
         "max_steps": 6,
         "logging_steps": 1,
         "eval_strategy": "steps",
@@ -93,7 +96,10 @@ def train(
     lines = [f"{key}: {value}" for key, value in config.items() if value is not None]
     (root / "run.yaml").write_text("\n".join(lines) + "\n")
     words = (recipe, "--config", str(root / "run.yaml"))
-    done = launch.halfbyte(*words, **extra) if processes == 1 else start(strategy, processes, *words, **extra)
+    if processes == 1:
+        assert main(recipe, recipes.load(recipe), list(words[1:])) == 0
+        return Finished(output, rows)
+    done = start(strategy, processes, *words, **extra)
     assert done.returncode == 0, done.stderr[-6000:]
     return Finished(output, rows)
 
@@ -111,6 +117,12 @@ def assert_equal(one: Finished, other: Finished, within: float = 1e-5) -> None:
         assert len(one.logged(key)) == len(other.logged(key)) > 0
         assert max(abs(a - b) for a, b in zip(one.logged(key), other.logged(key), strict=True)) <= within, key
     assert furthest(one.adapter, other.adapter) <= within
+
+
+def assert_resumed(whole: Finished, resumed: Finished) -> None:
+    """The second went on from the first's step 3 and ended bit for bit as it did."""
+    assert furthest(whole.adapter, resumed.adapter) == 0.0
+    assert whole.logged()[3:] == resumed.logged()
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

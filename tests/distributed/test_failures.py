@@ -1,5 +1,6 @@
 """A rank that raises, dies or stands still ends the whole job soon, with one message and no process left."""
 
+import json
 import os
 import re
 import signal
@@ -15,7 +16,6 @@ from tests import launch, tiny
 
 SECONDS = 30
 CPU = ["--config_file", str(launch.ROOT / "launch" / "cpu.yaml"), "--main_process_port", "0"]
-FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--main_process_port", "0"]
 PRODUCT = f"{launch.ROOT / 'plugin'}:{launch.ROOT / 'recipes'}"
 
 
@@ -54,7 +54,7 @@ def rows(tmp_path: Path) -> str:
     return tiny.write_rows(tmp_path / "rows", tiny.conversations(24))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_killing_a_rank_ends_the_job(model_dir, tmp_path: Path, rows: str, site: str, victim: int) -> None:
     job = start(command(site, model_dir("llama"), rows, tmp_path / "run"), site, tmp_path)
     try:
@@ -72,7 +72,7 @@ def test_killing_a_rank_ends_the_job(model_dir, tmp_path: Path, rows: str, site:
     assert error.count("\nerror: ") <= 1
 
 
-@pytest.mark.parametrize("place", ["build", "step"])
+@pytest.mark.parametrize("place", ["build", pytest.param("step", marks=pytest.mark.faults)])
 def test_a_rank_that_raises_says_so_once(model_dir, tmp_path: Path, rows: str, site: str, place: str) -> None:
     options = ("--failing_rank", "1", "--failing_at", place)
     begun = time.monotonic()
@@ -86,8 +86,13 @@ def test_a_rank_that_raises_says_so_once(model_dir, tmp_path: Path, rows: str, s
     messages = re.findall(r"^(?:rank \d: )?error: .*", error, flags=re.MULTILINE)
     assert len(messages) == 1, error[-3000:]
     assert "only rank 1 fails" in messages[0]
+    if place == "step":
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    else:
+        assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.faults
 def test_a_stopped_rank_is_named(model_dir, tmp_path: Path, rows: str, site: str) -> None:
     words = command(site, model_dir("llama"), rows, tmp_path / "run", "--ddp_timeout", "6")
     job = start(words, site, tmp_path)
@@ -121,7 +126,6 @@ def test_a_stopped_rank_is_named(model_dir, tmp_path: Path, rows: str, site: str
     ("launcher", "words"),
     [
         (["--cpu", "--num_processes", "2"], "asked for 2 processes, but this one trains alone"),
-        ([*FSDP2, "--fsdp_cpu_ram_efficient_loading", "false"], "FSDP2 was asked for, but DDP is in force"),
         ([*CPU, "--mixed_precision", "bf16"], "sets mixed_precision bf16, but the run computes in float32"),
     ],
 )

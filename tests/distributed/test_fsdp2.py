@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from halfbyte import QLoRAPlugin
-from halfbyte.distributed import fsdp2, strategy
+from halfbyte.distributed import fsdp2
 from halfbyte.distributed.invariants import replicated
 from halfbyte.distributed.sharded_weights import base_bytes, packed_bytes
 from halfbyte.errors import UserError
@@ -102,23 +102,6 @@ def test_other_models_go_accelerates_own_way(monkeypatch: pytest.MonkeyPatch) ->
 
 # What is refused.
 
-ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"FSDP_VERSION": "1"}, r"FSDP1, which is refused.*launch/fsdp2\.yaml"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
-        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing"),
-    ],
-)
-def test_what_a_4_bit_model_cannot_have_is_refused(changed: dict[str, str], named: str) -> None:
-    strategy.refuse_unsupported(ASKED)
-    with pytest.raises(UserError, match=named):
-        strategy.refuse_unsupported({**ASKED, **changed})
-
 
 def test_the_bare_cpu_launch_is_refused(tmp_path: Path) -> None:
     """accelerate would train with DDP here and say nothing."""
@@ -179,29 +162,7 @@ def test_which_torch_divides_integers() -> None:
     ]
 
 
-# Whole runs beside the matrix's.
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("arch", "processes", "options"),
-    [
-        ("qwen3", 3, {"gradient_accumulation_steps": 2, "eval_on_start": True}),
-        ("opt", 2, {}),
-        ("llama", 2, {"bnb_4bit_quant_storage": "float32"}),
-        ("llama", 2, {"use_dora": True, "loraplus_lr_ratio": 4.0}),
-    ],
-    ids=["tied embeddings, accumulation", "opt", "float storage", "DoRA, LoRA+"],
-)
-def test_it_equals_one_process(
-    tmp_path: Path, model_dir: ModelDir, arch: str, processes: int, options: dict[str, Any]
-) -> None:
-    options = {"model_name_or_path": str(model_dir(arch)), **options}
-    runs = []
-    for count in (1, processes):
-        (root := tmp_path / f"{count}").mkdir()
-        runs.append(sharded.train(root, "sft", "fsdp2", count, options))
-    sharded.assert_equal(*runs)
+# A whole run beside those of test_sharded_matrix.py.
 
 
 @pytest.mark.distributed
@@ -227,6 +188,4 @@ def test_a_resumed_run_is_bitwise_the_whole_one(
         if runs:
             options |= sharded.resumed(root, runs[0], 3)
         runs.append(sharded.train(root, recipe, "fsdp2", processes, options, PYTHONPATH=str(site)))
-    assert (runs[0].output / "checkpoint-3" / "adapter_model.safetensors").is_file()
-    assert sharded.furthest(runs[0].adapter, runs[1].adapter) == 0.0
-    assert runs[0].logged()[3:] == runs[1].logged()
+    sharded.assert_resumed(*runs)

@@ -72,6 +72,7 @@ def test_what_only_looks_like_the_launcher_is_not(command: str) -> None:
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, Request("fsdp1", 2)),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, Request("fsdp2", 2)),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, Request("zero3")),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "a"}, Request("deepspeed_file")),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, Request("megatron")),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, Request("parallelism")),
         ({"ACCELERATE_USE_CPU": "True"}, Request("single", use_cpu=True)),
@@ -81,13 +82,6 @@ def test_what_only_looks_like_the_launcher_is_not(command: str) -> None:
 )  # fmt: skip
 def test_the_environment_says(environment: dict[str, str], expected: Request) -> None:
     assert from_environment(environment) == expected
-
-
-def test_a_deepspeed_file_says_its_stage(tmp_path: Path) -> None:
-    file = tmp_path / "ds.json"
-    file.write_text('{"zero_optimization": {"stage": 3}}')
-    said = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
-    assert from_environment(said).strategy == "zero3"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +94,7 @@ def test_a_deepspeed_file_says_its_stage(tmp_path: Path) -> None:
         ("--use_fsdp --fsdp_version 2 --num_processes 2 -m halfbyte sft", ("fsdp2", 2, 1, False)),
         ("--use_fsdp --num_processes 2 -m halfbyte sft", ("fsdp1", 2, 1, False)),
         ("--use_deepspeed --zero_stage 3 --num_processes 2 -m halfbyte sft", ("zero3", 2, 1, False)),
+        ("--use_deepspeed --deepspeed_config_file ds.json -m halfbyte sft", ("deepspeed_file", 1, 1, False)),
         ("--config_file launch/cpu.yaml -m halfbyte sft", ("ddp", 2, 1, True)),
         ("--config_file launch/cpu.yaml --num_processes 3 -m halfbyte sft", ("ddp", 3, 1, True)),
         ("--config_file launch/one_gpu.yaml -m halfbyte sft", ("single", 1, 1, False)),

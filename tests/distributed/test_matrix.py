@@ -11,9 +11,13 @@ import pytest
 from tests import launch, tiny
 from tests.distributed.conftest import Outcome, assert_equal_runs
 
-pytestmark = pytest.mark.distributed
-
 Train = Callable[..., Outcome]
+CELLS = [
+    pytest.param(recipe, processes, marks=() if quick else pytest.mark.distributed)
+    for processes in (2, 3)
+    for recipe in ("sft", "dpo")
+    for quick in ((recipe, processes) == ("sft", 2),)
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +25,14 @@ def dpo_from_sft(train: Train, reference: Callable[[str], Outcome]) -> Outcome:
     return train("dpo", processes=1, adapter=reference("sft").output)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+@pytest.mark.parametrize(("recipe", "processes"), CELLS)
 def test_fresh_adapters(
     train: Train, reference: Callable[[str], Outcome], recipe: str, processes: int
 ) -> None:
     assert_equal_runs(train(recipe, processes=processes), reference(recipe), processes)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("processes", [2, 3])
 def test_dpo_from_an_sft_adapter(
     train: Train, reference: Callable[[str], Outcome], dpo_from_sft: Outcome, processes: int
@@ -38,6 +42,7 @@ def test_dpo_from_an_sft_adapter(
     assert_equal_runs(run, dpo_from_sft, processes)
 
 
+@pytest.mark.distributed
 def test_the_shipped_recipe_from_a_trl_yaml(tmp_path: Path, model_dir) -> None:
     rows = tiny.write_rows(tmp_path / "rows", tiny.conversations(60))
     output = tmp_path / "run"
@@ -70,6 +75,7 @@ def test_the_shipped_recipe_from_a_trl_yaml(tmp_path: Path, model_dir) -> None:
     assert told["metrics"]["eval"]["step"] == 20
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

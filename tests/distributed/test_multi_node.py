@@ -66,6 +66,7 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.mark.distributed
 def test_two_machines_train_as_one_process(model_dir, tmp_path: Path, machines) -> None:
     starts, address, extra = machines
     print("machines:", starts, address)

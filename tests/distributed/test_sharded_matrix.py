@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.distributed import sharded
 from tests.distributed.sharded import Finished, one_process
@@ -32,6 +33,7 @@ def test_a_divided_base_trains_as_a_whole_one(
         pytest.importorskip("deepspeed")
     recipe = cell[:3]
     options: dict[str, Any] = sharded.beginning(cell, model_dir, one_process)
+    options |= {"save_strategy": "steps", "save_steps": 6}
     run = sharded.train(tmp_path, recipe, strategy, processes, options)
     sharded.assert_equal(one_process(cell), run)
 
@@ -41,6 +43,51 @@ def test_a_divided_base_trains_as_a_whole_one(
     # The scales of the packed weights stay whole on every rank: 2 of every 66 bytes, more for a tiny model.
     assert max(told["base_bytes_per_rank"]) < whole / processes * 1.4
 
+    last = run.output / "checkpoint-6"
+    adapters = {path.parent: load_file(path) for path in last.rglob("adapter_model.safetensors")}
+    expected = {last: run.adapter}
+    if cell == "dpo on sft":
+        expected[last / "ref"] = one_process("sft").adapter
+    assert adapters.keys() == expected.keys()
+    assert all(sharded.furthest(adapters[path], expected[path]) == 0.0 for path in expected)
+
     told = run.record["metrics"]["eval"]
     for key, value in sharded.evaluate(recipe, run, tmp_path / "scratch").items():
         assert value == pytest.approx(told[key], rel=1e-6, abs=1e-5), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("strategy", "processes", "arch", "options"),
+    [
+        ("fsdp2", 3, "qwen3", {"gradient_accumulation_steps": 2, "eval_on_start": True}),
+        ("zero3", 3, "qwen3", {"gradient_accumulation_steps": 2, "eval_on_start": True}),
+        ("fsdp2", 2, "opt", {}),
+        ("fsdp2", 2, "llama", {"bnb_4bit_quant_storage": "float32"}),
+        ("fsdp2", 2, "llama", {"use_dora": True, "loraplus_lr_ratio": 4.0}),
+    ],
+    ids=[
+        "tied, uneven, accumulation",
+        "tied, uneven, accumulation, ZeRO-3",
+        "opt",
+        "float storage",
+        "DoRA, LoRA+",
+    ],
+)
+def test_other_models_and_options_too(
+    tmp_path: Path,
+    model_dir: Callable[..., Path],
+    strategy: str,
+    processes: int,
+    arch: str,
+    options: dict[str, Any],
+) -> None:
+    """Among them what no rank count divides: 64 rows over three ranks, with a head tied to the embeddings."""
+    if strategy == "zero3":
+        pytest.importorskip("deepspeed")
+    options = {"model_name_or_path": str(model_dir(arch)), **options}
+    runs = []
+    for count in (1, processes):
+        (root := tmp_path / f"{count}").mkdir()
+        runs.append(sharded.train(root, "sft", strategy, count, options))
+    sharded.assert_equal(*runs)

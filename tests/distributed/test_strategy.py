@@ -1,10 +1,12 @@
 """What is in force is held to what was asked for, and every refusal says what to write."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
-from halfbyte.distributed import support
+from halfbyte.distributed import strategy as strategies
+from halfbyte.distributed import support, zero3
 from halfbyte.distributed.launcher import Request
 from halfbyte.distributed.strategy import (
     Strategy,
@@ -15,6 +17,7 @@ from halfbyte.distributed.strategy import (
 )
 from halfbyte.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 ONE, TWO = Strategy("single", 1, "cpu"), Strategy("ddp", 2, "cpu")
 
 
@@ -93,6 +96,10 @@ LAUNCHED = {
     "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "deepspeed_file": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "auto.json",
+    },
     "megatron": {"ACCELERATE_USE_MEGATRON_LM": "true"},
     "parallelism": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
     "other": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
@@ -114,6 +121,35 @@ def test_a_launch_runs_or_is_refused_as_the_table_says(strategy: str) -> None:
         assert "launch/" in str(caught.value)
 
 
+def test_every_refused_strategy_is_launched_here() -> None:
+    refused = {name for name in support.STRATEGIES if not support.find(name).supported}
+    assert refused <= {*LAUNCHED, "data_parallel"}, "the last is asked for by no launcher: below"
+
+
+def test_one_process_that_sees_several_gpus_is_refused() -> None:
+    strategies._require_one_gpu(1)
+    with pytest.raises(
+        UserError, match=r"sees 8 GPUs.*replicas of a 4-bit base.*launch/ddp\.yaml --num_processes 8"
+    ):
+        strategies._require_one_gpu(8)
+
+
+@pytest.mark.parametrize("option", support.OPTIONS, ids=lambda o: o.name)
+def test_every_refused_option_has_its_message(
+    option: support.Option, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zero3.importlib.util, "find_spec", lambda name: object())
+    asked = LAUNCHED[option.strategy]
+    refuse_unsupported({**asked, option.variable: option.instead if option.instead != "null" else "None"})
+    with pytest.raises(
+        UserError, match=rf"{option.name}: .*write `{option.name}: {option.instead}`"
+    ) as caught:
+        refuse_unsupported({**asked, option.variable: "true"})
+    assert option.reason in str(caught.value)
+    assert (ROOT / "launch" / f"{option.strategy}.yaml").is_file()
+    assert support.refused_option(option.strategy, {option.name: True}) is not None, "as a launch file has it"
+
+
 @pytest.mark.parametrize("row", support.TABLE, ids=lambda r: f"{r.strategy}-{r.storage}-{r.optimizer}")
 def test_every_row_decides_for_its_own_combination(row: support.Combination) -> None:
     storage = "uint8" if row.storage == support.ANY else row.storage
@@ -129,7 +165,5 @@ def test_every_row_decides_for_its_own_combination(row: support.Combination) -> 
 
 
 def test_readme_holds_the_table() -> None:
-    from pathlib import Path
-
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert support.markdown() in readme, "put this into README.md:\n" + support.markdown()

@@ -1,6 +1,5 @@
 """DeepSpeed ZeRO-3 for 4-bit models: what is refused, float32 adapters, and resumes. See test_matrix.py too."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,40 +15,6 @@ from tests.distributed.optimizers import ENTRY_POINTS
 
 ModelDir = Callable[..., Path]
 ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
-
-
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero3.importlib.util, "find_spec", lambda name: object())
-
-
-@pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "ZeRO-2"),
-        ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param_device: cpu"),
-        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "offload_optimizer_device: nvme"),
-        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"}, "no/such.json"),
-    ],
-)
-def test_what_a_4_bit_model_cannot_have_is_refused(changed: dict[str, str], named: str) -> None:
-    strategy.refuse_unsupported(ASKED)
-    with pytest.raises(UserError, match=named):
-        strategy.refuse_unsupported({**ASKED, **changed})
-
-
-@pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize(("stage", "allowed"), [(3, True), (1, False)])
-def test_a_configuration_file_of_deepspeeds_own_is_read(tmp_path: Path, stage: int, allowed: bool) -> None:
-    file = tmp_path / "deepspeed.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    asked = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
-    if allowed:
-        strategy.refuse_unsupported(asked)
-        return
-    with pytest.raises(UserError, match="ZeRO-1"):
-        strategy.refuse_unsupported(asked)
 
 
 def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +80,4 @@ def test_a_resumed_run_is_bitwise_the_whole_one(
         if runs:
             options |= sharded.resumed(root, runs[0], 3)
         runs.append(sharded.train(root, "sharded-sft", "zero3", 2, options, PYTHONPATH=str(site)))
-    assert (runs[0].output / "checkpoint-3" / "adapter_model.safetensors").is_file()
-    assert sharded.furthest(runs[0].adapter, runs[1].adapter) == 0.0
-    assert runs[0].logged()[3:] == runs[1].logged()
+    sharded.assert_resumed(*runs)

@@ -26,6 +26,8 @@ def written(directory: Path, **config: object) -> Path:
         ("cpu.yaml", 0, "DDP, 2 processes, on CPUs"),
         ("cpu.yaml", 8, "DDP, 2 processes, on CPUs"),
         ("ddp.yaml", 8, "DDP, 8 processes, on GPUs"),
+        ("fsdp2.yaml", 8, "FSDP2, 8 processes, on GPUs"),
+        ("zero3.yaml", 8, "DeepSpeed ZeRO-3, 8 processes, on GPUs"),
         ("one_gpu.yaml", 1, "one process, 1 process, on a GPU"),
         ("multi_node.yaml", 8, "DDP, 8 processes on each of 2 machines, on GPUs"),
         ("slurm.sh", 0, "DDP, 8 processes on each of 2 machines, on GPUs"),
@@ -46,6 +48,20 @@ def test_the_shipped_files_run_what_they_say(name: str, gpus: int, runs: str) ->
         ({"distributed_type": "MULTI_GPU", "num_processes": 8}, 4, "--num_processes 4"),
         ({"distributed_type": "MULTI_GPU", "num_processes": 3, "num_machines": 2}, 8, "do not divide"),
         ({"distributed_type": "FSDP", "num_processes": 2}, 2, "FSDP1 is refused"),
+        (
+            {
+                "distributed_type": "FSDP",
+                "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True},
+                "num_processes": 2,
+            },
+            2,
+            "write `fsdp_offload_params: false`",
+        ),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "ds.json"}},
+            1,
+            "with a configuration file of its own is refused",
+        ),
         (
             {"distributed_type": "MULTI_GPU", "num_processes": 2, "num_procs": 2},
             2,

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from halfbyte.distributed.launcher import is_on
 from halfbyte.distributed.sharded_optimizers import step_on_shards
 from halfbyte.errors import UserError
 
@@ -28,26 +29,7 @@ _stock_prepare = accelerate.accelerator.fsdp2_prepare_model
 
 def requested(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the launcher asked for FSDP, of either version."""
-    return _is_true(environment.get("ACCELERATE_USE_FSDP"))
-
-
-def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise :class:`UserError` for what the launcher may ask of FSDP and a 4-bit model cannot have."""
-    if _is_true(environment.get("FSDP_OFFLOAD_PARAMS")):
-        raise UserError(
-            "fsdp_offload_params: CPU offload of 4-bit weights is not proven; write `fsdp_offload_params: false`. "
-            "A base in 4 bits divided over the ranks is small: use more ranks, or a smaller batch"
-        )
-    if _is_true(environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING")):
-        raise UserError(
-            "fsdp_cpu_ram_efficient_loading: transformers and accelerate ignore it for a 4-bit base, where every rank "
-            "quantizes for itself; write `fsdp_cpu_ram_efficient_loading: false`, as in launch/fsdp2.yaml"
-        )
-    if _is_true(environment.get("FSDP_ACTIVATION_CHECKPOINTING")):
-        raise UserError(
-            "fsdp_activation_checkpointing: the run checkpoints activations itself (`gradient_checkpointing`, on by "
-            "default); write `fsdp_activation_checkpointing: false`"
-        )
+    return is_on(environment, "ACCELERATE_USE_FSDP")
 
 
 def refuse_trained_rows(tokens: Sequence[str]) -> None:
@@ -160,7 +142,3 @@ def _check_storage(storage: str, compute_dtype: str) -> None:
             f"would hold the whole base; write `bnb_4bit_quant_storage: {compute_dtype}` and load the 16-bit "
             f"checkpoint, or use torch 2.13"
         )
-
-
-def _is_true(value: str | None) -> bool:
-    return (value or "").lower() in ("1", "true", "yes")

@@ -54,13 +54,14 @@ def from_environment(environment: Mapping[str, str]) -> Request:
     """What the variables say that accelerate, torchrun and MPI set for a rank."""
     processes = max(int(environment.get(name) or 1) for name in _WORLD_SIZES)
     local = int(environment.get("LOCAL_WORLD_SIZE") or processes)
-    if _on(environment, "ACCELERATE_USE_DEEPSPEED"):
-        strategy = f"zero{_zero_stage(environment)}"
-    elif _on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+    if is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        strategy = _deepspeed(stage, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+    elif is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         strategy = "parallelism"
-    elif _on(environment, "ACCELERATE_USE_FSDP"):
+    elif is_on(environment, "ACCELERATE_USE_FSDP"):
         strategy = f"fsdp{environment.get('FSDP_VERSION', '1')}"
-    elif _on(environment, "ACCELERATE_USE_MEGATRON_LM"):
+    elif is_on(environment, "ACCELERATE_USE_MEGATRON_LM"):
         strategy = "megatron"
     else:
         strategy = "ddp" if processes > 1 or "LOCAL_RANK" in environment else "single"
@@ -68,7 +69,7 @@ def from_environment(environment: Mapping[str, str]) -> Request:
         strategy,
         processes,
         machines=max(1, processes // max(1, local)),
-        use_cpu=_on(environment, "ACCELERATE_USE_CPU") or None,
+        use_cpu=is_on(environment, "ACCELERATE_USE_CPU") or None,
         mixed_precision=environment.get("ACCELERATE_MIXED_PRECISION", "no").lower(),
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environment else None,
     )
@@ -121,13 +122,13 @@ def from_config(config: Mapping[str, Any], options: Any = None) -> Request:
     fsdp, deepspeed = config.get("fsdp_config") or {}, config.get("deepspeed_config") or {}
     processes = int(chosen("num_processes", 1))
     if getattr(options, "use_deepspeed", False):
-        strategy = f"zero{options.zero_stage or 2}"
+        strategy = _deepspeed(options.zero_stage or 2, options.deepspeed_config_file)
     elif getattr(options, "use_fsdp", False):
         strategy = f"fsdp{options.fsdp_version or 1}"
     elif getattr(options, "use_megatron_lm", False):
         strategy = "megatron"
     elif kind == "DEEPSPEED":
-        strategy = f"zero{deepspeed.get('zero_stage', 2)}"
+        strategy = _deepspeed(deepspeed.get("zero_stage", 2), deepspeed.get("deepspeed_config_file"))
     elif kind == "FSDP":
         strategy = f"fsdp{fsdp.get('fsdp_version', 1)}"
     else:
@@ -157,13 +158,11 @@ def _merge(found: Request, written: Request) -> Request:
     )
 
 
-def _zero_stage(environment: Mapping[str, str]) -> str:
-    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file.lower() != "none" and Path(file).is_file():
-        own = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        return str((own.get("zero_optimization") or {}).get("stage", 0))
-    return environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+def _deepspeed(stage: object, file: object) -> str:
+    """The strategy of a DeepSpeed ``stage``; a configuration ``file`` of DeepSpeed's own replaces all else."""
+    return f"zero{stage}" if str(file or "none").lower() == "none" else "deepspeed_file"
 
 
-def _on(environment: Mapping[str, str], name: str) -> bool:
+def is_on(environment: Mapping[str, str], name: str) -> bool:
+    """Whether the variable ``name`` is set to what accelerate takes for true."""
     return environment.get(name, "false").lower() in ("1", "true", "yes")

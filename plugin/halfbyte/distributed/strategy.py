@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from halfbyte.distributed import fsdp2, support, zero3
+from halfbyte.distributed import support, zero3
 from halfbyte.distributed.launcher import Request, requested
 from halfbyte.distributed.ranks import on_every_rank
 from halfbyte.errors import UserError
@@ -36,10 +36,10 @@ def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
     """Raise :class:`UserError` if the launcher asked for a strategy that is refused whatever else is set."""
     strategy = _known(requested(environment).strategy)
     support.require(strategy)
-    if strategy == "fsdp2":
-        fsdp2.refuse_unsupported(environment)
+    if (problem := support.refused_option(strategy, environment)) is not None:
+        raise UserError(problem)
     if strategy == "zero3":
-        zero3.refuse_unsupported(environment)
+        zero3.require_installed()
 
 
 def check_quantized(strategy: str, load_in_4bit: bool) -> None:

@@ -1,9 +1,11 @@
 """Every combination of strategy, base storage and optimizer: supported, or refused with its reason.
 
-The one table. Refusals at run time and README's support table both come from it.
+Refusals at run time and README's two support tables come from the tables here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from halfbyte.errors import UserError
 
@@ -43,6 +45,7 @@ STRATEGIES = {
     "zero1": "DeepSpeed ZeRO-1",
     "zero2": "DeepSpeed ZeRO-2",
     "zero3": "DeepSpeed ZeRO-3",
+    "deepspeed_file": "DeepSpeed with a configuration file of its own",
     "megatron": "Megatron-LM",
     "parallelism": "accelerate's tensor, context or sequence parallelism",
     "other": "other devices (TPU, XPU, NPU, ...)",
@@ -85,12 +88,90 @@ TABLE = (
     Combination("zero3", ANY, ANY, True, "the packed weights are divided; the losses equal one process"),
     Combination("zero1", ANY, ANY, False, "it keeps the whole base on every rank, as DDP does", DDP),
     Combination("zero2", ANY, ANY, False, "it keeps the whole base on every rank, as DDP does", DDP),
+    Combination(
+        "deepspeed_file",
+        ANY,
+        ANY,
+        False,
+        "what it sets (offloading, 16-bit weights, optimizers) is not proven",
+        "`zero_stage: 3`, as in launch/zero3.yaml",
+    ),
     Combination("megatron", ANY, ANY, False, "it does not load 4-bit bases", DDP),
     Combination("parallelism", ANY, ANY, False, "packed weights have no rows or columns to split", DDP),
     Combination(
         "other", ANY, ANY, False, "bitsandbytes' 4-bit training is proven on CUDA and CPUs only", DDP
     ),
 )
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of the launcher's that is refused under ``strategy``, and the variable that it sets for the ranks."""
+
+    strategy: str
+    name: str
+    variable: str
+    instead: str
+    reason: str
+
+
+OPTIONS = (
+    Option(
+        "fsdp2",
+        "fsdp_offload_params",
+        "FSDP_OFFLOAD_PARAMS",
+        "false",
+        "CPU offload of 4-bit weights is not proven; divided over the ranks they are small",
+    ),
+    Option(
+        "fsdp2",
+        "fsdp_cpu_ram_efficient_loading",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING",
+        "false",
+        "transformers and accelerate ignore it for a 4-bit base",
+    ),
+    Option(
+        "fsdp2",
+        "fsdp_activation_checkpointing",
+        "FSDP_ACTIVATION_CHECKPOINTING",
+        "false",
+        "the run checkpoints activations itself (`gradient_checkpointing`, on by default)",
+    ),
+    Option(
+        "fsdp2",
+        "fsdp_ignored_modules",
+        "FSDP_IGNORED_MODULES",
+        "null",
+        "every module of a 4-bit base is divided",
+    ),
+    Option(
+        "zero3",
+        "offload_param_device",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+        "none",
+        "offloading a 4-bit model is not proven",
+    ),
+    Option(
+        "zero3",
+        "offload_optimizer_device",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+        "none",
+        "offloading a 4-bit model is not proven",
+    ),
+)
+_OFF = ("", "0", "false", "no", "none")
+
+
+def refused_option(strategy: str, values: Mapping[str, Any]) -> str | None:
+    """The first option in ``values``, by its name or its variable, that is refused: why, and what to write instead."""
+    for option in OPTIONS:
+        value = values.get(option.variable, values.get(option.name))
+        if option.strategy == strategy and str(value or "").lower() not in _OFF:
+            return (
+                f"{option.name}: {value} under {STRATEGIES[strategy]}: {option.reason}; "
+                f"write `{option.name}: {option.instead}`, as in launch/{strategy}.yaml"
+            )
+    return None
 
 
 def find(strategy: str, storage: str = ANY, optimizer: str = ANY) -> Combination:
@@ -119,11 +200,13 @@ def require(strategy: str, storage: str = ANY, optimizer: str = ANY) -> None:
 
 
 def markdown() -> str:
-    """README's support table."""
+    """README's support tables: combinations, and the launcher's options."""
     lines = ["| Strategy | Base stored as | Optimizer | | Why |", "|---|---|---|---|---|"]
     for row in TABLE:
         verdict = "supported" if row.supported else "refused"
         lines.append(
             f"| {STRATEGIES[row.strategy]} | {row.storage} | {row.optimizer} | {verdict} | {row.reason} |"
         )
+    lines += ["", "| Refused option | Under | Instead | Why |", "|---|---|---|---|"]
+    lines += [f"| `{o.name}` | {STRATEGIES[o.strategy]} | `{o.instead}` | {o.reason} |" for o in OPTIONS]
     return "\n".join(lines)

@@ -1,36 +1,22 @@
 """DeepSpeed ZeRO-3 for 4-bit models: what the launcher may ask of it."""
 
 import importlib.util
-import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+from halfbyte.distributed.launcher import is_on
 from halfbyte.errors import UserError
 
 
 def requested(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the launcher asked for DeepSpeed, of any stage."""
-    return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes")
+    return is_on(environment, "ACCELERATE_USE_DEEPSPEED")
 
 
-def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise :class:`UserError` for a stage other than 3, and for parameters or optimizers kept off the device."""
+def require_installed() -> None:
+    """Raise :class:`UserError` where the optional extra is missing."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("DeepSpeed was asked for and is not installed: pip install 'halfbyte[deepspeed]'")
-    stage = _stage(environment)
-    if stage != "3":
-        raise UserError(
-            f"DeepSpeed ZeRO-{stage} keeps the whole 4-bit base on every rank, as DDP does without DeepSpeed; write "
-            f"`zero_stage: 3`, as in launch/zero3.yaml, or launch with launch/ddp.yaml"
-        )
-    for key in ("OFFLOAD_PARAM", "OFFLOAD_OPTIMIZER"):
-        device = environment.get(f"ACCELERATE_DEEPSPEED_{key}_DEVICE", "none").lower()
-        if device != "none":
-            raise UserError(
-                f"{key.lower()}_device: {device}: offloading a 4-bit model is not proven; write "
-                f"`{key.lower()}_device: none`, as in launch/zero3.yaml"
-            )
 
 
 def refuse_precision(dtype: str | None, *, bf16: bool, fp16: bool) -> None:
@@ -72,13 +58,3 @@ def refuse_adapters(*, tokens: Sequence[str], dora: bool, loraplus: bool) -> Non
             f"additional_special_tokens: {list(tokens)} need trained embedding rows, which are not proven under "
             f"DeepSpeed; launch with launch/ddp.yaml"
         )
-
-
-def _stage(environment: Mapping[str, str]) -> str:
-    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file.lower() == "none":
-        return environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if not Path(file).is_file():
-        raise UserError(f"deepspeed_config_file: {file!r} is not a file (it cannot be read in base64 here)")
-    written = json.loads(Path(file).read_text(encoding="utf-8"))
-    return str(written.get("zero_optimization", {}).get("stage", 0))

@@ -59,6 +59,9 @@ def _accelerate(path: Path, config: dict[str, Any], gpus: int) -> Launch:
             f"write MULTI_GPU (with `use_cpu: true` for CPUs)"
         )
     _judge(launch, request, gpus)
+    chosen = {**(config.get("fsdp_config") or {}), **(config.get("deepspeed_config") or {})}
+    if (problem := support.refused_option(request.strategy, chosen)) is not None:
+        launch.problems.append(problem)
     if request.machines > 1 and not config.get("main_process_ip"):
         launch.notes.append("give every machine --machine_rank and --main_process_ip")
     if request.mixed_precision != "no":
