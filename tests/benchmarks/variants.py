@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer
+from transformers import AutoTokenizer, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.quantization.dtype import choose_compute_dtype
+from tests import plain_trl
 from tests.benchmarks.workload import Case
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -105,14 +106,7 @@ class Stepper:
         return trainer
 
     def _trl(self, case: Case, model: Path, rows: Dataset, options: dict[str, Any]) -> Trainer:
-        dtype = getattr(torch, self.variant.dtype)
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        base = AutoModelForCausalLM.from_pretrained(model, quantization_config=quantization, dtype=dtype)
+        base = plain_trl.base(model, getattr(torch, self.variant.dtype))
         peft_model = get_peft_model(base, LoraConfig(**LORA, lora_dropout=case.dropout))
         tokenizer = AutoTokenizer.from_pretrained(model)
         args = SFTConfig(**options)
