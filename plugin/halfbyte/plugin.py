@@ -193,9 +193,7 @@ class QLoRAPlugin(ModelConfig):
     def _make_fast(
         self, model: PreTrainedModel | PeftModel, trainer: Trainer | None = None, *, checkpointing: bool
     ) -> None:
-        refusal = fast_step.refusal(trainer.args) if trainer is not None else None
-        if fsdp2.requested() or zero3.requested():
-            refusal = "not proven on a divided base"
+        refusal = fast_step.refusal(trainer.args if trainer is not None else None)
         if self.fast == "none" or refusal is not None:
             self.fast_path = fast_step.Path(mode="none", reason=refusal or "as given")
         else:

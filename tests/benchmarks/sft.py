@@ -8,15 +8,12 @@ apart, with one process for each variant.
 import argparse
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -25,8 +22,8 @@ import torch
 from datasets import disable_progress_bars
 from transformers.utils import logging
 
-from tests.benchmarks import report, variants, workload
-from tests.benchmarks.variants import Stepper, Variant
+from tests.benchmarks import machine, report, variants, workload
+from tests.benchmarks.variants import Step, Stepper, Variant
 from tests.benchmarks.workload import CASES, Case
 
 WARM_UP = 2
@@ -61,11 +58,17 @@ def main() -> None:
     ]
     results = []
     for case in cases:
-        found = measure(case, columns(case, options), options.repeats, cache)
-        results.append(found)
-        print(report.table(found), flush=True)
+        chosen, rates = columns(case, options), {}
+        if case.threshold and not options.quick:
+            rates = try_out(case, variants.grid(case), cache)
+            best = next(v for v in variants.grid(case) if v.name == max(rates, key=rates.__getitem__))
+            chosen += [best] if best.name not in {variant.name for variant in chosen} else []
+        lines = measure(case, chosen, options.repeats, cache)
+        results.append(report.Result(case, lines, rates, max(rates, key=rates.__getitem__, default=None)))
+        print(report.table(results[-1]), flush=True)
         if options.write:  # after each case: a run that is cut short leaves what it has measured
-            text = report.page(results, machine(), "--quick" if options.quick else "in full", options.repeats)
+            how = "--quick" if options.quick else "in full"
+            text = report.page(results, machine.facts(), how, options.repeats)
             (Path(__file__).parent / "RESULTS.md").write_text(text, encoding="utf-8")
 
 
@@ -76,51 +79,56 @@ def columns(case: Case, options: argparse.Namespace) -> list[Variant]:
     if case.threshold:
         found.append(variants.halfbyte(fast_dtype, "min"))
     if options.bf16 or fast_dtype == "bfloat16":
-        found += [v for v in (variants.reference("bfloat16"), variants.TRL_DEFAULTS) if v not in found]
-    if case.threshold and not options.quick:
-        found += [v for v in variants.grid(fast_dtype) if v.name not in {f.name for f in found}]
+        others = (variants.reference("bfloat16"), variants.halfbyte("bfloat16"), variants.TRL_DEFAULTS)
+        found += [variant for variant in others if variant not in found]
     return found
 
 
-def measure(case: Case, columns: list[Variant], repeats: int, cache: Path) -> report.Result:
-    """Interleave the steps of all variants; the first is what the others are compared with."""
-    checkpoint = workload.checkpoint(case, cache)
-    rows = workload.rows(case, WARM_UP + repeats)
+def try_out(case: Case, candidates: list[Variant], cache: Path) -> dict[str, float]:
+    """Real tokens a second of each candidate: the median of three steps, in turn, after one to warm up."""
     with tempfile.TemporaryDirectory() as output:
-        steppers = [Stepper(variant, case, checkpoint, rows, Path(output)) for variant in columns]
-        seconds: list[list[float]] = [[] for _ in columns]
-        losses: list[list[float]] = [[] for _ in columns]
+        steppers = start(case, candidates, 4, cache, output)
+        turns = [[stepper.step() for stepper in steppers] for _ in range(4)]
+    steps = zip(*turns[1:], strict=True)
+    rates = [statistics.median(step.tokens / step.seconds for step in taken) for taken in steps]
+    return dict(zip((variant.name for variant in candidates), rates, strict=True))
+
+
+def start(case: Case, columns: list[Variant], steps: int, cache: Path, output: str) -> list[Stepper]:
+    """A stepper for each variant, over rows for ``steps`` steps."""
+    checkpoint = workload.checkpoint(case, cache)
+    # Packed, twice the rows fill as many batches.
+    rows = [workload.rows(case, steps * (2 if "packing" in v.options else 1)) for v in columns]
+    return [Stepper(v, case, checkpoint, r, Path(output)) for v, r in zip(columns, rows, strict=True)]
+
+
+def measure(case: Case, columns: list[Variant], repeats: int, cache: Path) -> list[report.Line]:
+    """Interleave the steps of all variants; the first is what the others are compared with."""
+    with tempfile.TemporaryDirectory() as output:
+        steppers = start(case, columns, WARM_UP + repeats, cache, output)
+        taken: list[list[Step]] = [[] for _ in columns]
         gradients: list[dict[str, torch.Tensor]] = []
-        for step in range(WARM_UP + repeats):
+        for turn in range(WARM_UP + repeats):
             for i, stepper in enumerate(steppers):
-                loss, taken = stepper.step()
-                losses[i].append(loss)
-                if step >= WARM_UP:
-                    seconds[i].append(taken)
-                if step == 0:
+                taken[i].append(stepper.step())
+                if turn == 0:
                     gradients.append({name: g.float().clone() for name, g in stepper.gradients.items()})
                 stepper.gradients = {}
-    tokens = [
-        sum(len(ids) for ids in rows[case.batch * step : case.batch * (step + 1)]["input_ids"])
-        for step in range(WARM_UP, WARM_UP + repeats)
-    ]
     lines = []
-    for i, variant in enumerate(columns):
-        ratios = [base / taken for base, taken in zip(seconds[0], seconds[i], strict=True)]
+    for variant, stepper, steps, found in zip(columns, steppers, taken, gradients, strict=True):
+        same = [step.tokens for step in steps] == [step.tokens for step in taken[0]]
+        pairs = zip(taken[0], steps, strict=True)
         lines.append(
             report.Line(
                 variant=variant.name,
-                milliseconds=statistics.median(seconds[i]) * 1e3,
-                tokens_per_second=statistics.median(n / s for n, s in zip(tokens, seconds[i], strict=True)),
-                ratio=statistics.median(ratios),
-                spread=(min(ratios), max(ratios)),
-                loss_difference=max(abs(a - b) for a, b in zip(losses[0], losses[i], strict=True)),
-                gradient_difference=relative_difference(gradients[i], gradients[0]),
+                steps=steps[WARM_UP:],
+                loss_difference=max(abs(a.loss - b.loss) for a, b in pairs) if same else None,
+                gradient_difference=relative_difference(found, gradients[0]) if same else None,
                 memory=child_memory(case, variant),
-                path=getattr(steppers[i], "path", ""),
+                path=getattr(stepper, "path", ""),
             )
         )
-    return report.Result(case, lines)
+    return lines
 
 
 def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -137,8 +145,8 @@ def child_memory(case: Case, variant: Variant) -> float:
 
 def peak_memory(case: Case, name: str, cache: Path) -> float:
     """MiB that two steps need beyond what is held before them."""
-    variant = next(v for v in every_variant() if v.name == name)
-    rows = workload.rows(case, 3)
+    variant = next(v for v in every_variant(case) if v.name == name)
+    rows = workload.rows(case, 6 if "packing" in variant.options else 3)
     # The longest batches first: the peak belongs to them.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     with tempfile.TemporaryDirectory() as output:
@@ -159,41 +167,16 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def every_variant() -> Iterator[Variant]:
+def every_variant(case: Case) -> Iterator[Variant]:
     yield variants.TRL_DEFAULTS
     for dtype in ("float32", "bfloat16"):
         yield variants.halfbyte(dtype)
         yield variants.halfbyte(dtype, "min")
-        yield variants.reference(dtype)
-        yield from variants.grid(dtype)
+    yield from variants.grid(case)
 
 
 def find(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
-
-
-def machine() -> dict[str, str]:
-    """What the numbers depend on, apart from the code."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    native = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    libraries = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
-    return {
-        "CPU": f"{cpu}, {os.cpu_count()} cores, {', '.join(native)}",
-        "GPU": gpu,
-        "threads": str(torch.get_num_threads()),
-        "Python": platform.python_version(),
-        **{name: version(name) for name in libraries},
-        "CPU time of the run": f"{resource.getrusage(resource.RUSAGE_SELF).ru_utime / 60:.0f} min",
-    }
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer
+from transformers import AutoTokenizer, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.quantization.dtype import choose_compute_dtype
+from tests import plain_trl
 from tests.benchmarks.workload import Case
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -51,20 +52,33 @@ def halfbyte(dtype: str, memory_budget: str = "auto") -> Variant:
 TRL_DEFAULTS = Variant("TRL defaults", "float32", options={"bf16": True})
 
 
-def grid(dtype: str) -> list[Variant]:
-    """TRL's options that may make it faster, to be tried on the threshold cases."""
+def grid(case: Case) -> list[Variant]:
+    """TRL's options that may make it faster, to be tried on the threshold cases.
+
+    TRL's selective checkpointing is not among them: with these versions ``train()`` raises "Unexpected keyword
+    arguments: selective" (test_benchmarks.py). Packing is, where the rows leave something to pack: two full
+    rows a step have about the tokens of a batch.
+    """
     found = []
-    for label, checkpointing, kwargs in (
-        ("no checkpointing", False, {}),
-        ("selective checkpointing", True, {"gradient_checkpointing_kwargs": {"selective": True}}),
-        ("checkpointing", True, {}),
-    ):
-        found.append(Variant(f"TRL {dtype}, {label}", dtype, checkpointing=checkpointing, options=kwargs))
-        free = {**kwargs, "padding_free": True, "max_length": None}
-        found.append(
-            Variant(f"TRL {dtype}, {label}, padding_free", dtype, checkpointing=checkpointing, options=free)
-        )
+    for dtype in ("float32", "bfloat16"):
+        for label, checkpointing in (("no checkpointing", False), ("checkpointing", True)):
+            name = f"TRL {dtype}, {label}"
+            found.append(Variant(name, dtype, checkpointing=checkpointing))
+            free = {"padding_free": True}
+            found.append(Variant(f"{name}, padding_free", dtype, checkpointing=checkpointing, options=free))
+            if case.lengths != "fixed":
+                packed = {"packing": True, "max_length": case.length, "per_device_train_batch_size": 2}
+                found.append(Variant(f"{name}, packing", dtype, checkpointing=checkpointing, options=packed))
     return found
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its loss, its seconds (CPU time, or the clock on CUDA), its real tokens."""
+
+    loss: float
+    seconds: float
+    tokens: int
 
 
 class Stepper:
@@ -105,14 +119,7 @@ class Stepper:
         return trainer
 
     def _trl(self, case: Case, model: Path, rows: Dataset, options: dict[str, Any]) -> Trainer:
-        dtype = getattr(torch, self.variant.dtype)
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        base = AutoModelForCausalLM.from_pretrained(model, quantization_config=quantization, dtype=dtype)
+        base = plain_trl.base(model, getattr(torch, self.variant.dtype))
         peft_model = get_peft_model(base, LoraConfig(**LORA, lora_dropout=case.dropout))
         tokenizer = AutoTokenizer.from_pretrained(model)
         args = SFTConfig(**options)
@@ -127,7 +134,7 @@ class Stepper:
                     0.02 if "lora_B" in name else 0.05
                 )
                 parameter.data.copy_(value.bfloat16())
-                if self.variant.dtype == "float32" and not self.variant.options:
+                if self.variant.dtype == "float32" and not self.trainer.args.bf16:
                     parameter.data = parameter.data.float()
 
     def _set_up(self) -> None:
@@ -142,8 +149,8 @@ class Stepper:
         trainer.current_gradient_accumulation_steps = 1
         self.parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
 
-    def step(self) -> tuple[float, float]:
-        """Take one optimizer step; return its loss and its seconds (CPU time, or the clock on CUDA)."""
+    def step(self) -> Step:
+        """Take one optimizer step."""
         begin = _seconds()
         inputs = next(self.loader)
         items = self.trainer._get_num_items_in_batch([inputs], self.trainer.args.device)
@@ -152,7 +159,13 @@ class Stepper:
         self.gradients = {name: p.grad for name, p in self.parameters.items()}
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item(), _seconds() - begin
+        return Step(loss.item(), _seconds() - begin, _tokens(inputs))
+
+
+def _tokens(inputs: dict[str, torch.Tensor]) -> int:
+    """Real tokens of a batch, padding excluded."""
+    mask = inputs.get("attention_mask")
+    return int(inputs["input_ids"].numel() if mask is None else mask.sum())
 
 
 def _seconds() -> float:

@@ -27,8 +27,8 @@ if "TRITON_INTERPRET" not in os.environ:
         x, f, i = "*bf16", "*fp32", "i32"
         rows = {"width": 4096, "block": 4096, "tile": 1}
         cases = [
-            (kernels._norm_forward, [x, x, x, f, i, "fp32"], {"offset": 0.0, **rows}),
-            (kernels._norm_backward, [x, x, f, x, x, x, i], {"offset": 1.0, "around": True, **rows}),
+            (kernels._norm_forward, [x, x, i, x, f, "fp32"], {"offset": 0.0, **rows}),
+            (kernels._norm_backward, [x, x, i, x, f, x, x], {"offset": 1.0, "around": True, **rows}),
             (kernels._rotate, [x, x, x, *[i] * 7], {"half": 64, "block": 64, "head_block": 64}),
             (kernels._swiglu_forward, [x, x, i], {"block": 1024}),
             (kernels._swiglu_backward, [x, x, x, i], {"block": 1024}),

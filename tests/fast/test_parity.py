@@ -7,45 +7,25 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from halfbyte import QLoRAPlugin
-from tests import tiny
-from tests.test_parity import Steps
+from tests import plain_trl, tiny
+from tests.plain_trl import Steps, assert_equal
 
 ARCHITECTURES = ["llama", "opt", "qwen3", "gemma"]
 Gradients = dict[str, torch.Tensor]
 
 
 def arguments(output: Path, cls: type = SFTConfig, **options):
-    options = {"max_steps": 2, "bf16": False, **options}
-    return cls(
-        output_dir=str(output),
-        use_cpu=True,
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=2,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=1,
-        learning_rate=1e-3,
-        optim="adamw_torch",
-        max_grad_norm=0.0,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **options,
-    )
+    options = {"max_steps": 2, "gradient_checkpointing_kwargs": {"use_reentrant": False}, **options}
+    return plain_trl.arguments(cls, output, **options)
 
 
 def plain(base: Path, dropout: float, dtype: torch.dtype = torch.float32) -> PeftModel:
     """PEFT on bitsandbytes, with an adapter whose B is not zero and whose values bfloat16 holds."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=dtype)
+    model = plain_trl.base(base, dtype)
     torch.manual_seed(0)
     config = LoraConfig(
         r=8, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -72,23 +52,15 @@ def adapter(model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return get
 
 
-def train(trainer: Trainer) -> Steps:
-    steps = Steps()
-    trainer.add_callback(steps)
-    trainer.train()
-    return steps
-
-
 def run_trl(base: Path, args, rows: Dataset, *, dropout: float = 0.0, cls: type = SFTTrainer) -> Steps:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = plain(base, dropout, dtype)
     trainer = cls(
         model=model, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(base)
     )
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad and not args.bf16:
-            parameter.data = parameter.data.float()
-    return train(trainer)
+    if not args.bf16:
+        plain_trl.keep_adapter_in_float32(trainer)
+    return Steps.of(trainer)
 
 
 def run_ours(
@@ -96,15 +68,7 @@ def run_ours(
 ) -> tuple[Steps, QLoRAPlugin]:
     dtype = "bfloat16" if args.bf16 else "float32"
     plugin = QLoRAPlugin(dtype=dtype, adapter_name_or_path=str(adapter), **options)
-    return train(plugin.trainer(cls, model=str(base), args=args, train_dataset=rows)), plugin
-
-
-def assert_equal(ours: Steps, theirs: Steps, *, losses: float = 1e-5, gradients: float = 1e-5) -> None:
-    assert len(ours.losses) == len(theirs.losses) > 0
-    for a, b in zip(ours.losses, theirs.losses, strict=True):
-        assert abs(a - b) <= losses
-    for a, b in zip(ours.gradients, theirs.gradients, strict=True):
-        assert (a - b).norm() <= gradients * b.norm()
+    return Steps.of(plugin.trainer(cls, model=str(base), args=args, train_dataset=rows)), plugin
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

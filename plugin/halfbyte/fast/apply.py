@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
+from halfbyte.distributed import zero3
 from halfbyte.fast import batches, budget, head, layer, linear
 
 ON = "on"
@@ -53,15 +54,14 @@ class Path:
         return "fast: " + ", ".join(parts)
 
 
-def refusal(args: Any) -> str | None:
-    """Why a trainer with ``args`` must run plain TRL, or None."""
-    if args.torch_compile:
-        return "torch_compile is on, which fuses for itself; take it out for the fast step"
-    if args.use_liger_kernel:
-        return "use_liger_kernel is on, which patches the same modules; take it out for the fast step"
-    deepspeed = getattr(args, "deepspeed_plugin", None)
-    if deepspeed is not None and deepspeed.zero_stage == 3:
+def refusal(args: Any | None) -> str | None:
+    """Why a trainer with ``args``, or a loop of one's own without any, must run plain TRL; or None."""
+    if zero3.requested():
         return "ZeRO-3 gathers an adapter's weights only around that adapter's own forward"
+    if args is not None and args.torch_compile:
+        return "torch_compile is on, which fuses for itself; take it out for the fast step"
+    if args is not None and args.use_liger_kernel:
+        return "use_liger_kernel is on, which patches the same modules; take it out for the fast step"
     return None
 
 

@@ -11,9 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from halfbyte.fast.gate import Gate
-from halfbyte.fast.linear import compute_dtype
 from halfbyte.fast.norm import Norm
-from halfbyte.fast.projections import Adapter, Dropout, Projections
+from halfbyte.fast.projections import Adapter, Projections, compute_dtype
 
 # transformers' layers that are norm, attention, norm and gated MLP, and nothing else.
 _LAYERS = {"llama", "mistral", "qwen2", "qwen3", "gemma"}
@@ -183,13 +182,10 @@ def _active(linear: nn.Module) -> Adapter | None:
     reason = _beyond_lora(linear, name)
     if reason is not None:
         raise Uncovered(reason)
-    dropout = linear.lora_dropout[name]
-    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    a: torch.Tensor = linear.lora_A[name].weight
-    b: torch.Tensor = linear.lora_B[name].weight
-    if isinstance(a, DTensor) or isinstance(b, DTensor):
+    adapter = Adapter.of(linear, name)
+    if isinstance(adapter.a, DTensor) or isinstance(adapter.b, DTensor):
         raise Uncovered("weights are sharded")
-    return Adapter(a, b, linear.scaling[name], Dropout(p) if p > 0 else None)
+    return adapter
 
 
 def _beyond_lora(linear: LoraLayer, adapter: str) -> str | None:

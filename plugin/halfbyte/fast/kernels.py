@@ -17,49 +17,34 @@ _GATE_BLOCK = 1024
 
 
 @triton.jit
-def _norm_forward(
-    x,
-    weight,
-    y,
-    inverse,
-    rows,
-    eps,
-    offset: tl.constexpr,
-    width: tl.constexpr,
-    block: tl.constexpr,
-    tile: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)[:, None]
-    column = tl.arange(0, block)[None, :]
-    inside = (row < rows) & (column < width)
-    value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
-    rate = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / width + eps)
-    tl.store(inverse + row, rate, mask=row < rows)
-    tl.store(y + row * width + column, value * rate * scale, mask=inside)
-
-
-@triton.jit
-def _norm_backward(
-    dy,
-    x,
-    inverse,
-    weight,
-    residual,
-    dx,
-    rows,
-    offset: tl.constexpr,
-    around: tl.constexpr,
-    width: tl.constexpr,
-    block: tl.constexpr,
-    tile: tl.constexpr,
-):
+def _whole_rows(x, weight, rows, offset, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr):
+    """The tile of rows that this program has: where they are, which places exist, their values and scales."""
     row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)[:, None]
     column = tl.arange(0, block)[None, :]
     inside = (row < rows) & (column < width)
     at = row * width + column
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    return row, at, inside, value, scale
+
+
+@triton.jit
+def _norm_forward(
+    x, weight, rows, y, inverse, eps,
+    offset: tl.constexpr, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    row, at, inside, value, scale = _whole_rows(x, weight, rows, offset, width, block, tile)
+    rate = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / width + eps)
+    tl.store(inverse + row, rate, mask=row < rows)
+    tl.store(y + at, value * rate * scale, mask=inside)
+
+
+@triton.jit
+def _norm_backward(
+    x, weight, rows, dy, inverse, residual, dx, around: tl.constexpr,
+    offset: tl.constexpr, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    row, at, inside, value, scale = _whole_rows(x, weight, rows, offset, width, block, tile)
     gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * scale
     rate = tl.load(inverse + row, mask=row < rows, other=0.0)
     along = tl.sum(gradient * value, axis=1, keep_dims=True) * rate * rate / width
@@ -129,7 +114,7 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tu
     y = torch.empty_like(rows)
     inverse = rows.new_empty(len(rows), 1, dtype=torch.float32)
     grid, shape = _row_tiles(rows)
-    _norm_forward[grid](rows, weight, y, inverse, len(rows), eps, offset=float(unit_offset), **shape)
+    _norm_forward[grid](rows, weight, len(rows), y, inverse, eps, offset=float(unit_offset), **shape)
     return y.view(x.shape), inverse
 
 
@@ -143,7 +128,7 @@ def norm_backward(
     dx = torch.empty_like(rows)
     grid, shape = _row_tiles(rows)
     options = {"offset": float(unit_offset), "around": residual is not None, **shape}
-    _norm_backward[grid](gradients, rows, inverse, weight, around, dx, len(rows), **options)
+    _norm_backward[grid](rows, weight, len(rows), gradients, inverse, around, dx, **options)
     return dx.view(x.shape)
 
 

@@ -1,0 +1,74 @@
+"""Plain TRL, PEFT and bitsandbytes: what halfbyte is held against, and what of its steps is compared."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Trainer, TrainerCallback
+
+
+def base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model in ``path`` in NF4 with double quantization, computing in ``dtype``."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, dtype=dtype)
+
+
+def arguments(cls: type, output: Path, **options: Any) -> Any:
+    """Arguments of class ``cls`` under which a float32 run on the CPU can be compared step by step."""
+    return cls(
+        output_dir=str(output),
+        use_cpu=True,
+        logging_steps=1,
+        learning_rate=1e-3,
+        optim="adamw_torch",
+        max_grad_norm=0.0,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **{"bf16": False, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, **options},
+    )
+
+
+def keep_adapter_in_float32(trainer: Trainer) -> None:
+    """Undo TRL's cast of a quantized model's adapter to bfloat16, which is exact for values bfloat16 holds."""
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+class Steps(TrainerCallback):
+    """The loss and the adapter gradients of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.gradients: list[torch.Tensor] = []
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "Steps":
+        """Train ``trainer`` and return what its steps were."""
+        steps = cls()
+        trainer.add_callback(steps)
+        trainer.train()
+        return steps
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        named = sorted((n, p.grad) for n, p in model.named_parameters() if p.requires_grad)
+        self.gradients.append(torch.cat([gradient.flatten() for _, gradient in named]))
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def assert_equal(ours: Steps, theirs: Steps, *, losses: float = 1e-5, gradients: float = 1e-5) -> None:
+    assert len(ours.losses) == len(theirs.losses) == len(theirs.gradients) > 0
+    for a, b in zip(ours.losses, theirs.losses, strict=True):
+        assert abs(a - b) <= losses
+    for a, b in zip(ours.gradients, theirs.gradients, strict=True):
+        assert b.norm() > 0
+        assert (a - b).norm() <= gradients * b.norm()
