@@ -43,8 +43,17 @@ def test_what_is_whole_verifies(sealed: Path) -> None:
     assert set(json.loads((sealed / "manifest.json").read_text())["files"]) == set(FILES)
 
 
-@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "deleted", "longer"])
+DAMAGES = ("truncated", "flipped", "emptied", "deleted", "longer")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (name, damage)
+        for name in (*FILES, "manifest.json")
+        for damage in (DAMAGES if FILES.get(name, b"x") else ("deleted", "longer"))
+    ],
+)
 def test_every_damage_is_named(sealed: Path, name: str, damage: str) -> None:
     path = sealed / name
     content = path.read_bytes()
@@ -52,8 +61,6 @@ def test_every_damage_is_named(sealed: Path, name: str, damage: str) -> None:
         path.unlink()
     elif damage == "longer":
         path.write_bytes(content + b"x")
-    elif not content:
-        pytest.skip("nothing in it")
     else:
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]

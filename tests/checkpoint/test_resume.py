@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import wandb
 
 from halfbyte.checkpoint import changes, history, manifest
 from halfbyte.checkpoint.resume import find
 from halfbyte.errors import UserError
 from tests.checkpoint.runs import STEPS, Finished, assert_equal, options, read_rows, run
 from tests.checkpoint.test_manifest import recorded
+from tests.tracking import wandb_file
 
 DAMAGES = ("truncated", "flipped", "emptied", "deleted")
 
@@ -176,6 +178,29 @@ def test_damage_to_any_file_of_a_checkpoint(finished: Finished, parts, kind: str
     damage(newest / "adapter_model.safetensors", kind)
     assert run("sft", finished.options(output), "--resume_from_checkpoint", "auto") == 0
     assert_equal(finished.output, output, STEPS)
+
+
+def test_a_resumed_run_has_each_row_once_in_wandb(
+    finished: Finished, parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B, offline, holds what metrics.jsonl holds: the rows before the checkpoint once, none after it twice."""
+    output = parts()
+    record = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps({**record, "wandb_id": "earlier"}))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # its settings are read once for a process
+    given = finished.options(output, report_to="wandb")
+    assert run("sft", given, "--resume_from_checkpoint", "auto") == 0
+    wandb.teardown()
+    (path,) = output.glob("wandb/offline-run-*/*.wandb")
+    found = wandb_file.read(path)
+    history = [{key: row[key] for key in row if not key.startswith("_")} for row in found["history"]]
+    assert history == [
+        {key: value for key, value in row.items() if value is not None} for row in read_rows(output)
+    ]
+    assert [row["step"] for row in history if "loss" in row] == list(range(1, STEPS + 1))
+    assert found["config"]["halfbyte"]["continues_wandb_run"] == "earlier"
+    assert json.loads((output / "run.json").read_text())["wandb_id"] not in (None, "earlier")
 
 
 def test_no_checkpoint_yet_starts_over_and_keeps_the_logs(finished: Finished, tmp_path: Path, capsys) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import jinja2
 
+from halfbyte.data.rendering import TEMPLATE_ERRORS
 from halfbyte.data.report import DataReport
 from halfbyte.data.rows import numbered
 from halfbyte.errors import UserError
@@ -188,8 +189,7 @@ def _probes(tokenizer: Any, template: str | None) -> Iterator[str]:
             )
         except jinja2.TemplateSyntaxError:
             raise
-        # A template is a program of the user's: it may refuse a conversation in any way.
-        except Exception:
+        except TEMPLATE_ERRORS:
             continue
 
 

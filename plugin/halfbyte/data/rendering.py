@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jinja2
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
@@ -12,6 +13,18 @@ from halfbyte.data.formats import ROLES
 from halfbyte.errors import UserError
 
 Messages = list[dict[str, Any]]
+
+# A template is a program of the user's in jinja's sandbox: what its expressions can raise, and transformers
+# where there is none.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 def known_roles(tokenizer: Any) -> frozenset[str]:
@@ -55,8 +68,7 @@ def refusal(row: Mapping[str, Any], tokenizer: Any, template: str | None) -> str
                 add_generation_prompt=prompt_only,
                 **options,
             )
-    # A template is a program of the user's: any exception may come out of it.
-    except Exception as error:
+    except TEMPLATE_ERRORS as error:
         return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
     return None
 

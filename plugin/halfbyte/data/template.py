@@ -8,6 +8,7 @@ import jinja2
 from transformers import AddedToken, AutoTokenizer
 
 from halfbyte.data.formats import suggestion
+from halfbyte.data.rendering import TEMPLATE_ERRORS
 from halfbyte.errors import UserError
 
 # What a template writes as a special token: <|name|>, the same with full-width bars, and Gemma's.
@@ -79,8 +80,7 @@ def _probe(tokenizer: Any, template: str | None = None) -> str:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template))
     except jinja2.TemplateSyntaxError:
         raise
-    # No template, or one that wants other messages than these.
-    except Exception:
+    except TEMPLATE_ERRORS:  # no template, or one that wants other messages than these
         return ""
 
 

@@ -14,9 +14,9 @@ from transformers.integrations import WandbCallback
 from transformers.trainer_utils import has_length
 
 from halfbyte.tracking.card import model_card
-from halfbyte.tracking.metrics import MetricsLog, Row, Throughput, is_evaluation
+from halfbyte.tracking.metrics import MetricsLog, Row, Throughput, is_evaluation, read_rows
 from halfbyte.tracking.progress import RunProgress, count, memory, print_summary
-from halfbyte.tracking.record import RunRecord, peak_memory_bytes, replace_file
+from halfbyte.tracking.record import RunRecord, peak_memory_bytes, replace_file, wandb_id
 from halfbyte.tracking.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
@@ -76,9 +76,12 @@ class Tracker(TrainerCallback):
             return
         self._total_steps = state.max_steps
         self.record.update(status="running", steps=state.global_step)
+        before = wandb_id(self.record.path)
         self.record.write()
         if "wandb" in args.report_to and self._wandb is None:
-            self._wandb = WandbRun(self.record, args.run_name)
+            self._wandb = WandbRun(self.record, args.run_name, read_rows(self.metrics.path), before)
+            self.record.update(wandb_id=self._wandb.id)
+            self.record.write()
             if self._wandb.url:
                 print(f"wandb: {self._wandb.url}", flush=True)
         self._progress.begin(state.global_step, state.max_steps)

@@ -66,6 +66,15 @@ class RunRecord:
         replace_file(self.path, text.encode())
 
 
+def wandb_id(path: Path) -> str | None:
+    """W&B's id of the run that a ``run.json`` tells of, if there is one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("wandb_id")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that decide what a run computes."""
     found = {"python": platform.python_version()}

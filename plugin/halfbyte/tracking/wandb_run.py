@@ -66,9 +66,18 @@ class WandbRun:
 
     The project is WANDB_PROJECT or ``halfbyte``; entity, group, id, mode and directory follow W&B's own
     environment variables, and a sweep agent's. A server that does not answer makes the run an offline one.
+
+    A resumed run is a new run of W&B that begins with ``rows``, those of metrics.jsonl up to the checkpoint: W&B
+    can neither cut what came after them nor, offline, go on with a run. Its config names the run before it.
     """
 
-    def __init__(self, record: RunRecord, run_name: str | None) -> None:
+    def __init__(
+        self,
+        record: RunRecord,
+        run_name: str | None,
+        rows: Iterable[Row] = (),
+        continues: str | None = None,
+    ) -> None:
         for variable in ("WANDB_LOG_MODEL", "WANDB_WATCH"):
             if os.environ.get(variable, "false").lower() not in ("", "false", "0"):
                 logger.warning("%s is not supported and has no effect here.", variable)
@@ -81,7 +90,7 @@ class WandbRun:
         options: dict[str, Any] = {
             "project": None if swept else settings.project or "halfbyte",
             "name": run_name or settings.run_name or (None if swept else record.output_dir.resolve().name),
-            "config": _config(record),
+            "config": _config(record, continues),
             "dir": None if os.environ.get("WANDB_DIR") else str(record.output_dir),
             "settings": _settings(),
         }
@@ -91,6 +100,7 @@ class WandbRun:
             # back, and a resumed run's does.
             self._run.define_metric("step", hidden=True)
             self._run.define_metric("*", step_metric="step")
+            self._replay(rows)
         except Exception as error:
             self._give_up(error)
 
@@ -102,10 +112,27 @@ class WandbRun:
             logger.warning("W&B does not answer (%s): this run is recorded offline.", reason)
             return wandb.init(**options, mode="offline")
 
+    def _replay(self, rows: Iterable[Row]) -> None:
+        rows = list(rows)
+        if rows and self._run.resumed:  # WANDB_RUN_ID and WANDB_RESUME
+            logger.warning(
+                "W&B goes on with run %s: what it logged after step %s is in its series twice.",
+                self._run.id,
+                rows[-1]["step"],
+            )
+            return
+        for row in rows:
+            self.log(row)
+
     def _give_up(self, error: Exception) -> None:
         if not self._broken:
             self._broken = True
             logger.warning("W&B failed, training goes on without it: %s", redact(str(error)))
+
+    @property
+    def id(self) -> str | None:
+        """W&B's id of this run."""
+        return None if self._run is None else str(self._run.id)
 
     @property
     def url(self) -> str | None:
@@ -136,10 +163,12 @@ class WandbRun:
         return f"wandb sync {shlex.quote(os.path.relpath(directory))}" if offline or self._broken else url
 
 
-def _config(record: RunRecord) -> dict[str, Any]:
+def _config(record: RunRecord, continues: str | None) -> dict[str, Any]:
     """The resolved configuration, flat; what the run stands on, under the name ``halfbyte``."""
     values = record.as_dict()
     about = {key: values[key] for key in ("recipe", "run_id", "versions", "base", "data", "strategy")}
+    if continues is not None:
+        about["continues_wandb_run"] = continues
     return {**values["config"], "halfbyte": about}
 
 
