@@ -19,8 +19,9 @@ from halfbyte.errors import UserError
 def check_adapters(configs: Iterable[LoraConfig]) -> None:
     """Raise :class:`UserError` for adapters, fresh or loaded, that are wrong on a base that is to be divided.
 
-    Trained embedding rows crash torch 2.13 in an optimizer step under FSDP2 (signal 11). PEFT 0.21 makes DoRA's
-    magnitudes from base weights, which under DeepSpeed are not gathered for it.
+    Trained embedding rows crash torch 2.13 under FSDP2, with the head tied to them or not: signal 11 after a few
+    steps, each time elsewhere. PEFT 0.21 makes DoRA's magnitudes from base weights, which under DeepSpeed are not
+    gathered for it.
     """
     if not (fsdp2.requested() or zero3.requested()):
         return
