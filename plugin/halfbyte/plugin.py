@@ -185,10 +185,16 @@ class QLoRAPlugin(ModelConfig):
             return base
         if adapter is not None:
             adapters.same_base(adapter, name, quantization.fingerprint(name, self.model_revision))
-            return adapters.continue_from(base, adapter)
-        return adapters.attach(
-            base, self.lora_config(), initialization=self.init_lora_weights, added_token_ids=added_token_ids
-        )
+            loaded = adapters.continue_from(base, adapter)
+        else:
+            loaded = adapters.attach(
+                base,
+                self.lora_config(),
+                initialization=self.init_lora_weights,
+                added_token_ids=added_token_ids,
+            )
+        distributed.check_adapters(loaded.peft_config.values())
+        return loaded
 
     def _make_fast(
         self, model: PreTrainedModel | PeftModel, trainer: Trainer | None = None, *, checkpointing: bool
@@ -219,15 +225,9 @@ class QLoRAPlugin(ModelConfig):
         if strategy.name in distributed.SHARDED:
             distributed.check_quantized(strategy.name, self.load_in_4bit)
             distributed.check_optimizer(str(getattr(args.optim, "value", args.optim)))
-        if strategy.name == "fsdp2":
-            fsdp2.refuse_trained_rows(self.additional_special_tokens or [])
         if strategy.name == "zero3":
             zero3.refuse_precision(self.dtype, bf16=args.bf16, fp16=args.fp16)
-            zero3.refuse_adapters(
-                tokens=self.additional_special_tokens or [],
-                dora=self.use_dora,
-                loraplus=self.loraplus_lr_ratio is not None,
-            )
+            zero3.refuse_loraplus(self.loraplus_lr_ratio)
         _, adapter = self.resolve(model)
         for line in self._mend(args):
             _say(line)

@@ -1,5 +1,6 @@
 """Runs under the strategies that divide the base, on CPUs, against one process on the same global batches."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -75,6 +76,8 @@ def train(
     root: Path, recipe: str, strategy: str, processes: int, options: Mapping[str, Any], **extra: str
 ) -> Finished:
     """Six float32 steps of ``recipe`` in ``root``; ``options`` are added to the configuration."""
+    if strategy == "zero3" and processes > 1 and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed, which `make test-distributed` installs")
     kind = recipe.removeprefix("sharded-")
     rows = root / "rows"
     output = root / "run"

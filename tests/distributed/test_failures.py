@@ -126,7 +126,16 @@ def test_a_stopped_rank_is_named(model_dir, tmp_path: Path, rows: str, site: str
     ("launcher", "words"),
     [
         (["--cpu", "--num_processes", "2"], "asked for 2 processes, but this one trains alone"),
-        ([*CPU, "--mixed_precision", "bf16"], "sets mixed_precision bf16, but the run computes in float32"),
+        pytest.param(
+            [*CPU, "--mixed_precision", "bf16"],
+            "sets mixed_precision bf16, but the run computes in float32",
+            marks=pytest.mark.distributed,
+        ),
+        pytest.param(
+            ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"],
+            "2 processes on GPUs were asked for, and this machine shows none; to train on CPUs: accelerate launch",
+            marks=pytest.mark.distributed,
+        ),
     ],
 )
 def test_a_wrong_launch_is_exit_2_with_the_right_line(

@@ -147,12 +147,6 @@ def test_packed_weights_are_stored_as_what_is_divided_and_never_cast(
     assert (line is not None) == (not integers and given is None)
 
 
-def test_trained_rows_are_refused() -> None:
-    fsdp2.refuse_trained_rows([])
-    with pytest.raises(UserError, match=r"<\|turn\|>.*trained embedding rows.*launch/ddp\.yaml"):
-        fsdp2.refuse_trained_rows(["<|turn|>"])
-
-
 def test_which_torch_divides_integers() -> None:
     assert [fsdp2.divides_integers(v) for v in ("2.11.0", "2.12.1+cpu", "2.13.0+cpu", "3.0.0")] == [
         False,

@@ -1,8 +1,6 @@
 """Every recipe on every number of processes equals one process, to 1e-5 in losses and in adapters."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,31 +71,3 @@ def test_the_shipped_recipe_from_a_trl_yaml(tmp_path: Path, model_dir) -> None:
     assert told["steps"] == 20
     assert len(told["peak_memory_bytes"]) == 2
     assert told["metrics"]["eval"]["step"] == 20
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--use_fsdp", "--fsdp_version", "2"], "error: fsdp_cpu_ram_efficient_loading"),
-        (["--multi_gpu"], "and this machine shows none; to train on CPUs: accelerate launch"),
-    ],
-)
-def test_launches_for_gpus_are_refused_without_one(
-    tmp_path: Path, model_dir, flags: list[str], said: str
-) -> None:
-    """Without ``use_cpu`` the launcher starts two processes that know nothing of each other's device."""
-    rows = tiny.write_rows(tmp_path / "rows", tiny.conversations(20))
-    output = tmp_path / "run"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", "2"]
-    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows, "--max_steps", "2")
-    command = [
-        *(*launcher, "--num_machines", "1", "--main_process_port", "0", "-m", "halfbyte", "sft", *options),
-        *("--output_dir", str(output), "--report_to", "none", "--dtype", "float32"),
-    ]
-    done = subprocess.run(
-        command, env=launch.environment(), capture_output=True, text=True, timeout=launch.TIMEOUT, check=False
-    )
-    assert done.returncode == 1
-    assert said in done.stderr
-    assert not output.exists()

@@ -29,8 +29,6 @@ def test_a_divided_base_trains_as_a_whole_one(
     strategy: str,
     processes: int,
 ) -> None:
-    if strategy == "zero3":
-        pytest.importorskip("deepspeed")
     recipe = cell[:3]
     options: dict[str, Any] = sharded.beginning(cell, model_dir, one_process)
     options |= {"save_strategy": "steps", "save_steps": 6}
@@ -83,8 +81,6 @@ def test_other_models_and_options_too(
     options: dict[str, Any],
 ) -> None:
     """Among them what no rank count divides: 64 rows over three ranks, with a head tied to the embeddings."""
-    if strategy == "zero3":
-        pytest.importorskip("deepspeed")
     options = {"model_name_or_path": str(model_dir(arch)), **options}
     runs = []
     for count in (1, processes):

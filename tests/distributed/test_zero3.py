@@ -37,22 +37,14 @@ def test_deepspeed_may_not_round_the_adapters(dtype: str, options: dict[str, boo
         zero3.refuse_precision(dtype, **options)
 
 
-def test_adapters_that_are_wrong_when_divided_are_refused() -> None:
-    proven: dict[str, Any] = {"tokens": [], "dora": False, "loraplus": False}
-    zero3.refuse_adapters(**proven)
-    wrong = {
-        "use_dora": {"dora": True},
-        "special_tokens": {"tokens": ["<a>"]},
-        "loraplus": {"loraplus": True},
-    }
-    for named, option in wrong.items():
-        with pytest.raises(UserError, match=named):
-            zero3.refuse_adapters(**{**proven, **option})
+def test_loraplus_is_refused() -> None:
+    zero3.refuse_loraplus(None)
+    with pytest.raises(UserError, match=r"loraplus_lr_ratio.*launch/fsdp2\.yaml"):
+        zero3.refuse_loraplus(16.0)
 
 
 @pytest.mark.distributed
 def test_adapters_stay_float32_over_a_bfloat16_base(tmp_path: Path, model_dir: ModelDir) -> None:
-    pytest.importorskip("deepspeed")
     options = {"model_name_or_path": str(model_dir("llama")), "dtype": "bfloat16"}
     weights = sharded.train(tmp_path, "sft", "zero3", 2, options).adapter.values()
     assert {weight.dtype for weight in weights} == {torch.float32}
@@ -65,7 +57,6 @@ def test_a_resumed_run_is_bitwise_the_whole_one(
     tmp_path: Path, model_dir: ModelDir, optimizer: str | None
 ) -> None:
     """With dropout; the bitsandbytes optimizer in a recipe of its own, since off CUDA halfbyte trains without."""
-    pytest.importorskip("deepspeed")
     site = packages.write(tmp_path / "site", "sharded", ENTRY_POINTS)
     options: dict[str, Any] = {
         "model_name_or_path": str(model_dir("llama")),

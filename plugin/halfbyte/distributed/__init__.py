@@ -3,7 +3,7 @@
 from halfbyte.distributed.invariants import watch_invariants
 from halfbyte.distributed.ranks import FailedElsewhereError, agree, gather, on_every_rank
 from halfbyte.distributed.sharded_optimizers import check_optimizer
-from halfbyte.distributed.sharded_weights import gathered_adapters, save_adapters_whole
+from halfbyte.distributed.sharded_weights import check_adapters, gathered_adapters, save_adapters_whole
 from halfbyte.distributed.strategy import (
     SHARDED,
     Strategy,
@@ -19,6 +19,7 @@ __all__ = [
     "FailedElsewhereError",
     "Strategy",
     "agree",
+    "check_adapters",
     "check_optimizer",
     "check_quantized",
     "explain",

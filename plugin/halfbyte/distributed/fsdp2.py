@@ -6,7 +6,7 @@ every rank, with a warning. torch divides parameters of any dtype from 2.13 on
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import accelerate.accelerator
@@ -30,15 +30,6 @@ _stock_prepare = accelerate.accelerator.fsdp2_prepare_model
 def requested(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the launcher asked for FSDP, of either version."""
     return is_on(environment, "ACCELERATE_USE_FSDP")
-
-
-def refuse_trained_rows(tokens: Sequence[str]) -> None:
-    """Raise :class:`UserError` if embedding rows are to be trained: with a tied head torch 2.13 crashed on them."""
-    if tokens:
-        raise UserError(
-            f"additional_special_tokens: {list(tokens)} need trained embedding rows, which crash torch under FSDP2 "
-            f"when the head is tied to them; launch with launch/ddp.yaml"
-        )
 
 
 def quantization_storage(given: str | None, compute_dtype: torch.dtype) -> tuple[str | None, str | None]:

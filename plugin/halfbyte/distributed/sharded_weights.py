@@ -1,15 +1,41 @@
-"""Weights that are divided over the ranks: gathered for saving, measured for the record."""
+"""Weights that are divided over the ranks: which may be, gathered for saving, measured for the record."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
+
+from halfbyte.distributed import fsdp2, zero3
+from halfbyte.errors import UserError
+
+
+def check_adapters(configs: Iterable[LoraConfig]) -> None:
+    """Raise :class:`UserError` for adapters, fresh or loaded, that are wrong on a base that is to be divided.
+
+    Trained embedding rows crash torch 2.13 under FSDP2, with the head tied to them or not: signal 11 after a few
+    steps, each time elsewhere. PEFT 0.21 makes DoRA's magnitudes from base weights, which under DeepSpeed are not
+    gathered for it.
+    """
+    if not (fsdp2.requested() or zero3.requested()):
+        return
+    for config in configs:
+        if config.trainable_token_indices:
+            raise UserError(
+                "additional_special_tokens: the adapter trains embedding rows, which is right under DDP only: launch "
+                "with launch/ddp.yaml"
+            )
+        if config.use_dora and zero3.requested():
+            raise UserError(
+                "use_dora: true fails under DeepSpeed (it reads base weights that are not gathered); take it out, or "
+                "launch with launch/fsdp2.yaml or launch/ddp.yaml"
+            )
 
 
 def is_divided(model: nn.Module) -> bool:

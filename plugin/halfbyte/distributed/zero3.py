@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from halfbyte.distributed.launcher import is_on
 from halfbyte.errors import UserError
@@ -37,24 +37,13 @@ def refuse_precision(dtype: str | None, *, bf16: bool, fp16: bool) -> None:
         )
 
 
-def refuse_adapters(*, tokens: Sequence[str], dora: bool, loraplus: bool) -> None:
-    """Raise :class:`UserError` for adapters that are wrong under DeepSpeed.
+def refuse_loraplus(ratio: float | None) -> None:
+    """Raise :class:`UserError` for LoRA+: it trains under DeepSpeed, but its losses are not those of one process.
 
-    PEFT 0.21 makes some from the base's weights, which fails when those are divided. LoRA+ trains, and its losses
-    are not those of one process (0.08 apart after one step of a tiny model, DeepSpeed 0.19.8).
+    0.08 apart after one step of a tiny model, DeepSpeed 0.19.8.
     """
-    if loraplus:
+    if ratio is not None:
         raise UserError(
-            "loraplus_lr_ratio: its learning rates are not followed under DeepSpeed; take it out, or launch with "
-            "launch/fsdp2.yaml or launch/ddp.yaml"
-        )
-    if dora:
-        raise UserError(
-            "use_dora: true fails under DeepSpeed (it reads base weights that are not gathered); take it out, or "
-            "launch with launch/fsdp2.yaml or launch/ddp.yaml"
-        )
-    if tokens:
-        raise UserError(
-            f"additional_special_tokens: {list(tokens)} need trained embedding rows, which are not proven under "
-            f"DeepSpeed; launch with launch/ddp.yaml"
+            f"loraplus_lr_ratio: {ratio}: its learning rates are not followed under DeepSpeed; take it out, or launch "
+            f"with launch/fsdp2.yaml or launch/ddp.yaml"
         )

@@ -1,0 +1,47 @@
+"""Adapters that are wrong on a divided base are refused, whether they are fresh or loaded."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from halfbyte import QLoRAPlugin
+from halfbyte.distributed import check_adapters
+from halfbyte.errors import UserError
+
+FSDP2, ZERO3 = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+ROWS, DORA = LoraConfig(trainable_token_indices=[7]), LoraConfig(use_dora=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "config", "named"),
+    [
+        (FSDP2, ROWS, r"additional_special_tokens: .*launch/ddp\.yaml"),
+        (ZERO3, ROWS, r"additional_special_tokens: .*launch/ddp\.yaml"),
+        (ZERO3, DORA, r"use_dora: .*launch/fsdp2\.yaml"),
+    ],
+)
+def test_wrong_adapters_are_refused(
+    monkeypatch: pytest.MonkeyPatch, asked: str, config: LoraConfig, named: str
+) -> None:
+    check_adapters([config])
+    monkeypatch.setenv(asked, "true")
+    check_adapters([LoraConfig()])
+    with pytest.raises(UserError, match=named):
+        check_adapters([LoraConfig(), config])
+
+
+def test_dora_is_right_under_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FSDP2, "true")
+    check_adapters([DORA])
+
+
+def test_a_loaded_adapter_is_looked_at_too(
+    model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(model_dir("llama"))
+    QLoRAPlugin(dtype="float32").load(base, added_token_ids=[7]).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setenv(FSDP2, "true")
+    with pytest.raises(UserError, match="additional_special_tokens"):
+        QLoRAPlugin(dtype="float32").load(str(tmp_path / "adapter"))
