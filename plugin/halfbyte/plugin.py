@@ -92,6 +92,7 @@ class QLoRAPlugin(ModelConfig):
     )
 
     coverage: quantization.Coverage | None = field(init=False, repr=False, compare=False, default=None)
+    recorded_level: int | None = field(init=False, repr=False, compare=False, default=None)
     fast_path: fast_step.Path = field(init=False, repr=False, compare=False, default_factory=fast_step.Path)
 
     def __post_init__(self) -> None:
@@ -204,7 +205,11 @@ class QLoRAPlugin(ModelConfig):
             self.fast_path = fast_step.Path(mode="none", reason=refusal or "as given")
         else:
             self.fast_path = fast_step.apply(
-                model, trainer, checkpointing=checkpointing, memory_budget=self.memory_budget
+                model,
+                trainer,
+                checkpointing=checkpointing,
+                memory_budget=self.memory_budget,
+                recorded_level=self.recorded_level,
             )
 
     def trainer(

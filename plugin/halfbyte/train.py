@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 from trl import DatasetMixtureConfig
 
-from halfbyte import config, data, distributed, optimizers, tracking
+from halfbyte import config, data, distributed, fast, optimizers, tracking
 from halfbyte.checkpoint import changes, exactness, guards, manifest, memory, saving, signals
 from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.config import RunArguments, Settings
@@ -187,6 +187,7 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
             "chat_template": manifest.text_hash(tokenizer.chat_template),
         }
         lines = [*lines, *_changed(run, inputs)]
+    plugin.recorded_level = resume.save_level(plugin.memory_budget)
     with distributed.on_every_rank("building the trainer"), left_as_it_was(training.output_dir):
         trainer = _build(run, rows)
         if run.recipe.data is not None:
@@ -213,7 +214,9 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
         record.update(run_id=resume.manifest.run_id, resumed_from=resume.path)
         for line in changes.other_versions(resume.manifest, record["versions"]) if is_main else ():
             print(line, flush=True)
-    saving.keep(trainer, saving.RunFacts(record["run_id"], run.resolved, inputs, record["versions"]))
+    decided = {"save_level": plugin.fast_path.level}
+    facts = saving.RunFacts(record["run_id"], run.resolved, inputs, record["versions"], decided)
+    saving.keep(trainer, facts)
     exactness.make_exact(trainer, Path(resume.path) if resume.path is not None else None)
     tracker = tracking.track(trainer, record)
     distributed.watch_invariants(trainer, on_begin=lambda facts: record.update(strategy=facts))
@@ -237,6 +240,8 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
             if isinstance(error, Stopped):
                 PartialState().wait_for_everyone()  # a launcher ends all ranks as soon as one has ended
             raise
+    if reasons := fast.fell_back(trainer.model):
+        record.update(fast={"fell_back": reasons})
     if finite.skipped:
         record.update(skipped_steps=finite.skipped)
     tracker.finish("completed", _next_command(run))

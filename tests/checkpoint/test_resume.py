@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,22 @@ def test_a_changed_option_is_refused(finished: Finished, parts, change: str, cap
     assert run("sft", finished.options(output, **given), "--resume_from_checkpoint", "auto") == 2
     assert told in capsys.readouterr().err
     assert sorted(path.name for path in output.rglob("*")) == before
+
+
+def test_the_save_level_of_the_checkpoint_is_kept(finished: Finished, parts, tmp_path: Path) -> None:
+    output = parts()
+    newest = output / "checkpoint-4"
+    made = manifest.read(newest)
+    assert made.decided == {"save_level": 3}
+    manifest.write(newest, replace(made, decided={"save_level": 1}))
+    assert find(str(output), "auto").save_level("auto") == 1
+    assert find(str(output), "auto").save_level("min") is None
+    assert run("sft", finished.options(output), "--resume_from_checkpoint", "auto") == 0
+    fast = json.loads((output / "run.json").read_text())["fast"]
+    assert fast["level"] == fast["memory"]["level"] == 1
+    assert fast["memory"]["recorded"] is True
+    assert manifest.read(output / "checkpoint-6").decided == {"save_level": 1}
+    assert_equal(finished.output, output, STEPS)
 
 
 def test_changed_rows_are_refused_and_allowed(finished: Finished, parts, tmp_path: Path, capsys) -> None:

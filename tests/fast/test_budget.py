@@ -64,6 +64,14 @@ def test_rank_0_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert models.layers(model)[1].forward.level == 1
 
 
+def test_a_recorded_level_is_kept() -> None:
+    model = test_layer.fuse_all(models.make("llama"))
+    choice = budget.apply(model, "auto", TOKENS, recorded=1)
+    assert choice is not None
+    assert (choice.level, choice.recorded) == (1, True)
+    assert [each.forward.level for each in models.layers(model)] == [1, 1]
+
+
 def test_a_model_without_fused_layers() -> None:
     assert budget.apply(models.make("llama"), "auto", TOKENS) is None
 

@@ -32,6 +32,7 @@ if "TRITON_INTERPRET" not in os.environ:
             (kernels._rotate, [x, x, x, *[i] * 7], {"half": 64, "block": 64, "head_block": 64}),
             (kernels._swiglu_forward, [x, x, i], {"block": 1024}),
             (kernels._swiglu_backward, [x, x, x, i], {"block": 1024}),
+            (kernels._score, [x, "*i64", f, f, "*i1", i], {"softcap": 30.0, "gradient": True, "block": 4096}),
         ]
         for kernel, types, constants in cases:
             names = kernel.arg_names
@@ -41,7 +42,7 @@ if "TRITON_INTERPRET" not in os.environ:
             assert ".target sm_90" in compiled.asm["ptx"]
 
 else:
-    from halfbyte.fast import gate, kernels, norm, rope
+    from halfbyte.fast import gate, head, kernels, norm, rope
     from tests.fast import models, test_layer
 
     DTYPES = [torch.float32, torch.bfloat16]
@@ -94,6 +95,39 @@ else:
         exact = swiglu.backward(dy.float(), gate_up.float())
         tolerance = 1e-5 if dtype == torch.float32 else 2**-7
         torch.testing.assert_close(gradient.float(), exact, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("softcap", [None, 5.0])
+    @pytest.mark.parametrize("vocabulary", [7, 300, 4096 + 500])
+    def test_head(vocabulary: int, softcap: float | None, dtype: torch.dtype) -> None:
+        logits = (4 * torch.randn(4, vocabulary)).to(dtype)
+        logits[1] -= 80
+        logits[2, 3:] = logits[2, 3]  # a tie: the first of them is the top one
+        targets = torch.tensor([0, vocabulary - 1, 3, vocabulary // 2])
+        exact = head.score(logits.float(), targets, softcap, True)
+        ours = kernels.score(logits.clone(), targets, softcap, True)
+        torch.testing.assert_close(ours[0], exact[0], rtol=2e-6, atol=5e-6)
+        torch.testing.assert_close(ours[1], exact[1], rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours[2], exact[2])
+        assert ours[3].dtype == dtype
+        tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(ours[3].float(), exact[3], rtol=tolerance, atol=1e-6)
+        untouched = logits.clone()
+        kernels.score(untouched, targets, softcap, False)
+        assert torch.equal(untouched, logits)
+
+    def test_log_probabilities_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+        labels, weight = torch.randint(96, (2, 9)), torch.randn(96, 16)
+        hidden = torch.randn(2, 9, 16)
+        found = []
+        for fused in (None, kernels):
+            monkeypatch.setattr(head, "kernels", lambda x, fused=fused: fused)
+            x = hidden.clone().requires_grad_()
+            log_probs, entropy, top1 = head.log_probabilities(x, weight, labels, labels > 30)
+            (log_probs * torch.linspace(0, 1, 9)).sum().backward()
+            found.append((log_probs.detach(), entropy, top1, x.grad))
+        for theirs, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma"])
     def test_a_layer_on_the_kernels(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:

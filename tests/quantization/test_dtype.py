@@ -1,9 +1,11 @@
 """The compute dtype: native bfloat16, float16 on older GPUs, the faster of two on CPUs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from halfbyte.quantization import choose_compute_dtype
+from halfbyte.quantization import choose_compute_dtype, dtype
 
 CUDA = torch.device("cuda", 0)
 
@@ -29,3 +31,70 @@ def test_cpu_goes_by_measurement(faster: bool, expected: torch.dtype) -> None:
 
 def test_the_cpu_measurement_runs() -> None:
     assert choose_compute_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
+
+
+class Clock:
+    """Times that are given, and how often they were asked for."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds, self.asked = seconds, 0
+
+    def __call__(self, kind: torch.dtype) -> float:
+        self.asked += 1
+        return self.seconds[str(kind).removeprefix("torch.")]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
+    made = Clock(bfloat16=1.0, float32=2.0)
+    monkeypatch.setattr(dtype, "_best_time", made)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return made
+
+
+def files(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_the_cpu_is_measured_once(clock: Clock, tmp_path: Path) -> None:
+    assert [dtype.cpu_bfloat16_is_faster() for _ in range(3)] == [True] * 3
+    assert clock.asked == 2
+    (kept,) = files(tmp_path)
+    assert kept.parent == tmp_path / "halfbyte" / "dtype"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"seconds": {"bfloat16": 1.0}}', '{"seconds": null}', "\x00"]
+)
+def test_a_corrupt_record_is_measured_again(clock: Clock, tmp_path: Path, content: str) -> None:
+    dtype.cpu_bfloat16_is_faster()
+    (kept,) = files(tmp_path)
+    whole = kept.read_text()
+    kept.write_text(content)
+    assert dtype.cpu_bfloat16_is_faster()
+    assert clock.asked == 4
+    assert kept.read_text() == whole
+
+
+def test_another_machine_is_measured_anew(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype.cpu_bfloat16_is_faster()
+    for count, (name, value) in enumerate(
+        [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("ATEN_CPU_CAPABILITY", "default")], start=2
+    ):
+        monkeypatch.setenv(name, value)
+        clock.seconds["bfloat16"] = 3.0
+        assert not dtype.cpu_bfloat16_is_faster()
+        assert len(files(tmp_path)) == count
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    dtype.cpu_bfloat16_is_faster()
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    dtype.cpu_bfloat16_is_faster()
+    assert len(files(tmp_path)) == 5
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(clock: Clock, tmp_path: Path) -> None:
+    (tmp_path / "halfbyte").write_text("a file")
+    assert [dtype.cpu_bfloat16_is_faster() for _ in range(2)] == [True] * 2
+    assert clock.asked == 4

@@ -24,7 +24,8 @@ class Manifest:
     """What manifest.json records beside the files: where the run stood, and what decided how it got there.
 
     ``config`` is the resolved configuration, redacted; ``inputs`` are fingerprints of what the configuration
-    only names (data, base, chat template); ``data_position`` counts in optimizer steps, epochs and batches.
+    only names (data, base, chat template); ``decided`` is what the machine decided, for a resume to take over
+    (the save level); ``data_position`` counts in optimizer steps, epochs and batches.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Manifest:
     resumable: bool
     best_step: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    decided: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write(directory: Path, manifest: Manifest) -> None:

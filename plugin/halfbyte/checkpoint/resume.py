@@ -33,6 +33,12 @@ class Resume:
         """The options that the checkpoint was made with, those that decide the trajectory."""
         return self.manifest.config if self.manifest is not None else {}
 
+    def save_level(self, memory_budget: str) -> int | None:
+        """The save level that was decided on for the same ``memory_budget``, to go on with."""
+        if self.manifest is None or self.recorded.get("memory_budget") != memory_budget:
+            return None
+        return self.manifest.decided.get("save_level")
+
     def problem(self, output_dir: str, *, overwrite: bool) -> str | None:
         """Why this run may not write into ``output_dir``, or None."""
         directory = Path(output_dir)

@@ -36,12 +36,13 @@ class SaveError(Halted):
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What every manifest of a run repeats; ``inputs`` are fingerprints, ``config`` the resolved options."""
+    """What every manifest of a run repeats; see :class:`Manifest`."""
 
     run_id: str
     config: Mapping[str, Any]
     inputs: Mapping[str, Any]
     versions: Mapping[str, str]
+    decided: Mapping[str, Any]
 
 
 def keep(trainer: Trainer, facts: RunFacts) -> "Saver":
@@ -132,6 +133,7 @@ class Saver:
                 resumable=not args.save_only_model,
                 best_step=state.best_global_step,
                 versions=self._facts.versions,
+                decided=self._facts.decided,
             ),
         )
         self._last_size = _size(written)

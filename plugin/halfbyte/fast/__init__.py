@@ -2,5 +2,6 @@
 
 from halfbyte.fast.apply import Path, apply, refusal
 from halfbyte.fast.budget import check as check_memory_budget
+from halfbyte.fast.layer import fell_back
 
-__all__ = ["Path", "apply", "check_memory_budget", "refusal"]
+__all__ = ["Path", "apply", "check_memory_budget", "fell_back", "refusal"]

@@ -71,12 +71,14 @@ def apply(
     *,
     checkpointing: bool = True,
     memory_budget: str = "auto",
+    recorded_level: int | None = None,
 ) -> Path:
     """Fuse what is covered in ``model``, and in ``trainer`` if it is SFT's; the rest stays as it is.
 
     Nothing is copied or renamed: parameters, adapters and hooks are PEFT's before and after. Fused layers
-    keep everything without ``checkpointing``, what ``memory_budget`` allows with it, and nothing beside their
-    input where no ``trainer`` says how many tokens a step has.
+    keep everything without ``checkpointing``, what ``memory_budget`` allows with it (``recorded_level``, where a
+    resumed run has decided already), and nothing beside their input where no ``trainer`` says how many tokens a
+    step has.
     """
     path = Path()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -86,7 +88,7 @@ def apply(
     if isinstance(model, PeftModel) and path.linears:
         _fuse_layers(model, path, checkpointing)
     if path.layers and checkpointing and trainer is not None:
-        path.memory = budget.apply(model, memory_budget, _tokens(trainer, base))
+        path.memory = budget.apply(model, memory_budget, _tokens(trainer, base), recorded_level)
         path.level = path.memory.level if path.memory is not None else path.level
     if isinstance(trainer, SFTTrainer):
         path.head = head.install(base) or ON

@@ -31,13 +31,17 @@ _LOG_SUM_BYTES = 4
 
 @dataclass(frozen=True)
 class Choice:
-    """The level that was chosen, and why: bytes on one rank, for ``tokens`` a step."""
+    """The level that was chosen, and why: bytes on one rank, for ``tokens`` a step.
+
+    ``recorded`` says that a checkpoint was made with it; nothing was decided then.
+    """
 
     level: int
     budget: str
     available: int | None
     needed: int
     tokens: int
+    recorded: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,12 +53,13 @@ def check(budget: str) -> None:
         _size(budget)
 
 
-def apply(model: nn.Module, budget: str, tokens: int) -> Choice | None:
+def apply(model: nn.Module, budget: str, tokens: int, recorded: int | None = None) -> Choice | None:
     """Set the level of every fused layer of ``model`` to what ``budget`` allows; None without fused layers.
 
     ``tokens`` is the largest number that one forward takes on one rank. ``auto`` plans with what the device
     has free now, ``min`` keeps nothing, a size is what a step may take beside the model. Rank 0 decides for
-    all; on CPU the ranks of a machine share its memory.
+    all; on CPU the ranks of a machine share its memory. ``recorded`` is the level that a checkpoint was made
+    with, which is kept.
     """
     layers = [each.forward for each in model.modules() if isinstance(each.forward, FusedForward)]
     if not layers:
@@ -64,10 +69,10 @@ def apply(model: nn.Module, budget: str, tokens: int) -> Choice | None:
     decoders = [each.decoder for each in layers]
     needs = {level: needed(model, decoders, level, tokens) for level in LEVELS}
     fitting = [level for level in LEVELS if available is not None and needs[level] <= available]
-    level = distributed.agree(max(fitting, default=LEVELS[0]))
+    level = distributed.agree(max(fitting, default=LEVELS[0])) if recorded is None else recorded
     for each in layers:
         each.level = level
-    return Choice(level, budget, available, needs[level], tokens)
+    return Choice(level, budget, available, needs[level], tokens, recorded is not None)
 
 
 def needed(model: nn.Module, decoders: Sequence[Decoder], level: int, tokens: int) -> int:

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from halfbyte.fast.device import kernels
+
 # Configuration fields by which some architectures scale their logits; TRL's head knows them all.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
@@ -166,8 +168,11 @@ class _LogProbs(torch.autograd.Function):
             logits = torch.mm(rows[part] if index is None else rows[index[part]], weight.t())
             if bias is not None:
                 logits.add_(bias)
-            log_probs[part], entropy[part], top1[part], dlogits = score(
-                logits.float(), targets[part], softcap, needs_gradient
+            fused = kernels(logits)
+            log_probs[part], entropy[part], top1[part], dlogits = (
+                score(logits.float(), targets[part], softcap, needs_gradient)
+                if fused is None
+                else fused.score(logits, targets[part], softcap, needs_gradient)
             )
             if gradient is not None:
                 torch.mm(dlogits.to(rows.dtype), weight, out=gradient[part])

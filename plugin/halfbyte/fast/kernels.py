@@ -1,7 +1,8 @@
-"""Triton kernels for what torch cannot fuse on a GPU: RMSNorm, rotary positions, SwiGLU, both ways.
+"""Triton kernels for what torch cannot fuse on a GPU: RMSNorm, rotary positions, SwiGLU, both ways, and the head.
 
 Each computes in float32 and rounds once, to the dtype of its input. Checked against the torch forms by
-Triton's interpreter and compiled for Hopper; not yet run on a GPU.
+Triton's interpreter and compiled for Hopper; not yet run on a GPU. There is none for adding LoRA's product to
+the base's: ``addmm_`` in place has cuBLAS add it as it writes, which a kernel could not do in fewer passes.
 """
 
 # mypy: disable-error-code="import-not-found, no-untyped-def, untyped-decorator"
@@ -14,6 +15,7 @@ from torch import Tensor
 # Elements a program holds at a time: what fits the registers of a block of threads.
 _TILE = 4096
 _GATE_BLOCK = 1024
+_LOGITS_BLOCK = 4096
 
 
 @triton.jit
@@ -108,6 +110,55 @@ def _swiglu_backward(dy, gate_up, gradient, width, block: tl.constexpr):
     tl.store(gradient + at + width, d * gate * share, mask=inside)
 
 
+@triton.jit
+def _capped(logits, column, vocabulary, softcap: tl.constexpr):
+    """Logits of a row in float32, after the soft cap if there is one; -inf outside the vocabulary."""
+    value = tl.load(logits + column, mask=column < vocabulary, other=0.0).to(tl.float32)
+    if softcap > 0:
+        value = softcap * (2 * tl.sigmoid(2 * value / softcap) - 1)  # tanh
+    return tl.where(column < vocabulary, value, float("-inf"))
+
+
+@triton.jit
+def _score(
+    logits, targets, log_probs, entropy, top1, vocabulary,
+    softcap: tl.constexpr, gradient: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    target = tl.load(targets + row)
+    # Finite: its difference from the first maximum is multiplied by a total of zero.
+    largest = -1e38
+    winner = 0
+    total = 0.0
+    mean = 0.0
+    for at in range(0, vocabulary, block):
+        column = at + tl.arange(0, block)
+        value = _capped(logits, column, vocabulary, softcap)
+        best = tl.max(value, axis=0)
+        winner = tl.where(best > largest, at + tl.argmax(value, axis=0), winner)
+        top = tl.maximum(best, largest)
+        shrunk = tl.exp(largest - top)
+        weight = tl.exp(value - top)
+        above = tl.where(column < vocabulary, value - top, 0.0)
+        mean = shrunk * (mean + (largest - top) * total) + tl.sum(weight * above, axis=0)
+        total = shrunk * total + tl.sum(weight, axis=0)
+        largest = top
+    log_total = tl.log(total)
+    chosen = tl.sum(_capped(logits, target + tl.arange(0, 1), vocabulary, softcap), axis=0)
+    tl.store(log_probs + row, chosen - largest - log_total)
+    tl.store(entropy + row, log_total - mean / total)
+    tl.store(top1 + row, winner == target)
+    if gradient:
+        for at in range(0, vocabulary, block):
+            column = at + tl.arange(0, block)
+            value = _capped(logits, column, vocabulary, softcap)
+            slope = tl.where(column == target, 1.0, 0.0) - tl.exp(value - largest) / total
+            if softcap > 0:
+                slope *= 1.0 - (value / softcap) * (value / softcap)
+            tl.store(logits + column, slope, mask=column < vocabulary)
+
+
 def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
     """As :func:`halfbyte.fast.norm.norm_forward`, but for rounding once only."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -167,6 +218,19 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     gradient = torch.empty_like(gate_up)
     _swiglu_backward[_gate_blocks(tokens, width)](dy, gate_up, gradient, width, block=_GATE_BLOCK)
     return gradient
+
+
+def score(
+    logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`halfbyte.fast.head.score`, for contiguous logits of any dtype, which the gradient overwrites."""
+    count, vocabulary = logits.shape
+    log_probs = torch.empty(count, dtype=torch.float32, device=logits.device)
+    entropy, top1 = torch.empty_like(log_probs), torch.empty_like(log_probs, dtype=torch.bool)
+    block = min(_LOGITS_BLOCK, triton.next_power_of_2(vocabulary))
+    options = {"softcap": softcap or 0.0, "gradient": needs_gradient, "block": block}
+    _score[(count,)](logits, targets, log_probs, entropy, top1, vocabulary, **options)
+    return log_probs, entropy, top1, logits
 
 
 def _row_tiles(rows: Tensor) -> tuple[tuple[int], dict[str, int]]:

@@ -12,6 +12,7 @@ level kept beside the layer's input                computed again in the backwar
 ===== ============================================ =======================================
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -52,15 +53,26 @@ def unfuse(layer: nn.Module) -> None:
     layer.__dict__.pop("forward", None)
 
 
+def fell_back(model: nn.Module) -> dict[str, int]:
+    """Why fused layers of ``model`` ran their original forward while training, and how many times in all."""
+    reasons: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module.forward, FusedForward):
+            reasons += module.forward.reasons
+    return dict(reasons)
+
+
 class FusedForward:
     """The ``forward`` of a fused decoder layer.
 
-    ``reason`` says why the latest call went to the original forward, None if it did not.
+    ``reason`` says why the latest call went to the original forward, None if it did not; ``reasons`` counts
+    those calls that a gradient was wanted of.
     """
 
     def __init__(self, layer: nn.Module, decoder: Decoder, level: int) -> None:
         self.layer, self.decoder, self.level = layer, decoder, level
         self.reason: str | None = None
+        self.reasons: Counter[str] = Counter()
 
     def __call__(
         self,
@@ -81,6 +93,7 @@ class FusedForward:
             step = self._step(hidden_states, attention_mask, position_embeddings, documents)
         except Uncovered as reason:
             self.reason = str(reason)
+            self.reasons[self.reason] += torch.is_grad_enabled()
             return type(self.layer).forward(
                 self.layer,
                 hidden_states,
