@@ -24,7 +24,8 @@ class Manifest:
     """What manifest.json records beside the files: where the run stood, and what decided how it got there.
 
     ``config`` is the resolved configuration, redacted; ``inputs`` are fingerprints of what the configuration
-    only names (data, base, chat template); ``data_position`` counts in optimizer steps, epochs and batches.
+    only names (data, base, chat template); ``data_position`` counts in epochs and batches, and
+    says how a step was cut into them, which `on_oom: accumulate` may have changed.
     """
 
     step: int
