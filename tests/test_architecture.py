@@ -128,6 +128,7 @@ def test_the_options_we_add_are_a_frozen_list() -> None:
     assert {f.name for f in fields(RunArguments)} - {f.name for f in fields(ScriptArguments)} == {
         "allow_config_change",
         "on_nonfinite",
+        "on_oom",
         "overwrite_output_dir",
         "user_special_tokens",
     }

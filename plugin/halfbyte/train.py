@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from trl import DatasetMixtureConfig
 
 from halfbyte import config, data, distributed, fast, optimizers, tracking
-from halfbyte.checkpoint import changes, exactness, guards, manifest, memory, saving, signals
+from halfbyte.checkpoint import accumulation, changes, exactness, guards, manifest, memory, saving, signals
 from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.config import RunArguments, Settings
 from halfbyte.distributed import zero3
@@ -192,6 +192,8 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
         trainer = _build(run, rows)
         if run.recipe.data is not None:
             data.check_labels(trainer, rows.report)
+        if run.script.on_oom == "accumulate":
+            accumulation.refuse(trainer)
     if is_main:
         moved = claim(training.output_dir, overwrite=overwrite)
         if moved is not None:
@@ -222,6 +224,16 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
     distributed.watch_invariants(trainer, on_begin=lambda facts: record.update(strategy=facts))
     distributed.watch(trainer, training.ddp_timeout, on_failure=lambda: tracker.finish("failed"))
     finite = guards.guard(trainer, run.script.on_nonfinite)
+
+    micro_batches: list[dict[str, int]] = []
+
+    def smaller(split: dict[str, int]) -> None:
+        micro_batches.append(split)
+        record.update(micro_batches=micro_batches)
+
+    accumulation.take_over(trainer, resume.manifest, run.resolved, smaller)
+    if run.script.on_oom == "accumulate":
+        accumulation.accumulate(trainer, smaller)
 
     def abandon(signum: int) -> None:
         tracker.abandon("interrupted", run.resume_command)

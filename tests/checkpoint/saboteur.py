@@ -24,10 +24,12 @@ ENTRY_POINTS = {"saboteur": "tests.checkpoint.saboteur:recipe"}
 class SaboteurArguments(SFTArguments):
     fault: str | None = field(default=None, metadata={"help": "A signal, loss, gradient, weight or memory."})
     fault_place: str = field(
-        default="step", metadata={"help": "`step`, `evaluation` or `save`, for signals."}
+        default="step",
+        metadata={"help": "`step`, `evaluation` or `save`, for signals; `step` or `backward`, for memory."},
     )
     fault_target: str = field(default="0", metadata={"help": "A rank, `launcher`, or `all`."})
     fault_step: int = field(default=3, metadata={"help": "In which step."})
+    fault_rows: int = field(default=0, metadata={"help": "Rows of a micro-batch that there is memory for."})
 
 
 class SaboteurTrainer(SFTTrainer):
@@ -46,15 +48,23 @@ class SaboteurTrainer(SFTTrainer):
         now = self.state.global_step + 1 == self.args.fault_step
         if now:
             self._signal("step")
-        if now and self.args.fault == "memory" and self._targeted():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            self._run_out_of_memory("step")
         loss = super().training_step(*args, **kwargs)
+        if now:
+            self._run_out_of_memory("backward")
         if now and self._targeted():
             if self.args.fault == "loss":
                 return loss * float("nan")
             if self.args.fault == "gradient":
                 self._trained()[0].grad[0, 0] = float("inf")
         return loss
+
+    def _run_out_of_memory(self, place: str) -> None:
+        """In the last micro-batch of the step, with gradients of the others: before its forward, or after."""
+        wanted = self.args.fault == "memory" and self.args.fault_place == place and self._targeted()
+        too_large = self.args.per_device_train_batch_size > self.args.fault_rows
+        if wanted and too_large and self.accelerator.sync_gradients:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.args.fault == "weight" and self.state.global_step == self.args.fault_step:

@@ -12,10 +12,14 @@ from tests.launch import accelerate
 ModelDir = Callable[..., Path]
 SEVERAL_BATCHES = {"gradient_accumulation_steps": "2", "logging_steps": "2"}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": "2"}
+STREAM = {"dataset_streaming": "true", "shuffle_dataset": "true"}
+STREAM_OF_PAIRS = {"dataset_streaming": "true"}
 CELLS = {
     # The log is written every second step and the checkpoint at the third: half a row is carried over.
     "sft": ("sft", {**SEVERAL_BATCHES, **EVALUATED}),
     "dpo": ("dpo", {**SEVERAL_BATCHES, **EVALUATED}),
+    # Eight rows, two a step, shuffled as they come: step 5 is the first of the second pass.
+    "stream, second pass": ("sft", {**STREAM, "max_steps": "10", "save_steps": "5"}),
 }
 MORE_CELLS = {
     "packing": ("sft", {"packing": "true", "max_length": "64", **EVALUATED}),
@@ -27,8 +31,32 @@ MORE_CELLS = {
     "8-bit": ("sft", {"optim": "adamw_8bit", "lora_r": "64"}),
     "paged 32-bit": ("dpo", {"optim": "paged_adamw_32bit"}),
     "bfloat16": ("sft", {"dtype": "bfloat16", "bf16": "true"}),
+    "plain": ("sft", {"fast": "none", **SEVERAL_BATCHES, **EVALUATED}),
+    "plain dpo": ("dpo", {"fast": "none", **SEVERAL_BATCHES, **EVALUATED}),
+    "plain packing": ("sft", {"fast": "none", "packing": "true", "max_length": "64"}),
+    "wrapped packing": ("pretrain", {"max_length": "32", "max_steps": "6"}),
+    "padding-free": ("sft", {"padding_free": "true", **SEVERAL_BATCHES, **EVALUATED}),
+    "plain padding-free": ("sft", {"fast": "none", "padding_free": "true", **EVALUATED}),
+    "rows grouped by length": (
+        "sft",
+        {"train_sampling_strategy": "group_by_length", "max_steps": "10", "save_steps": "6"},
+    ),
+    "stream": ("sft", {**STREAM, **SEVERAL_BATCHES, **EVALUATED, "per_device_train_batch_size": "1"}),
+    "stream, at the end of a pass": ("sft", {**STREAM, "max_steps": "8", "save_steps": "4"}),
+    "stream, steps left over": (
+        "sft",
+        {**STREAM, "gradient_accumulation_steps": "3", "max_steps": "6", "save_steps": "2"},
+    ),
+    "stream of pairs": ("dpo", {**STREAM_OF_PAIRS, "max_steps": "10", "save_steps": "5"}),
 }
-WHERE = {"saved at the end of an epoch": 4}
+WHERE = {
+    "saved at the end of an epoch": 4,
+    "stream, second pass": 5,
+    "stream, at the end of a pass": 4,
+    "stream, steps left over": 2,
+    "stream of pairs": 5,
+    "rows grouped by length": 6,
+}
 
 
 def check(model_dir: ModelDir, tmp_path: Path, recipe: str, given: dict[str, str], step: int = 3) -> Path:
@@ -46,11 +74,12 @@ def check(model_dir: ModelDir, tmp_path: Path, recipe: str, given: dict[str, str
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_resumed_equals_uninterrupted(model_dir: ModelDir, tmp_path: Path, cell: str, capsys) -> None:
-    parts = check(model_dir, tmp_path, *CELLS[cell])
+    step = WHERE.get(cell, 3)
+    parts = check(model_dir, tmp_path, *CELLS[cell], step=step)
     tokens = [row["num_tokens"] for row in read_rows(parts) if "num_tokens" in row]
     assert tokens == sorted(tokens)
     assert len(set(tokens)) == len(tokens)
-    assert "rows after step 3 cut" in capsys.readouterr().out
+    assert f"rows after step {step} cut" in capsys.readouterr().out
     assert (parts / "_earlier" / "1" / "metrics.jsonl").is_file()
 
 

@@ -1,8 +1,9 @@
 """What makes a resumed run equal to one that was never interrupted, beyond what the Trainer restores.
 
 The Trainer restores weights, optimizer, scheduler, its state and the random generators. It forgets the
-losses and metrics gathered since the last row of the log and TRL's count of tokens; an evaluation draws from
-the generators that training uses; a finished run trains a step too many; and DDP lays out its buckets anew.
+losses and metrics gathered since the last row of the log and TRL's count of tokens; it takes a stream for one
+endless pass; an evaluation draws from the generators that training uses; a finished run trains a step too
+many; and DDP lays out its buckets anew.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import has_length
 
 _COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
 
@@ -35,29 +37,71 @@ def write_progress(trainer: Trainer, directory: Path) -> None:
     """Write what this rank has gathered since the last row of the log as progress_RANK.json."""
     values: dict[str, Any] = {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)}
     values["_tr_loss"] = trainer._tr_loss.item()
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, _Exactness):
+            values["_position"] = callback.position()
     with contextlib.suppress(TypeError):  # a stranger's trainer may keep other things under this name
         values["_metrics"] = _plain(getattr(trainer, "_metrics", {}))
     (directory / _file(trainer)).write_text(json.dumps(values), encoding="utf-8")
 
 
+def generators() -> tuple[Any, ...]:
+    """The states of Python's, NumPy's and torch's random generators, those of every CUDA device among them."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
+
+
+def restore_generators(states: tuple[Any, ...]) -> None:
+    """Put the generators back to what :func:`generators` returned."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3] is not None:
+        torch.cuda.set_rng_state_all(states[3])
+
+
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """Leave Python's, NumPy's and torch's random generators after the block as they were before it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    """Leave the random generators after the block as they were before it."""
+    states = generators()
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if devices is not None:
-            torch.cuda.set_rng_state_all(devices)
+        restore_generators(states)
+
+
+def counters(trainer: Trainer) -> dict[str, Any]:
+    """A copy of what a TRL trainer counts in each micro-batch."""
+    names = ("_metrics", "_total_train_tokens", "_step")
+    return {name: copy.deepcopy(getattr(trainer, name)) for name in names if hasattr(trainer, name)}
+
+
+def restore_counters(trainer: Trainer, kept: dict[str, Any]) -> None:
+    """Put back what :func:`counters` returned."""
+    for name, value in kept.items():
+        setattr(trainer, name, value)
 
 
 class _Exactness(TrainerCallback):
     def __init__(self, trainer: Trainer, checkpoint: Path | None) -> None:
         self._trainer, self._checkpoint = trainer, checkpoint
+        self._pass, self._pass_began, self._resumed = (
+            -1,
+            0,
+            False,
+        )  # the pass over the data, and its first step
+        self._init_state = trainer._init_training_state
+        trainer._init_training_state = self._find_the_pass
+
+    def position(self) -> dict[str, int]:
+        """Which pass over the data this is, from 0, and the steps that were made in it."""
+        return {"pass": self._pass, "steps": self._trainer.state.global_step - self._pass_began}
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._pass += 1
+        if not self._resumed:
+            self._pass_began = state.global_step
+        self._resumed = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self._trainer
@@ -81,6 +125,19 @@ class _Exactness(TrainerCallback):
         if self._checkpoint is not None and logs is not None and "train_loss" in logs:
             logs["train_loss"] = self._trainer._total_loss_scalar / max(state.global_step, 1)
             state.log_history[-1]["train_loss"] = logs["train_loss"]
+
+    def _find_the_pass(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """The pass and the batches to skip in it: upstream does not know where a stream began again."""
+        begun, batches = self._init_state(*args, **kwargs)
+        trainer, batches_per_step = self._trainer, self._trainer.args.gradient_accumulation_steps
+        if self._checkpoint is not None and not has_length(trainer.train_dataset):
+            path = self._checkpoint / _file(trainer)
+            if path.is_file():
+                position = json.loads(path.read_text(encoding="utf-8"))["_position"]
+                begun, batches = position["pass"], position["steps"] * batches_per_step
+        self._pass, self._resumed = begun - 1, self._checkpoint is not None
+        self._pass_began = trainer.state.global_step - batches // batches_per_step
+        return begun, batches
 
     def _restore(self, checkpoint: Path) -> None:
         path = checkpoint / _file(self._trainer)
@@ -133,17 +190,15 @@ def _lay_out_buckets(trainer: Trainer) -> None:
         return
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, "buckets")
     rows = [trainer.train_dataset[0]] * trainer.args.per_device_train_batch_size
-    names = ("_metrics", "_total_train_tokens", "_step")
     with generators_kept():
-        kept = {name: copy.deepcopy(getattr(trainer, name)) for name in names if hasattr(trainer, name)}
+        kept = counters(trainer)
         trainer.current_gradient_accumulation_steps = 1
         for _ in range(2):
             batch, items = trainer.get_batch_samples(iter([collate(rows)]), 1, trainer.args.device)
             trainer.accelerator.gradient_state._set_sync_gradients(True)
             type(trainer).training_step(trainer, model, batch[0], items)  # not as wrapped by the guards
         model.zero_grad()
-        for name, value in kept.items():
-            setattr(trainer, name, value)
+        restore_counters(trainer, kept)
 
 
 def _without_drawing(evaluate: Any) -> Any:

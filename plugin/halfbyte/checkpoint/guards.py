@@ -52,6 +52,9 @@ class FiniteSteps(TrainerCallback):
         self._good = torch.where(torch.isfinite(loss), loss.detach(), self._good.to(loss))
         return self._good
 
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._batches, self._losses = [], []  # a step may be done again
+
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -25,7 +25,8 @@ class Manifest:
 
     ``config`` is the resolved configuration, redacted; ``inputs`` are fingerprints of what the configuration
     only names (data, base, chat template); ``decided`` is what the machine decided, for a resume to take over
-    (the save level); ``data_position`` counts in optimizer steps, epochs and batches.
+    (the save level); ``data_position`` counts in epochs and batches, and says how a step was cut into them, which
+    `on_oom: accumulate` may have changed.
     """
 
     step: int

@@ -13,17 +13,18 @@ def advised(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(_advice(trainer, str(error))) from error
+        raise torch.OutOfMemoryError(advice(trainer, str(error))) from error
 
 
-def _advice(trainer: Trainer, told: str) -> str:
+def advice(trainer: Trainer, told: str) -> str:
+    """What ran out where, and what to change, in at most six lines."""
     args = trainer.args
     rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     lines = [f"out of memory in step {trainer.state.global_step + 1}: {(told.splitlines() or [''])[0][:300]}"]
     if rows > 1:
         lines.append(
             f"  the same training in less: `per_device_train_batch_size: {-(-rows // 2)}` and "
-            f"`gradient_accumulation_steps: {accumulation * 2}`"
+            f"`gradient_accumulation_steps: {accumulation * 2}`, as `on_oom: accumulate` does by itself"
         )
     if not args.gradient_checkpointing:
         lines.append("  `gradient_checkpointing: true` recomputes activations instead of keeping them")

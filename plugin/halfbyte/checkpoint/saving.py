@@ -128,6 +128,7 @@ class Saver:
                     "epoch": state.epoch,
                     "batches_per_rank": step * args.gradient_accumulation_steps,
                     "rows_per_batch": args.per_device_train_batch_size,
+                    "batches_per_step": args.gradient_accumulation_steps,
                 },
                 finite=finite,
                 resumable=not args.save_only_model,

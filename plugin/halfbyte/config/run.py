@@ -27,6 +27,14 @@ class RunArguments(ScriptArguments):
             "choices": ["stop", "skip"],
         },
     )
+    on_oom: str = field(
+        default="stop",
+        metadata={
+            "help": "What a step that runs out of memory does: stop the run with advice, or accumulate: halve the "
+            "micro-batches on all ranks, double their number and do the step again.",
+            "choices": ["stop", "accumulate"],
+        },
+    )
     user_special_tokens: str = field(
         default="error",
         metadata={
