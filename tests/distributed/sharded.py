@@ -21,6 +21,7 @@ from halfbyte import QLoRAPlugin
 from halfbyte import recipe as recipes
 from halfbyte.train import main
 from tests import launch, tiny
+from tests.distributed import optimizers
 
 GLOBAL_BATCH = 6
 ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences}
@@ -100,7 +101,8 @@ def train(
     (root / "run.yaml").write_text("\n".join(lines) + "\n")
     words = (recipe, "--config", str(root / "run.yaml"))
     if processes == 1:
-        assert main(recipe, recipes.load(recipe), list(words[1:])) == 0
+        here = optimizers.sft if recipe == "sharded-sft" else recipes.load(recipe)
+        assert main(recipe, here, list(words[1:])) == 0
         return Finished(output, rows)
     done = start(strategy, processes, *words, **extra)
     assert done.returncode == 0, done.stderr[-6000:]

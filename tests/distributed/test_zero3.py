@@ -72,3 +72,17 @@ def test_a_resumed_run_is_bitwise_the_whole_one(
             options |= sharded.resumed(root, runs[0], 3)
         runs.append(sharded.train(root, "sharded-sft", "zero3", 2, options, PYTHONPATH=str(site)))
     sharded.assert_resumed(*runs)
+
+
+@pytest.mark.distributed
+def test_a_bitsandbytes_optimizer_steps_as_in_one_process(tmp_path: Path, model_dir: ModelDir) -> None:
+    site = packages.write(tmp_path / "site", "sharded", ENTRY_POINTS)
+    options = {
+        "model_name_or_path": str(model_dir("llama")),
+        "bitsandbytes_optimizer": "paged_adamw_32bit",
+    }
+    runs = []
+    for processes in (1, 2):
+        (root := tmp_path / f"{processes}").mkdir()
+        runs.append(sharded.train(root, "sharded-sft", "zero3", processes, options, PYTHONPATH=str(site)))
+    sharded.assert_equal(*runs)

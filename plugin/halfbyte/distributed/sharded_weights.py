@@ -65,7 +65,7 @@ def save_adapters_whole(trainer: Trainer) -> None:
     """Have ``trainer`` put the whole adapter into its checkpoints, beside the shards it resumes from.
 
     transformers 5.23 writes no adapter at all with sharded state dicts, and with full ones it first gathers the
-    whole base; under ZeRO-3 it leaves a frozen reference adapter empty (Trainer.save_model).
+    whole base; under ZeRO-3 it writes the trained adapter in a frozen reference's place (Trainer.save_model).
     """
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return
