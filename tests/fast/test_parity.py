@@ -131,7 +131,7 @@ def test_thirty_steps_without_checkpointing(
     theirs = run_trl(model_dir("llama"), arguments(tmp_path, **options), rows)
     ours, _ = run_ours(model_dir("llama"), adapter("llama", 0.0), arguments(tmp_path, **options), rows)
     assert len(ours.losses) == 30
-    assert theirs.losses[0] - theirs.losses[-1] > 100 * within  # they have something to agree on
+    assert theirs.losses[0] - theirs.losses[-1] > 5 * within  # they have something to agree on
     for a, b in zip(ours.losses, theirs.losses, strict=True):
         assert abs(a - b) <= within
 
