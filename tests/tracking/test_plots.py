@@ -53,6 +53,16 @@ def test_a_long_run_is_smoothed_and_nulls_are_left_out(tmp_path: Path) -> None:
     assert [path.name for path in draw(rows, tmp_path, "sft")] == ["loss.png"]
 
 
+def test_what_is_drawn_already_is_left(tmp_path: Path) -> None:
+    rows, drawn = _rows(100), {}
+    before = {path: path.stat().st_mtime_ns for path in draw(rows, tmp_path, "dpo", drawn)}
+    (tmp_path / "margin.png").unlink()
+    rows.append({"step": 110, "loss": 0.1})
+    after = {path: path.stat().st_mtime_ns for path in draw(rows, tmp_path, "dpo", drawn)}
+    assert after.keys() == before.keys()
+    assert {path.name for path in after if after[path] != before[path]} == {"loss.png", "margin.png"}
+
+
 def test_nothing_to_draw(tmp_path: Path) -> None:
     assert draw([], tmp_path / "plots", "sft") == []
     assert not (tmp_path / "plots").exists()

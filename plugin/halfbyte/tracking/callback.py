@@ -66,6 +66,7 @@ class Tracker(TrainerCallback):
         self._progress = RunProgress(bar=not trainer.args.disable_tqdm)
         self._wandb: WandbRun | None = None
         self._warned: set[str] = set()
+        self._drawn: dict[str, Any] = {}
         self._total_steps = 0
         self._finished = False
 
@@ -192,7 +193,8 @@ class Tracker(TrainerCallback):
             # matplotlib takes a second and, for its first run, a cache on disk.
             from halfbyte.tracking import plots
 
-            return plots.draw(self.metrics.rows, self.record.output_dir / "plots", self.record["recipe"])
+            directory = self.record.output_dir / "plots"
+            return plots.draw(self.metrics.rows, directory, self.record["recipe"], self._drawn)
 
         return self._try("the plots", draw) or []
 

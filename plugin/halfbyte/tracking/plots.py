@@ -15,6 +15,7 @@ from halfbyte.tracking.metrics import Row
 from halfbyte.tracking.record import replace_file
 
 Points = list[tuple[int, float]]
+Series = dict[tuple[str, str], Points]
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -45,7 +46,9 @@ PLOTS = (
 )
 
 
-def draw(rows: Sequence[Row], directory: Path, title: str) -> list[Path]:
+def draw(
+    rows: Sequence[Row], directory: Path, title: str, drawn: dict[str, Series] | None = None
+) -> list[Path]:
     """Draws every plot that `rows` have figures for.
 
     Args:
@@ -53,21 +56,25 @@ def draw(rows: Sequence[Row], directory: Path, title: str) -> list[Path]:
             steps).
         directory: where the pictures go.
         title: the run's recipe, set above every picture.
+        drawn: what every picture shows already, by its name; those are left as they are. Brought up to date.
 
     Returns:
-        The files written.
+        The files, written now or before.
     """
     written = []
+    drawn = {} if drawn is None else drawn
     for plot in PLOTS:
         series = _series(rows, plot.keys)
         if series:
             path = directory / f"{plot.name}.png"
-            replace_file(path, _png(plot, series, title))
+            if drawn.get(plot.name) != series or not path.exists():
+                replace_file(path, _png(plot, series, title))
+                drawn[plot.name] = series
             written.append(path)
     return written
 
 
-def _series(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple[str, str], Points]:
+def _series(rows: Sequence[Row], keys: Sequence[str]) -> Series:
     """Points by (key, "train" or the evaluation's name), in the order of `keys`, training first."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     for key in keys:
@@ -86,10 +93,11 @@ def _series(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple[str, str], P
     return {name: sorted(points.items()) for name, points in found.items() if points}
 
 
-def _png(plot: Plot, series: dict[tuple[str, str], Points], title: str) -> bytes:
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+def _png(plot: Plot, series: Series, title: str) -> bytes:
+    # Fixed margins and no mathtext: measuring the text took three quarters of the time of a picture.
+    figure = Figure(figsize=(7, 4.2), dpi=150)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.11, 0.13, 0.86, 0.76))
     for index, ((key, part), points) in enumerate(series.items()):
         if len(plot.keys) == 1:
             label, colour = part, _COLOURS[index % len(_COLOURS)]
@@ -110,14 +118,16 @@ def _png(plot: Plot, series: dict[tuple[str, str], Points], title: str) -> bytes
     axes.set_xlabel("step")
     axes.set_ylabel(plot.label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(
+        picture, format="png", pil_kwargs={"compress_level": 1}
+    )  # the default took longer than drawing
     return picture.getvalue()
 
 
