@@ -5,8 +5,9 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers.trainer import safe_globals
 
 from halfbyte.checkpoint import manifest, saving
 from halfbyte.checkpoint.resume import find
+from tests.checkpoint.killer import at_each_touch
 from tests.checkpoint.runs import Finished, assert_equal, entries, options, run
 
 Cut = Callable[..., Path]
@@ -138,24 +140,88 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     assert_equal(finished.output, output)
 
 
+@contextmanager
+def read_only(output: Path) -> Iterator[None]:
+    """Everything in ``output`` as on a file system that has become read-only under the run.
+
+    By a mount over it, where this process may mount; else every touch of a file fails as it would there.
+    """
+    mounted = _mount("--bind", str(output), str(output))
+    if mounted:
+        assert _mount("-o", "remount,ro,bind", str(output))
+    refusing = not mounted
+
+    def refuse(event: str, path: str) -> None:
+        if (
+            refusing
+            and path.startswith(str(output))
+            and (event != "open" or path.endswith((" w", " wb", " a")))
+        ):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    if refusing:
+        at_each_touch(refuse)
+    try:
+        yield
+    finally:
+        refusing = False
+        if mounted:
+            subprocess.run(["umount", str(output)], check=True)
+
+
+def _mount(*words: str) -> bool:
+    try:
+        return subprocess.run(["mount", *words], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def before_the_save(step: int, do: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    save = saving.Saver.save
+
+    def wrapped(self: saving.Saver, *args: object) -> None:
+        if self._trainer.state.global_step == step:
+            do()
+        save(self, *args)
+
+    monkeypatch.setattr(saving.Saver, "save", wrapped)
+
+
+def assert_a_clear_end(told: str, output: Path, reason: str) -> None:
+    assert f"cannot save {output / 'checkpoint-4'}" in told
+    assert reason in told
+    assert "bytes free" not in told
+    assert "Traceback" not in told
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize("fault", ["read-only", "removed"])
-def test_a_directory_that_cannot_be_written_ends_the_run(
+def test_a_disk_that_becomes_read_only(finished: Finished, tmp_path: Path, monkeypatch, capsys) -> None:
+    output = tmp_path / "run"
+    with ExitStack() as until_the_end:
+        before_the_save(4, lambda: until_the_end.enter_context(read_only(output)), monkeypatch)
+        assert run("sft", finished.options(output)) == 1
+    told = capsys.readouterr().err
+    assert_a_clear_end(told, output, "Read-only file system")
+    assert f"{output / 'checkpoint-2'} is whole" in told
+    monkeypatch.undo()
+    assert names(output) == {"checkpoint-2"}
+    assert run("sft", finished.options(output), "--resume_from_checkpoint", "auto") == 0
+    assert_equal(finished.output, output)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", ["moved", "removed"])
+def test_a_directory_taken_away_in_mid_run(
     finished: Finished, tmp_path: Path, monkeypatch, capsys, fault: str
 ) -> None:
-    output, make_room = tmp_path / "run", saving.Saver._make_room
-
-    def begin(self: saving.Saver, needed: int) -> None:
-        if self._trainer.state.global_step == 4:
-            if fault == "read-only":
-                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self.pending))
-            shutil.rmtree(output)
-        make_room(self, needed)
-
-    monkeypatch.setattr(saving.Saver, "_make_room", begin)
+    """It is not made anew; where it was only moved, its checkpoint is resumed from."""
+    output, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    take = {"moved": lambda: output.rename(elsewhere), "removed": lambda: shutil.rmtree(output)}
+    before_the_save(4, take[fault], monkeypatch)
     assert run("sft", finished.options(output)) == 1
-    told = capsys.readouterr().err
-    assert f"cannot save {output / 'checkpoint-4'}" in told
-    assert {"read-only": "Read-only", "removed": "No such file"}[fault] in told
-    assert "Traceback" not in told
-    assert names(output) == (set() if fault == "removed" else {"checkpoint-2"})
+    assert_a_clear_end(capsys.readouterr().err, output, "No such file")
+    assert not output.exists()
+    monkeypatch.undo()
+    if fault == "moved":
+        assert run("sft", finished.options(elsewhere), "--resume_from_checkpoint", "auto") == 0
+        assert_equal(finished.output, elsewhere)

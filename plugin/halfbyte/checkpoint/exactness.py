@@ -2,10 +2,11 @@
 
 The Trainer restores weights, optimizer, scheduler, its state and the random generators. It forgets the
 losses and metrics gathered since the last row of the log and TRL's count of tokens; it takes a stream for one
-endless pass; an evaluation draws from the generators that training uses; a finished run trains a step too
-many; and DDP lays out its buckets anew.
+endless pass, and has samplers draw their order anew; an evaluation draws from the generators that training
+uses; a finished run trains a step too many; and DDP lays out its buckets anew.
 """
 
+import base64
 import contextlib
 import copy
 import functools
@@ -39,7 +40,7 @@ def write_progress(trainer: Trainer, directory: Path) -> None:
     values["_tr_loss"] = trainer._tr_loss.item()
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, _Exactness):
-            values["_position"] = callback.position()
+            values |= callback.place()
     with contextlib.suppress(TypeError):  # a stranger's trainer may keep other things under this name
         values["_metrics"] = _plain(getattr(trainer, "_metrics", {}))
     (directory / _file(trainer)).write_text(json.dumps(values), encoding="utf-8")
@@ -85,23 +86,25 @@ def restore_counters(trainer: Trainer, kept: dict[str, Any]) -> None:
 class _Exactness(TrainerCallback):
     def __init__(self, trainer: Trainer, checkpoint: Path | None) -> None:
         self._trainer, self._checkpoint = trainer, checkpoint
-        self._pass, self._pass_began, self._resumed = (
-            -1,
-            0,
-            False,
-        )  # the pass over the data, and its first step
+        self._pass, self._pass_began = -1, 0  # the pass over the data, from 0, and the steps before it
+        self._generator, self._within = torch.get_rng_state(), False  # a resume begins within a pass
         self._init_state = trainer._init_training_state
         trainer._init_training_state = self._find_the_pass
 
-    def position(self) -> dict[str, int]:
-        """Which pass over the data this is, from 0, and the steps that were made in it."""
-        return {"pass": self._pass, "steps": self._trainer.state.global_step - self._pass_began}
+    def place(self) -> dict[str, Any]:
+        """Which pass over the data this is, from 0, the steps made in it, and torch's generator when it began."""
+        drawn = base64.b64encode(bytes(self._generator.tolist())).decode()
+        steps = self._trainer.state.global_step - self._pass_began
+        return {"_pass": self._pass, "_steps": steps, "_generator": drawn}
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._pass += 1
-        if not self._resumed:
-            self._pass_began = state.global_step
-        self._resumed = False
+        if not self._within:
+            self._pass_began, self._generator = state.global_step, torch.get_rng_state()
+        else:
+            # Some samplers draw their order from it; the Trainer then restores what the checkpoint has.
+            torch.set_rng_state(self._generator)
+        self._within = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self._trainer
@@ -130,12 +133,15 @@ class _Exactness(TrainerCallback):
         """The pass and the batches to skip in it: upstream does not know where a stream began again."""
         begun, batches = self._init_state(*args, **kwargs)
         trainer, batches_per_step = self._trainer, self._trainer.args.gradient_accumulation_steps
-        if self._checkpoint is not None and not has_length(trainer.train_dataset):
-            path = self._checkpoint / _file(trainer)
-            if path.is_file():
-                position = json.loads(path.read_text(encoding="utf-8"))["_position"]
-                begun, batches = position["pass"], position["steps"] * batches_per_step
-        self._pass, self._resumed = begun - 1, self._checkpoint is not None
+        path = self._checkpoint / _file(trainer) if self._checkpoint is not None else None
+        if path is not None and path.is_file():
+            place = json.loads(path.read_text(encoding="utf-8"))
+            if not has_length(trainer.train_dataset):
+                begun, batches = place["_pass"], place["_steps"] * batches_per_step
+            if batches:
+                self._generator = torch.tensor(list(base64.b64decode(place["_generator"])), dtype=torch.uint8)
+                self._within = True
+        self._pass = begun - 1
         self._pass_began = trainer.state.global_step - batches // batches_per_step
         return begun, batches
 

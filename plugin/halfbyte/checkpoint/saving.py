@@ -5,6 +5,7 @@ ranks have written before rank 0 renames, and none goes on before it has.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from halfbyte.tracking.record import plain
 from halfbyte.tracking.redaction import redact
 
 PENDING = "_pending-checkpoint"  # upstream pushes no name that begins with an underscore
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SPACE = 2  # free bytes wanted, in sizes of a checkpoint
 
 
@@ -195,7 +197,8 @@ class Saver:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self.output_dir).free
-            reason += f"; it needs {_SPACE * needed:,} bytes free (twice its size), and {free:,} are"
+            if free < _SPACE * needed or _full(error):
+                reason += f"; it needs {_SPACE * needed:,} bytes free (twice its size), and {free:,} are"
         left = (
             f"{last} is whole, `--resume_from_checkpoint auto` goes on from it"
             if last
@@ -218,6 +221,12 @@ def without_pickled_arguments() -> Iterator[None]:
         yield
     finally:
         torch.save = save
+
+
+def _full(error: Exception) -> bool:
+    """Whether a write failed for want of space, in Python's words, Rust's or those of torch's writer."""
+    words = ("No space left", "os error 28", "PytorchStreamWriter", "unexpected pos")
+    return getattr(error, "errno", None) in _FULL or any(word in str(error) for word in words)
 
 
 def _good(path: Path) -> bool:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import mmap
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,11 @@ from halfbyte.errors import UserError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 ACCEPTED = "json, jsonl, csv, parquet, arrow, a `save_to_disk` directory, or a directory of such files"
+# What a file begins with, in an array or not; of a file of lines, any of them.
+_NULL_ROW = {
+    ".json": re.compile(rb"\A(?:\xef\xbb\xbf)?\s*\[?\s*null\b"),
+    ".jsonl": re.compile(rb"\A(?:\xef\xbb\xbf)?\s*\[?\s*null\b|\n[ \t\r]*null[ \t\r]*(?:\n|\Z)"),
+}
 
 Splits = Mapping[str, Any]  # split name -> Dataset, or IterableDataset when streaming
 
@@ -123,7 +130,18 @@ def _builder(path: Path) -> str:
         )
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
+    _refuse_null_rows(path)
     return BUILDERS[path.suffix]
+
+
+def _refuse_null_rows(path: Path) -> None:
+    """Refuse JSON with rows that are `null`: Arrow crashes on one that comes first (apache/arrow#47409)."""
+    if path.suffix not in _NULL_ROW or path.stat().st_size == 0:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if (found := _NULL_ROW[path.suffix].search(content)) is not None:
+            line = content[: found.end()].rstrip().count(b"\n") + 1
+            raise UserError(f"{path}: line {line} is `null`, which is no row; take it out")
 
 
 def _literal(path: Path) -> str:
@@ -158,6 +176,8 @@ def _refuse_strays(name: str, path: Path, config: str | None) -> None:
     with reading(name):
         files = datasets.load_dataset_builder(str(path), name=config).config.data_files or {}
     used = {Path(str(file)).resolve() for paths in files.values() for file in paths}
+    for file in sorted(used & present):
+        _refuse_null_rows(file)
     # A README may declare configurations, and then the rest belongs to the others.
     strays = sorted(str(file.relative_to(path.resolve())) for file in present - used)
     if strays and not (path / "README.md").exists():

@@ -132,8 +132,7 @@ class Tracker(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
-            self._update_record()
-            self.record.write()
+            self._write_record()
             self._draw()
             self._throughput.resume()
 
@@ -160,12 +159,16 @@ class Tracker(TrainerCallback):
         self._progress.end()
         if not self.record["peak_memory_bytes"]:  # stopped before the ranks could say
             self.record.update(peak_memory_bytes=[peak_memory_bytes()])
-        self._update_record()
         self.record.update(status=status, next=next_command)
-        self.record.write()
-        plots = self._draw()
-        self.write_card()
-        self.metrics.close()
+        there = self.record.output_dir.is_dir()  # if it was taken away, that is not undone
+        if status == "completed":
+            self._write_record()
+        elif there:
+            self._try("run.json", self._write_record)
+        plots = self._draw() if there else []
+        if there:
+            self.write_card()
+        self._try("metrics.jsonl", self.metrics.close)
         where = self._wandb.finish(0 if status == "completed" else 1) if self._wandb is not None else None
         self._print_summary(plots, where)
 
@@ -185,6 +188,10 @@ class Tracker(TrainerCallback):
         self._update_record()
         replace_file(self.record.output_dir / "README.md", model_card(self.record, model_name).encode())
 
+    def _write_record(self) -> None:
+        self._update_record()
+        self.record.write()
+
     def _update_record(self) -> None:
         self.record.update(metrics=self.metrics.summary(), checkpoints=_checkpoints(self.record.output_dir))
 
@@ -199,7 +206,7 @@ class Tracker(TrainerCallback):
         return self._try("the plots", draw) or []
 
     def _try(self, what: str, write: Callable[[], Any]) -> Any:
-        """Pictures and prose never stop training: their failures are said once."""
+        """Pictures and prose never stop training, nor hide how it failed: their failures are said once."""
         try:
             return write()
         except Exception as error:
