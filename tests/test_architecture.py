@@ -15,7 +15,7 @@ RECIPES = ROOT / "recipes" / "halfbyte_recipes"
 LAYERS = [
     {"errors"},
     {"config", "quantization", "adapters", "optimizers", "data", "distributed", "output"},
-    {"fast", "checkpoint", "tracking", "plan"},
+    {"arguments", "fast", "checkpoint", "tracking", "plan"},
     {"plugin"},
     {"recipe"},
     {"train", "demo"},

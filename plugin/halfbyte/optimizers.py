@@ -7,11 +7,12 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 
 from halfbyte.errors import UserError
 
 DEFAULT = "paged_adamw_32bit"
+_ANY_STEPS = 10_000
 
 # bitsandbytes pages optimizer state through CUDA's unified memory; elsewhere it warns and drops the paging.
 _OFF_CUDA = {
@@ -37,12 +38,19 @@ def resolve(optim: str, device_type: str) -> tuple[str, str | None]:
 
 
 def check(trainer: Trainer) -> None:
-    """Raise :class:`UserError` if the optimizer cannot be made here: most often its package is missing."""
+    """Raise :class:`UserError` if the optimizer or its schedule cannot be made: before the run begins, that is."""
+    args = trainer.args
     try:
-        Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        Trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     except (ImportError, ValueError) as error:
-        name = getattr(trainer.args.optim, "value", trainer.args.optim)
+        name = getattr(args.optim, "value", args.optim)
         raise UserError(f"optim: {name}: {str(error).splitlines()[0]}") from error
+    nothing = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(args.lr_scheduler_type, nothing, 1, _ANY_STEPS, args.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise UserError(f"lr_scheduler_type: {name}: {error}; see lr_scheduler_kwargs") from error
 
 
 def create(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:

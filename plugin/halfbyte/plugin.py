@@ -1,9 +1,8 @@
 """QLoRAPlugin: one dataclass that loads a 4-bit base, puts adapters on it and builds any TRL trainer over it."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
 
@@ -15,23 +14,13 @@ from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from halfbyte import adapters, data, distributed, optimizers, quantization
+from halfbyte import adapters, arguments, data, distributed, optimizers, quantization
 from halfbyte import fast as fast_step  # `fast` is an option here
 from halfbyte.distributed import fsdp2, zero3
 from halfbyte.errors import UserError
 
 _EVA_BATCHES = 32
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-# Training arguments a QLoRA run wants other than upstream's, for any TRL config class.
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "optim": optimizers.DEFAULT,
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    # Adapters take part in every step; looking for unused ones breaks non-reentrant checkpointing under DDP.
-    "ddp_find_unused_parameters": False,
-    "report_to": "wandb",
-}
 
 
 @dataclass
@@ -101,6 +90,9 @@ class QLoRAPlugin(ModelConfig):
         if self.fast not in ("auto", "none"):
             raise UserError(f"fast: {self.fast!r} is not a choice; write `auto` or `none`")
         fast_step.check_memory_budget(self.memory_budget)
+        if not self.use_peft and (self.loraplus_lr_ratio is not None or self.init_lora_weights is not None):
+            option = "loraplus_lr_ratio" if self.loraplus_lr_ratio is not None else "init_lora_weights"
+            raise UserError(f"{option}: has no effect without adapters; take it out, or `use_peft: false`")
         if self.load_in_4bit and not self.use_peft:
             raise UserError(
                 "use_peft: false on a 4-bit base trains nothing; write `load_in_4bit: false` as well to train "
@@ -117,7 +109,7 @@ class QLoRAPlugin(ModelConfig):
         source = adapter if adapter is not None and _has_tokenizer(adapter) else name
         tokenizer, added = data.prepare_tokenizer(
             source,
-            revision=self.model_revision if source == name else "main",
+            revision=self._revision(adapter) if source == name else "main",
             trust_remote_code=args.trust_remote_code,
             training=args,
             additional_special_tokens=self.additional_special_tokens,
@@ -128,10 +120,11 @@ class QLoRAPlugin(ModelConfig):
 
     def base_record(self) -> dict[str, Any]:
         """What run.json says of the base: name, revision, fingerprint, and its bytes once it is loaded."""
-        name, _ = self.resolve()
-        sha = quantization.fingerprint(name, self.model_revision)
+        name, adapter = self.resolve()
+        revision = self._revision(adapter)
+        sha = quantization.fingerprint(name, revision)
         measured = self.coverage.as_dict() if self.coverage is not None else {}
-        return {"name": name, "revision": self.model_revision, "sha": sha, **measured}
+        return {"name": name, "revision": revision, "sha": sha, **measured}
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype the base computes in on ``device``: what ``dtype`` says, else the device's best.
@@ -177,15 +170,19 @@ class QLoRAPlugin(ModelConfig):
         model_init_kwargs: dict[str, Any],
     ) -> PreTrainedModel | PeftModel:
         name, adapter = self.resolve(model)
-        device = PartialState().device
-        base = self._load_base(name, device, trust_remote_code, model_init_kwargs)
+        revision, device = self._revision(adapter), PartialState().device
+        added_token_ids = list(added_token_ids)
+        if adapter is not None:
+            self._check_saved(adapter, name, revision, added_token_ids)
+        base = self._load_base(name, revision, device, trust_remote_code, model_init_kwargs)
         if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
             # Mean resizing draws at random: the new rows must be the same on every rank and after a reload.
             base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         if not self.use_peft:
             return base
         if adapter is not None:
-            adapters.same_base(adapter, name, quantization.fingerprint(name, self.model_revision))
+            # Again: a base that was not on this machine has a fingerprint now.
+            adapters.same_base(adapter, name, revision, quantization.fingerprint(name, revision))
             loaded = adapters.continue_from(base, adapter)
         else:
             loaded = adapters.attach(
@@ -196,6 +193,22 @@ class QLoRAPlugin(ModelConfig):
             )
         distributed.check_adapters(loaded.peft_config.values())
         return loaded
+
+    def _check_saved(self, adapter: str, base: str, revision: str, added_token_ids: list[int]) -> None:
+        """Raise :class:`UserError` for what a saved adapter would silently not do; before the base is loaded."""
+        if not self.use_peft:
+            raise UserError(
+                f"use_peft: false trains the base without the adapter {adapter!r}; take one of the two out"
+            )
+        if added_token_ids:
+            raise UserError(
+                f"additional_special_tokens: the adapter {adapter!r} was trained without them, and their rows would "
+                f"stay as they are; name them where the adapter is made, or start a fresh one"
+            )
+        asked = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+        defaults = vars(QLoRAPlugin())
+        adapters.options_of(adapter, {key: value for key, value in asked.items() if value != defaults[key]})
+        adapters.same_base(adapter, base, revision, quantization.fingerprint(base, revision))
 
     def _make_fast(
         self, model: PreTrainedModel | PeftModel, trainer: Trainer | None = None, *, checkpointing: bool
@@ -234,7 +247,8 @@ class QLoRAPlugin(ModelConfig):
             zero3.refuse_precision(self.dtype, bf16=args.bf16, fp16=args.fp16)
             zero3.refuse_loraplus(self.loraplus_lr_ratio)
         _, adapter = self.resolve(model)
-        for line in self._mend(args):
+        self.dtype, lines = arguments.mend(args, dtype=self.dtype, use_peft=self.use_peft)
+        for line in lines:
             _say(line)
         added_token_ids: list[int] = []
         if processing_class is None:
@@ -251,7 +265,7 @@ class QLoRAPlugin(ModelConfig):
         with (
             adapters.kept_in_float32(loaded),
             adapters.whole_reference(loaded),
-            _spent(args, "model_init_kwargs", "chat_template_path"),
+            arguments.hidden(args, "model_init_kwargs", "chat_template_path"),
         ):
             trainer = trainer_cls(model=loaded, args=args, processing_class=processing_class, **kwargs)
         optimizers.check(trainer)
@@ -281,29 +295,29 @@ class QLoRAPlugin(ModelConfig):
             config.target_modules = {targets}
         if self.lora_exclude_modules:
             config.exclude_modules = set(self.lora_exclude_modules)
+        config.revision = self.model_revision if self.model_revision != "main" else None
         return config
 
     def resolve(self, model: str | None = None) -> tuple[str, str | None]:
-        """Return the base to load and the adapter to start from, if any.
+        """Return the base to load and the directory of the adapter to start from, if any.
 
         An adapter directory given as the model stands for its base and itself.
         """
-        name, adapter = model or self.model_name_or_path, self.adapter_name_or_path
-        if name is not None and adapters.adapter_directory(name) is not None:
-            if adapter is not None and adapter != name:
-                raise UserError(
-                    f"model_name_or_path {name!r} is an adapter directory, and adapter_name_or_path {adapter!r} "
-                    f"names another: give one of them"
-                )
-            return adapters.base_of(name), name
-        if name is None and adapter is not None:
-            name = adapters.base_of(adapter)
-        if name is None:
-            raise UserError("no model: write `model_name_or_path` (a hub id or a directory)")
-        return name, adapter
+        return adapters.resolve(model or self.model_name_or_path, self.adapter_name_or_path)
+
+    def _revision(self, adapter: str | None) -> str:
+        """The base's revision: the one that is given, else the one that the adapter was trained on."""
+        if self.model_revision != "main" or adapter is None:
+            return self.model_revision
+        return adapters.revision_of(adapter)
 
     def _load_base(
-        self, name: str, device: torch.device, trust_remote_code: bool, model_init_kwargs: dict[str, Any]
+        self,
+        name: str,
+        revision: str,
+        device: torch.device,
+        trust_remote_code: bool,
+        model_init_kwargs: dict[str, Any],
     ) -> PreTrainedModel:
         dtype = self.compute_dtype(device)
         if not self.use_peft:
@@ -321,7 +335,7 @@ class QLoRAPlugin(ModelConfig):
             quantization=self._quantization_config(dtype),
             dtype=dtype,
             device=device,
-            revision=self.model_revision,
+            revision=revision,
             trust_remote_code=trust_remote_code,
             task_type=self.lora_task_type,
             **options,
@@ -345,38 +359,6 @@ class QLoRAPlugin(ModelConfig):
                     _say(line)
         return config
 
-    def _mend(self, args: Any) -> list[str]:
-        """Change in ``args`` what 4-bit training must have; return a line for each change."""
-        lines = []
-        optim, line = optimizers.resolve(str(getattr(args.optim, "value", args.optim)), args.device.type)
-        if line is not None:
-            args.optim = type(args.optim)(optim)
-            lines.append(line)
-        if args.ddp_find_unused_parameters is None and self.use_peft:
-            args.ddp_find_unused_parameters = False
-        checkpointing = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
-        if args.gradient_checkpointing:
-            args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = checkpointing
-            if checkpointing["use_reentrant"] and args.world_size > 1:
-                raise UserError(
-                    "gradient_checkpointing_kwargs: use_reentrant: true fails under DDP with adapters "
-                    "(a parameter is marked ready twice); take it out"
-                )
-        return lines
-
-
-@contextmanager
-def _spent(args: Any, *fields: str) -> Iterator[None]:
-    """Hide options that halfbyte has acted on from TRL, which would act on them again or warn."""
-    kept = {name: getattr(args, name) for name in fields if hasattr(args, name)}
-    for name in kept:
-        setattr(args, name, None)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(args, name, value)
-
 
 def _first_batches(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
     """The first collated training batches, the same on every rank and drawing no random numbers."""
@@ -389,7 +371,7 @@ def _first_batches(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
 
 
 def _has_tokenizer(directory: str) -> bool:
-    path = adapters.adapter_directory(directory)
+    path = adapters.directory_of(directory)
     return path is not None and (path / "tokenizer_config.json").is_file()
 
 

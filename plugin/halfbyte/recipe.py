@@ -31,7 +31,8 @@ class Recipe:
     ``config`` is a TRL config class or a subclass of one. ``data`` names the columns the trainer reads
     and has every row checked. ``build(config, plugin, data)`` makes the trainer where the default,
     ``plugin.trainer(trainer, args=config, ...)``, does not do: reward functions, a value model. ``next``
-    is the command to suggest when the run is over; ``{output_dir}`` and ``{model}`` are filled in.
+    is the command to suggest when the run is over; ``{output_dir}``, ``{model}`` and ``{start}``, the option that
+    starts from what was trained, are filled in.
     """
 
     config: type

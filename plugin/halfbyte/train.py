@@ -4,9 +4,10 @@ Everything that can fail on what the user wrote fails before the output director
 """
 
 import os
+import re
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,17 +18,18 @@ import torch
 from accelerate import PartialState
 from datasets import disable_progress_bars
 from transformers import Trainer
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging as transformers_logging
 from trl import DatasetMixtureConfig
 
-from halfbyte import config, data, distributed, fast, optimizers, tracking
+from halfbyte import adapters, arguments, config, data, distributed, fast, optimizers, tracking
 from halfbyte.checkpoint import accumulation, changes, exactness, guards, manifest, memory, saving, signals
 from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.config import RunArguments, Settings
 from halfbyte.distributed import zero3
 from halfbyte.errors import Stopped, UserError
 from halfbyte.output import claim, left_as_it_was, save_final
-from halfbyte.plugin import TRAINING_DEFAULTS, QLoRAPlugin
+from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe
 
 _UPSTREAM = ("trl", "transformers")
@@ -43,6 +45,7 @@ class Run:
     training: Any
     plugin: QLoRAPlugin
     mixture: DatasetMixtureConfig
+    given: Collection[str]
     resolved: dict[str, Any]
     resume: Resume
     resume_command: str
@@ -57,6 +60,20 @@ def main(name: str, recipe: Recipe, argv: list[str]) -> int:
         summary=recipe.summary,
         defaults=training_defaults(recipe.config),
     )
+    try:
+        _run(name, recipe, argv, settings)
+    except UserError as error:
+        key, colon, what = str(error).partition(":")
+        if not colon or key not in settings.given:
+            raise
+        raise UserError(f"{settings.at(key)}:{what}") from error
+    if torch.distributed.is_initialized():
+        # Only when all went well: a rank that failed leaves without waiting for the others.
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _run(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> None:
     _quieten()
     distributed.refuse_unsupported()
     on_cpu = bool("use_cpu" in settings.given and settings["use_cpu"])
@@ -73,15 +90,12 @@ def main(name: str, recipe: Recipe, argv: list[str]) -> int:
         training,
         plugin,
         mixture,
+        settings.given,
         settings.resolved(),
         resume,
         resume_command(name, argv),
     )
     _train(run, strategy, lines)
-    if torch.distributed.is_initialized():
-        # Only when all went well: a rank that failed leaves without waiting for the others.
-        torch.distributed.destroy_process_group()
-    return 0
 
 
 def training_defaults(cls: type) -> dict[str, Any]:
@@ -91,7 +105,7 @@ def training_defaults(cls: type) -> dict[str, Any]:
         owner = next((base for base in cls.__mro__ if field in vars(base).get("__annotations__", {})), cls)
         return owner.__module__.partition(".")[0]
 
-    return {field: value for field, value in TRAINING_DEFAULTS.items() if declares(field) in _UPSTREAM}
+    return {field: value for field, value in arguments.DEFAULTS.items() if declares(field) in _UPSTREAM}
 
 
 def decide(settings: Settings, recorded: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
@@ -106,7 +120,7 @@ def decide(settings: Settings, recorded: Mapping[str, Any] = MappingProxyType({}
                 f"and launch with a file of launch/ (see README.md, Support)"
             )
     state = _join_the_others(settings)
-    lines = [_decide_precision(settings, state.device, recorded)]
+    lines = [_decide_precision(settings, state.device, recorded), *_take_over_adapter(settings)]
     if zero3.requested():
         for key in {"bf16", "fp16"} - settings.given.keys():
             settings.override(key, False)
@@ -115,13 +129,20 @@ def decide(settings: Settings, recorded: Mapping[str, Any] = MappingProxyType({}
     if line is not None:
         settings.override("optim", optim)
         lines.append(line)
-    if "report_to" not in settings.given and not tracking.wandb_ready():
+    if "report_to" not in settings.given and (missing := tracking.wandb_missing()) is not None:
         settings.set_default("report_to", "none")
         lines.append(
-            "wandb: no login found, so nothing is reported; `wandb login` or WANDB_MODE=offline turns it on"
+            f"wandb: {missing}, so nothing is reported; `wandb login` or WANDB_MODE=offline turns it on"
         )
-    tracking.check_wandb(settings["report_to"])
+    _check_reports(settings["report_to"])
     return lines
+
+
+def _check_reports(report_to: str | list[str] | None) -> None:
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    if missing := sorted(set(names) - {"none", "all", *get_available_reporting_integrations()}):
+        raise UserError(f"report_to: {', '.join(missing)}: not installed here; install it, or leave it out")
+    tracking.check_wandb(names)
 
 
 def _join_the_others(settings: Settings) -> PartialState:
@@ -166,6 +187,20 @@ def _decide_precision(settings: Settings, device: torch.device, recorded: Mappin
         settings.override("bf16", False if settings["fp16"] else dtype == "bfloat16")
     distributed.refuse_precision(dtype, why)
     return f"compute dtype: {dtype} ({why})"
+
+
+def _take_over_adapter(settings: Settings) -> list[str]:
+    """Set the options that a saved adapter has decided to what it was made with."""
+    names = settings["model_name_or_path"], settings["adapter_name_or_path"]
+    if not settings["use_peft"] or names == (None, None):
+        return []
+    _, adapter = adapters.resolve(*names)
+    if adapter is None:
+        return []
+    theirs = adapters.options_of(adapter, {key: settings[key] for key in settings.given if key in settings})
+    for key, value in theirs.items():
+        settings.override(key, value)
+    return [f"adapter: {adapter}, rank {theirs['lora_r']}, alpha {theirs['lora_alpha']}, as it was made"]
 
 
 def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
@@ -277,8 +312,8 @@ def resume_command(name: str, argv: list[str]) -> str:
         elif kept and kept[-1].startswith("--") and not word.startswith("--"):
             word = str(tracking.redact(word, kept[-1]))
         kept.append(word)
-    launcher = "accelerate launch ... -m halfbyte" if PartialState().num_processes > 1 else "halfbyte"
-    return f"{launcher} {shlex.join([name, *kept])} --resume_from_checkpoint auto"
+    launcher = distributed.launch_command([name, *argv])
+    return shlex.join([*(launcher or ["halfbyte"]), name, *kept, "--resume_from_checkpoint", "auto"])
 
 
 def _changed(run: Run, now: Mapping[str, Any]) -> list[str]:
@@ -290,16 +325,24 @@ def _changed(run: Run, now: Mapping[str, Any]) -> list[str]:
 
 
 def _build(run: Run, rows: data.RunData) -> Trainer:
+    """The recipe's trainer; what upstream refuses while it is made is the user's to mend."""
     recipe = run.recipe
-    if recipe.build is not None:
-        return recipe.build(run.training, run.plugin, rows)
-    assert recipe.trainer is not None
-    return run.plugin.trainer(
-        data.counted(recipe.trainer, rows.report),
-        args=run.training,
-        train_dataset=rows.train,
-        eval_dataset=rows.eval,
-    )
+    try:
+        if recipe.build is not None:
+            return recipe.build(run.training, run.plugin, rows)
+        assert recipe.trainer is not None
+        return run.plugin.trainer(
+            data.counted(recipe.trainer, rows.report),
+            args=run.training,
+            train_dataset=rows.train,
+            eval_dataset=rows.eval,
+        )
+    except UserError:
+        raise
+    except (ValueError, NotImplementedError, ImportError, ConnectionError) as error:
+        text = " ".join(str(error).split())
+        named = [key for key in run.given if re.search(rf"(?<!\w){key}(?!\w)", text)]
+        raise UserError(f"{named[0] if named else run.name}: {text}") from error
 
 
 def _evaluated_last(trainer: Trainer) -> bool:
@@ -311,7 +354,12 @@ def _evaluated_last(trainer: Trainer) -> bool:
 def _next_command(run: Run) -> str | None:
     if run.recipe.next is None:
         return None
-    return run.recipe.next.format(output_dir=run.training.output_dir, model=run.plugin.resolve()[0])
+    option = "adapter_name_or_path" if run.plugin.use_peft else "model_name_or_path"
+    return run.recipe.next.format(
+        output_dir=run.training.output_dir,
+        model=run.plugin.resolve()[0],
+        start=f"--{option} {run.training.output_dir}",
+    )
 
 
 def _hide_hub_token(training: Any) -> None:

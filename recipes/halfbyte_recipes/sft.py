@@ -20,5 +20,5 @@ recipe = Recipe(
     trainer=SFTTrainer,
     data=Text,
     summary="Supervised fine-tuning on text, prompt-completion pairs or conversations",
-    next="halfbyte dpo --adapter_name_or_path {output_dir} --dataset_name PREFERENCES --output_dir {output_dir}-dpo",
+    next="halfbyte dpo {start} --dataset_name PREFERENCES --output_dir {output_dir}-dpo",
 )

@@ -45,8 +45,6 @@ def refuse(trainer: Trainer) -> None:
         reason = "ranks that gather a divided base in the forward cannot leave it alone; launch with DDP"
     elif any(getattr(type(trainer), name) is not getattr(Trainer, name) for name in _STOCK):
         reason = f"{type(trainer).__name__} makes its batches itself, and they cannot be cut up"
-    elif args.auto_find_batch_size:
-        reason = "auto_find_batch_size begins the run anew with fewer rows a step; take it out"
     elif args.dataloader_drop_last:
         reason = "with dataloader_drop_last smaller micro-batches make longer epochs; take it out"
     if reason is not None:

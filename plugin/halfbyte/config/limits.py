@@ -63,14 +63,21 @@ DPO_LOSSES = (
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 
-# What configurations written for other versions say, and what to write now.
+# What configurations written for other versions and libraries say, and what to write here.
 RENAMED = {
+    "batch_size": "write per_device_train_batch_size",
+    "epochs": "write num_train_epochs",
     "evaluation_strategy": "write eval_strategy",
     "group_by_length": "write train_sampling_strategy: group_by_length",
+    "learning_rate_scheduler": "write lr_scheduler_type",
     "logging_dir": "set TENSORBOARD_LOGGING_DIR on the command line",
+    "lora_rank": "write lora_r",
+    "lr": "write learning_rate",
+    "lr_scheduler": "write lr_scheduler_type",
     "max_prompt_length": "write max_length, which bounds prompt and completion together",
     "max_seq_length": "write max_length",
     "no_cuda": "write use_cpu: true",
+    "num_epochs": "write num_train_epochs",
     "torch_dtype": "write dtype",
     "warmup_ratio": "write warmup_steps: a number below 1 is a share of all steps",
 }

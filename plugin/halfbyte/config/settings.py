@@ -165,7 +165,7 @@ def _unknown(key: str, fields: Mapping[str, Field], prog: str) -> str:
     if name in launcher_keys():
         return (f"belongs to the launcher; write accelerate launch --num_processes N "
                 f"[--config_file launch/X.yaml] -m {prog} ...")  # fmt: skip
-    close = difflib.get_close_matches(name.lower(), fields, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), fields, n=1)
     nearest = f"; did you mean {close[0]}?" if close else ""
     return f"unknown option{nearest} ({prog} --help lists all)"
 
@@ -193,6 +193,9 @@ def _across(settings: Settings) -> list[str]:
         if settings["load_in_4bit"] and not settings["use_peft"]:
             text = "a 4-bit base trains only through adapters; write use_peft: true or load_in_4bit: false"
             mistakes.append(f"{settings.at(key)}: {text}")
+    if "auto_find_batch_size" in settings and settings["auto_find_batch_size"]:
+        text = "begins the run anew with a smaller batch; write on_oom: accumulate, which keeps the batch"
+        mistakes.append(f"{settings.at('auto_find_batch_size')}: {text}")
     if "report_to" in settings.given and settings["report_to"] is None:
         mistakes.append(f"{settings.at('report_to')}: null names nothing; write none or wandb")
     return mistakes

@@ -94,6 +94,10 @@ def restore(entry: Path, run: Path) -> bool:
         return False
     if intact:
         shutil.copytree(entry, run, ignore=shutil.ignore_patterns(_MANIFEST))
+        record = run / "run.json"
+        text = record.read_text(encoding="utf-8")
+        trained_in = json.loads(text)["config"]["output_dir"]
+        record.write_text(text.replace(trained_in, str(run)), encoding="utf-8")
     return intact
 
 

@@ -1,6 +1,7 @@
 """What this process was launched as, and whether 4-bit training is right under it."""
 
 from halfbyte.distributed.invariants import watch_invariants
+from halfbyte.distributed.launcher import launch_command
 from halfbyte.distributed.ranks import FailedElsewhereError, agree, gather, on_every_rank
 from halfbyte.distributed.sharded_optimizers import check_optimizer
 from halfbyte.distributed.sharded_weights import check_adapters, gathered_adapters, save_adapters_whole
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "gather",
     "gathered_adapters",
+    "launch_command",
     "leave",
     "on_every_rank",
     "record_flights",

@@ -50,6 +50,25 @@ def requested(environment: Mapping[str, str] = os.environ, parent: psutil.Proces
     return found
 
 
+def launch_command(own: Sequence[str], parent: psutil.Process | None = None) -> list[str] | None:
+    """The launcher's command line without the words ``own`` of this command, or None without a launcher."""
+    parent = parent or psutil.Process().parent()
+    try:
+        words = parent.cmdline()
+    except (psutil.Error, AttributeError):
+        return None
+    before, after = words[: len(words) - len(own)], words[len(words) - len(own) :]
+    if not own or after != list(own):
+        return None
+    launched = accelerate_arguments(before)
+    if launched is not None:
+        return ["accelerate", "launch", *launched]
+    # A script's first word is its interpreter: `python /.../bin/torchrun` was typed as `torchrun`.
+    if len(before) > 1 and Path(before[1]).name == "torchrun":
+        return ["torchrun", *before[2:]]
+    return before if "torch.distributed.run" in before else None
+
+
 def from_environment(environment: Mapping[str, str]) -> Request:
     """What the variables say that accelerate, torchrun and MPI set for a rank."""
     processes = max(int(environment.get(name) or 1) for name in _WORLD_SIZES)

@@ -58,6 +58,8 @@ def _uncovered(trainer: Trainer, model: PreTrainedModel) -> str | None:
         return f"the collator is {type(collator).__name__}"
     if collator.return_position_ids or collator.pad_to_multiple_of:
         return "pad_to_multiple_of or sequence parallelism wants padding"
+    if trainer.args.neftune_noise_alpha is not None and not collator.padding_free:
+        return "neftune_noise_alpha scales its noise by the length of a padded row"
     if loading.dispatch_batches or loading.split_batches:
         return "dispatch_batches and split_batches cut a batch by rows"
     if model._is_stateful or not set(getattr(model.config, "layer_types", None) or ()) <= _ATTENTION_LAYERS:

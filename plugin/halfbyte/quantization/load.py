@@ -169,6 +169,10 @@ def _check_own_quantization(name: str, own: dict[str, Any] | None, wanted: BitsA
         raise UserError(
             f"{name!r} is quantized already, but `load_in_4bit` is false: name the 16-bit checkpoint"
         )
+    if wanted.load_in_8bit and own.get("load_in_4bit"):
+        raise UserError(
+            f"load_in_8bit: {name!r} is quantized in 4 bits; take load_in_8bit out, or name the 16-bit checkpoint"
+        )
     if wanted.load_in_4bit and not own.get("load_in_4bit"):
         raise UserError(
             f"{name!r} is quantized in 8 bits; write `load_in_8bit: true`, or name the 16-bit checkpoint"

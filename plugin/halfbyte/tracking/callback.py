@@ -69,6 +69,7 @@ class Tracker(TrainerCallback):
         self._drawn: dict[str, Any] = {}
         self._total_steps = 0
         self._finished = False
+        self._kept_step: int | None = None  # whose weights the run ends with, where it is not the last
 
     # Events of the Trainer, in the order they come.
 
@@ -139,6 +140,9 @@ class Tracker(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         peaks = gather_object([peak_memory_bytes()])  # a collective: every rank comes here
         if self._main:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._kept_step = state.best_global_step
+                self.record.update(best_checkpoint=Path(state.best_model_checkpoint).name)
             self.record.update(peak_memory_bytes=peaks)
             self._progress.end()
 
@@ -193,7 +197,9 @@ class Tracker(TrainerCallback):
         self.record.write()
 
     def _update_record(self) -> None:
-        self.record.update(metrics=self.metrics.summary(), checkpoints=_checkpoints(self.record.output_dir))
+        self.record.update(
+            metrics=self.metrics.summary(self._kept_step), checkpoints=_checkpoints(self.record.output_dir)
+        )
 
     def _draw(self) -> list[Path]:
         def draw() -> list[Path]:
@@ -233,6 +239,8 @@ class Tracker(TrainerCallback):
             ("status", values["status"]),
             ("steps", f"{values['steps']} of {self._total_steps}" if self._total_steps else "0"),
         ]
+        if "best_checkpoint" in values:
+            rows.append(("weights", f"those of {values['best_checkpoint']}, the best"))
         loss = metrics["train"].get("train_loss", metrics["train"].get("loss"))
         if loss is not None:
             rows.append(("train loss", f"{loss:.4f}"))

@@ -60,12 +60,13 @@ class MetricsLog:
             self._file.close()
             self._file = None
 
-    def summary(self) -> dict[str, Row]:
-        """The last figures under TRL's own keys.
+    def summary(self, kept_step: int | None = None) -> dict[str, Row]:
+        """The last figures under TRL's own keys; of the model that is kept, where that is an earlier step's.
 
         Returns:
             ``train``: the last training row and the Trainer's closing one; ``eval``: the last evaluation
-            after step 0; ``before``: the evaluation at step 0 (`eval_on_start`). Each carries its step.
+            after step 0, or that of ``kept_step``; ``before``: the evaluation at step 0 (`eval_on_start`). Each
+            carries its step.
         """
         train: Row = {}
         closing: Row = {}
@@ -77,8 +78,10 @@ class MetricsLog:
                 # One evaluation logs one row for each of its data sets.
                 if row["step"] == 0:
                     before |= figures
-                else:
-                    last = last | figures if last.get("step") == row["step"] else figures
+                elif last.get("step") == row["step"]:
+                    last |= figures
+                elif kept_step is None or last.get("step") != kept_step:
+                    last = figures
             elif "train_runtime" in row:
                 closing = figures
             elif "loss" in row:

@@ -61,6 +61,14 @@ def wandb_ready() -> bool:
     return login is not None
 
 
+def wandb_missing() -> str | None:
+    """Why no W&B run could start here, or None."""
+    try:
+        return None if wandb_ready() else "no login found"
+    except AuthenticationError as error:
+        return f"the login is no good ({error})"
+
+
 class WandbRun:
     """One W&B run on rank 0; no trouble with W&B reaches training: it is said once, and training goes on.
 

@@ -1,15 +1,12 @@
-"""LoRA adapters on a 4-bit base: fresh, continued, or as the start and reference of a preference run.
+"""Fresh LoRA adapters on a 4-bit base: their start, and what of it is refused.
 
 Adapter weights are float32 from the first step to the last, so that small updates survive and a resumed
 run can be exact.
 """
 
 import difflib
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
@@ -17,11 +14,9 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from halfbyte.errors import UserError
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 _REWRITES_BASE = "it rewrites the base weights, which on a 4-bit base means quantizing them a second time"
 _DECOMPOSES_BASE = "it decomposes the base weight, which on a 4-bit base is packed bytes"
@@ -81,18 +76,7 @@ def attach(
     # EVA's A is set later from data; until then PEFT leaves it as it is, and B is zero.
     peft_model = get_peft_model(model, config)
     _check_head(peft_model)
-    return _show_head_bias(_to_float32(peft_model))
-
-
-def continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """Put the saved adapter ``adapter`` (directory or hub id) on ``model``, trainable, in float32."""
-    try:
-        peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load the adapter {adapter!r}: {str(error).splitlines()[0]}") from error
-    if not any(parameter.requires_grad for parameter in peft_model.parameters()):
-        raise UserError(f"the adapter {adapter!r} has no trainable weights")
-    return _show_head_bias(_to_float32(peft_model))
+    return show_head_bias(to_float32(peft_model))
 
 
 def initialize_eva(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:
@@ -118,7 +102,7 @@ def initialize_eva(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]])
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
     with evaluating(model), torch.random.fork_rng():
         initialize_lora_eva_weights(model, Loader(), gather_distributed_inputs=False, show_progress_bar=False)
-    _to_float32(model)
+    to_float32(model)
 
 
 @contextmanager
@@ -131,80 +115,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def kept_in_float32(model: nn.Module) -> Iterator[None]:
-    """Undo what a block does to the values of trainable parameters.
-
-    TRL 1.16 rounds the adapters of a quantized model to bfloat16 while it constructs a trainer
-    (trainer/sft_trainer.py:908, trainer/dpo_trainer.py:726); their float32 values come back afterwards.
-    """
-    kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        if name in kept:
-            parameter.data = kept[name].to(parameter.device)
-
-
-@contextmanager
-def whole_reference(model: nn.Module) -> Iterator[None]:
-    """Make the reference that TRL's preference trainers copy from an adapter a copy of all of it, and frozen.
-
-    TRL 1.16 copies the parameters that have ``.default.`` in their name (trainer/dpo_trainer.py:690), which
-    passes over trained embedding rows, whose names end in ``.default``.
-    """
-    if not isinstance(model, PeftModel):
-        yield
-        return
-
-    def add_adapter(name: str, config: LoraConfig, *args: Any, **kwargs: Any) -> None:
-        PeftModel.add_adapter(model, name, config, *args, **kwargs)
-        for path, parameter in list(model.named_parameters()):
-            parts = path.split(".")
-            if "default" in parts:
-                copied = ".".join(name if part == "default" else part for part in parts)
-                model.get_parameter(copied).data.copy_(parameter.data)
-                model.get_parameter(copied).requires_grad_(False)
-
-    model.__dict__["add_adapter"] = add_adapter
-    try:
-        yield
-    finally:
-        del model.__dict__["add_adapter"]
-
-
-def drop_reference_copy(model: nn.Module) -> None:
-    """Take away the frozen copy that TRL's preference trainers make of any adapter they are given.
-
-    A fresh adapter needs none: its reference is the base with the adapter off, which TRL falls back to.
-    """
-    if isinstance(model, PeftModel) and "ref" in model.peft_config:
-        model.delete_adapter("ref")
-
-
-def adapter_directory(name_or_path: str) -> Path | None:
-    """Return the path if it is a local adapter directory, else None."""
-    path = Path(name_or_path)
-    return path if (path / ADAPTER_CONFIG).is_file() else None
-
-
-def base_of(adapter: str) -> str:
-    """Return the base model that the local adapter directory ``adapter`` names."""
-    directory = adapter_directory(adapter)
-    if directory is None:
-        raise UserError(f"{adapter!r} is not an adapter directory: it has no {ADAPTER_CONFIG}")
-    try:
-        base = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8")).get(
-            "base_model_name_or_path"
-        )
-    except (ValueError, AttributeError) as error:
-        raise UserError(
-            f"{directory / ADAPTER_CONFIG} is not a PEFT adapter configuration: {error}"
-        ) from error
-    if not base:
-        raise UserError(f"{directory / ADAPTER_CONFIG} names no base model; write `model_name_or_path`")
-    return str(base)
 
 
 def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
@@ -262,14 +172,15 @@ def _rows_to_train(model: PreTrainedModel, added: list[int]) -> dict[str, list[i
     return rows
 
 
-def _to_float32(model: PeftModel) -> PeftModel:
+def to_float32(model: PeftModel) -> PeftModel:
+    """Bring every trained weight of ``model`` to float32, in place."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
 
 
-def _show_head_bias(model: PeftModel) -> PeftModel:
+def show_head_bias(model: PeftModel) -> PeftModel:
     """Let the head's bias be read where PEFT wraps the head to train rows of it.
 
     TRL's fused head reads ``weight`` and ``bias`` (trainer/utils.py:1633); PEFT 0.21's wrapper passes on
@@ -280,47 +191,3 @@ def _show_head_bias(model: PeftModel) -> PeftModel:
         # Not through nn.Module, which would register the parameter a second time.
         object.__setattr__(head, "bias", head.original_module.bias)
     return model
-
-
-def same_base(adapter: str, name_or_path: str, sha: str | None) -> None:
-    """Raise :class:`UserError` unless ``adapter`` was trained on this base.
-
-    The fingerprint in the adapter's run.json decides where there is one; else the names do.
-    """
-    trained_on = base_of(adapter)
-    recorded = _recorded_base(adapter).get("sha")
-    if recorded and sha:
-        if recorded == sha:
-            return
-    elif trained_on == name_or_path or Path(trained_on).resolve() == Path(name_or_path).resolve():
-        return
-    raise UserError(
-        f"the adapter {adapter!r} was trained on the base {trained_on!r}, not on {name_or_path!r}; "
-        f"leave `model_name_or_path` out to take the adapter's own base, or name an adapter of this one"
-    )
-
-
-def _recorded_base(adapter: str) -> dict[str, Any]:
-    run = Path(adapter) / "run.json"
-    if not run.is_file():
-        return {}
-    try:
-        return dict(json.loads(run.read_text(encoding="utf-8")).get("base") or {})
-    except ValueError:
-        return {}
-
-
-def same_template(adapter: str, tokenizer: PreTrainedTokenizerBase, asked: str | None) -> None:
-    """Raise :class:`UserError` if the template in use is not the one ``adapter`` was trained with."""
-    if asked is None:
-        return
-    trained_with = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).chat_template
-    if tokenizer.chat_template != trained_with:
-        raise UserError(
-            f"chat_template_path: {asked!r} is not the chat template that the adapter {adapter!r} was trained with "
-            f"({_beginning(trained_with)!r}); leave it out to use the adapter's"
-        )
-
-
-def _beginning(template: str | None) -> str:
-    return "none" if template is None else template[:40] + ("..." if len(template) > 40 else "")

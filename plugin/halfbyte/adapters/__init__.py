@@ -1,0 +1,32 @@
+"""LoRA adapters on a 4-bit base: fresh, continued, or as the start and reference of a preference run."""
+
+from halfbyte.adapters.fresh import attach, check_initialization, evaluating, initialize_eva
+from halfbyte.adapters.reference import drop_reference_copy, kept_in_float32, whole_reference
+from halfbyte.adapters.saved import (
+    base_of,
+    continue_from,
+    directory_of,
+    options_of,
+    resolve,
+    revision_of,
+    same_base,
+    same_template,
+)
+
+__all__ = [
+    "attach",
+    "base_of",
+    "check_initialization",
+    "continue_from",
+    "directory_of",
+    "drop_reference_copy",
+    "evaluating",
+    "initialize_eva",
+    "kept_in_float32",
+    "options_of",
+    "resolve",
+    "revision_of",
+    "same_base",
+    "same_template",
+    "whole_reference",
+]
