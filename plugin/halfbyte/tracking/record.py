@@ -20,8 +20,8 @@ _PACKAGES = ("halfbyte", "torch", "transformers", "trl", "peft", "accelerate", "
 class RunRecord:
     """The contents of ``run.json``; nothing is on disk before `write`.
 
-    Rank 0 alone writes; the caller sees to it. The keys are those of DESIGN.md's "What a run writes to
-    output_dir", and whatever else `update` is given.
+    Rank 0 alone writes; the caller sees to it. The keys are the ones below, of which none is renamed, and whatever
+    else `update` is given.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str], recipe: str) -> None:
