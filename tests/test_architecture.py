@@ -90,13 +90,6 @@ def test_files_are_small_and_say_what_they_are(path: Path) -> None:
     assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
 
 
-def test_readme_glosses_every_file() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in [*modules(), *RECIPES.glob("*.py")]:
-        if path.name != "__init__.py":
-            assert path.name in readme, f"README.md does not gloss {path.relative_to(ROOT)}"
-
-
 @pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["recipes", "--json"]])
 def test_listing_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -76,7 +76,13 @@ def test_sft_then_dpo_from_its_adapter(model_dir: ModelDir, tmp_path: Path, caps
     told = record(sft)["metrics"]
     assert told["before"]["eval_loss"] > 0
     assert told["eval"]["step"] == 2
-    assert run("dpo", dpo, "--adapter_name_or_path", str(sft), "--dataset_name", pairs, *evaluating) == 0
+    start = ("--adapter_name_or_path", str(sft), "--dataset_name", pairs)
+    assert run("dpo", dpo, *start, "--lora_r", "64") == 2
+    assert "--lora_r: 64 is not what the adapter" in capsys.readouterr().err
+    assert run("dpo", dpo, *start, *evaluating) == 0
+    assert record(dpo)["config"]["lora_target_modules"] == [
+        *("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    ]
     assert record(dpo)["metrics"]["before"]["eval_loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
     assert record(dpo)["base"]["sha"] == record(sft)["base"]["sha"]
     # The frozen reference is not part of the result, which PEFT loads on the base by itself.
@@ -103,6 +109,70 @@ def test_full_parameter_pretraining_writes_a_model(model_dir: ModelDir, tmp_path
     )
     assert all(not torch.equal(before[name], after[name]) for name in before if "layernorm" not in name)
     assert len(AutoTokenizer.from_pretrained(output)) == tiny.VOCABULARY
+
+
+def test_full_parameter_sft_names_what_can_start_from_it(
+    model_dir: ModelDir, tmp_path: Path, rows, capsys
+) -> None:
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("sft"))
+    assert run("sft", tmp_path / "run", *options, "--load_in_4bit", "false", "--use_peft", "false") == 0
+    assert f"next: halfbyte dpo --model_name_or_path {tmp_path / 'run'} " in capsys.readouterr().out
+
+
+def test_the_figures_are_those_of_the_weights_that_are_kept(
+    model_dir: ModelDir, tmp_path: Path, rows, capsys
+) -> None:
+    output = tmp_path / "run"
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("sft"))
+    # The best is the highest loss: of the first evaluation, since the second is after more training.
+    best = (
+        "--load_best_model_at_end",
+        "true",
+        "--metric_for_best_model",
+        "loss",
+        "--greater_is_better",
+        "true",
+    )
+    every = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
+    assert run("sft", output, *options, *best, *every, "--max_steps", "4", "--learning_rate", "1e-2") == 0
+    told = record(output)
+    assert told["best_checkpoint"] == "checkpoint-2"
+    evaluated = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval_loss"] for row in evaluated if "eval_loss" in row}
+    assert losses[2] > losses[4]
+    assert (told["metrics"]["eval"]["step"], told["metrics"]["eval"]["eval_loss"]) == (2, losses[2])
+    kept, saved = (load_file(d / "adapter_model.safetensors") for d in (output, output / "checkpoint-2"))
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)
+    assert "those of checkpoint-2, the best" in capsys.readouterr().out
+
+
+def test_a_login_that_is_no_good_stops_no_run_that_did_not_ask_for_it(
+    model_dir: ModelDir, tmp_path: Path, rows, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    wandb.teardown()
+    options = ["--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("sft")]
+    defaults = [word for key, value in DEFAULTS.items() if key != "--report_to" for word in (key, value)]
+    assert main(["sft", "--output_dir", str(tmp_path / "run"), *defaults, *options]) == 0
+    said = capsys.readouterr().out
+    assert "the login is no good" in said
+    assert "short" not in said
+    wandb.teardown()
+
+
+def test_a_mistake_that_is_found_late_has_its_line_too(
+    model_dir: ModelDir, tmp_path: Path, rows, capsys
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {model_dir('llama')}\ndataset_name: {rows('sft')}\ndataset_train_split: trian\n"
+    )
+    assert run("sft", tmp_path / "run", "--config", str(config)) == 2
+    assert f"error: {config}:3: dataset_train_split: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_is_resumed_from(model_dir: ModelDir, tmp_path: Path, rows) -> None:
@@ -158,6 +228,30 @@ MISTAKES = {
         "WANDB_MODE=offline",
     ),
     "experts": (["--model_name_or_path", "{moe}", "--dataset_name", "{rows}"], "experts.gate_up_proj"),
+    "tracker": (
+        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--report_to", "comet_ml"],
+        "report_to: comet_ml: not installed here",
+    ),
+    "schedule": (
+        [
+            "--model_name_or_path",
+            "{model}",
+            "--dataset_name",
+            "{rows}",
+            "--lr_scheduler_type",
+            "cosine_with_min_lr",
+        ],
+        "--lr_scheduler_type: cosine_with_min_lr: ",
+    ),
+    "upstream's own": (
+        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--use_liger_kernel", "true"],
+        "--use_liger_kernel: liger-kernel is not installed",
+    ),
+    "a batch that shrinks": (["--auto_find_batch_size", "true"], "on_oom: accumulate"),
+    "LoRA+ on nothing": (
+        ["--use_peft", "false", "--load_in_4bit", "false", "--loraplus_lr_ratio", "16"],
+        "loraplus_lr_ratio: has no effect without adapters",
+    ),
     "not a checkpoint": (
         ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--resume_from_checkpoint", "{rows}"],
         "is not a checkpoint to rely on: it has no manifest.json",

@@ -119,6 +119,11 @@ def decide(settings: Settings, recorded: Mapping[str, Any] = MappingProxyType({}
                 f"{settings.given[key]}: {key}: how processes share the work is the launcher's to say; take it out, "
                 f"and launch with a file of launch/ (see README.md, Support)"
             )
+    if settings["auto_find_batch_size"]:
+        raise UserError(
+            "auto_find_batch_size: it begins the run anew with a smaller batch; write `on_oom: accumulate`, which "
+            "keeps the batch"
+        )
     state = _join_the_others(settings)
     lines = [_decide_precision(settings, state.device, recorded), *_take_over_adapter(settings)]
     if zero3.requested():

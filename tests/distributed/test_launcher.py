@@ -126,6 +126,27 @@ def test_the_parent_tells_what_the_environment_does_not() -> None:
     assert launcher.requested({}, Parent("bash", "-c", "halfbyte")) == Request()
 
 
+@pytest.mark.parametrize(
+    ("launched", "expected"),
+    [
+        ("/usr/bin/python3 /env/bin/accelerate launch --config_file launch/cpu.yaml -m halfbyte",
+         "accelerate launch --config_file launch/cpu.yaml -m halfbyte"),
+        ("python -m accelerate.commands.launch --num_processes 2 -m halfbyte",
+         "accelerate launch --num_processes 2 -m halfbyte"),
+        ("/env/bin/python /env/bin/torchrun --nproc_per_node 2 -m halfbyte",
+         "torchrun --nproc_per_node 2 -m halfbyte"),
+        ("python -m torch.distributed.run --nproc_per_node 2 -m halfbyte",
+         "python -m torch.distributed.run --nproc_per_node 2 -m halfbyte"),
+        ("bash", None),
+    ],
+)  # fmt: skip
+def test_the_launchers_words_can_be_typed_again(launched: str, expected: str | None) -> None:
+    own = ["sft", "--config", "a file.yaml"]
+    found = launcher.launch_command(own, Parent(*launched.split(), *own))
+    assert found == (expected.split() if expected is not None else None)
+    assert launcher.launch_command(["dpo"], Parent(*launched.split(), *own)) is None
+
+
 def test_srun_alone_starts_strangers() -> None:
     step = {"SLURM_STEP_NUM_TASKS": "2"}
     assert launcher.requested(step, Parent("slurmstepd: [1.0]", name="slurmstepd")).processes == 2

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import BloomConfig, BloomForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
+from halfbyte import QLoRAPlugin
 from halfbyte.fast import batches
 from tests import tiny
 
@@ -121,3 +124,17 @@ def test_the_probe_draws_no_random_numbers() -> None:
     torch.manual_seed(5)
     assert batches._use_attention(model) is None
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_noise_that_is_scaled_by_the_row_keeps_padded_rows(tmp_path) -> None:
+    """NEFTune divides by the length of a row, and a batch without padding is one row."""
+    model = tiny.save_model(tmp_path / "model", "llama")
+    args = SFTConfig(
+        output_dir=str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="none", neftune_noise_alpha=5.0
+    )
+    plugin = QLoRAPlugin(dtype="float32")
+    rows = Dataset.from_list(tiny.texts(8))
+    trainer = plugin.trainer(SFTTrainer, model=str(model), args=args, train_dataset=rows)
+    assert "neftune_noise_alpha" in str(plugin.fast_path.batches)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch["input_ids"]) == 8

@@ -42,6 +42,15 @@ def test_summary_merges_the_data_sets_of_one_evaluation() -> None:
     }
 
 
+def test_summary_has_the_figures_of_the_step_that_is_kept() -> None:
+    log = MetricsLog(Path("unused"))
+    log.rows = [{"step": step, "eval_loss": loss} for step, loss in ((0, 4.0), (5, 1.0), (10, 2.0))]
+    assert log.summary()["eval"] == {"step": 10, "eval_loss": 2.0}
+    assert log.summary(5) == {
+        "train": {}, "eval": {"step": 5, "eval_loss": 1.0}, "before": {"step": 0, "eval_loss": 4.0}
+    }  # fmt: skip
+
+
 def test_throughput_leaves_evaluation_out(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)

@@ -46,7 +46,7 @@ def test_offline_file_has_every_row_and_the_config(tracked: TrackedRun) -> None:
     assert not list(tracked.directory.glob("wandb/*/files/wandb-metadata.json"))
 
 
-def test_rows_reach_the_file_within_two_seconds_and_nothing_waits_for_ever() -> None:
+def test_the_flush_interval_and_the_waits_are_bounded() -> None:
     settings = _settings()
     assert 0 < settings.x_transaction_log_flush_interval <= 2
     assert settings.init_timeout <= 10

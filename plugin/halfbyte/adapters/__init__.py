@@ -1,6 +1,13 @@
 """LoRA adapters on a 4-bit base: fresh, continued, or as the start and reference of a preference run."""
 
-from halfbyte.adapters.fresh import attach, check_initialization, evaluating, initialize_eva
+from halfbyte.adapters.fresh import (
+    INITIALIZATIONS,
+    REFUSED_INITIALIZATIONS,
+    attach,
+    check_initialization,
+    evaluating,
+    initialize_eva,
+)
 from halfbyte.adapters.reference import drop_reference_copy, kept_in_float32, whole_reference
 from halfbyte.adapters.saved import (
     base_of,
@@ -14,6 +21,8 @@ from halfbyte.adapters.saved import (
 )
 
 __all__ = [
+    "INITIALIZATIONS",
+    "REFUSED_INITIALIZATIONS",
     "attach",
     "base_of",
     "check_initialization",

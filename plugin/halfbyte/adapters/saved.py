@@ -86,17 +86,20 @@ def options_of(adapter: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"init_lora_weights: the adapter {adapter!r} begins with the weights it was saved with; take it out"
         )
-    found = {}
-    for option, name in _DECIDED.items():
-        found[option] = config.get(name)
-        wanted = asked.get(option, found[option])
-        # Saved, `all-linear` is the list of what it matched.
-        if wanted != ["all-linear"] and _plain(wanted) != _plain(found[option]):
+    found = {option: config.get(name) for option, name in _DECIDED.items()}
+    if isinstance(found["lora_target_modules"], list):
+        # Saved, `all-linear` is the path of each layer that it matched.
+        names = {path.rpartition(".")[2] for path in found["lora_target_modules"]}
+        found["lora_target_modules"] = sorted(names)
+    for option, theirs in found.items():
+        wanted = asked.get(option, theirs)
+        if wanted != ["all-linear"] and _plain(wanted) != _plain(theirs):
             raise UserError(
-                f"{option}: {wanted} is not what the adapter {adapter!r} was made with ({found[option]}), and a saved "
+                f"{option}: {wanted} is not what the adapter {adapter!r} was made with ({theirs}), and a saved "
                 f"adapter keeps its own; take it out, or start a fresh adapter"
             )
-        if name.endswith("modules") and isinstance(found[option], str):
+    for option in ("lora_target_modules", "lora_exclude_modules"):
+        if isinstance(found[option], str):
             found[option] = [found[option]]
     return found
 

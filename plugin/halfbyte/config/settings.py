@@ -193,9 +193,6 @@ def _across(settings: Settings) -> list[str]:
         if settings["load_in_4bit"] and not settings["use_peft"]:
             text = "a 4-bit base trains only through adapters; write use_peft: true or load_in_4bit: false"
             mistakes.append(f"{settings.at(key)}: {text}")
-    if "auto_find_batch_size" in settings and settings["auto_find_batch_size"]:
-        text = "begins the run anew with a smaller batch; write on_oom: accumulate, which keeps the batch"
-        mistakes.append(f"{settings.at('auto_find_batch_size')}: {text}")
     if "report_to" in settings.given and settings["report_to"] is None:
         mistakes.append(f"{settings.at('report_to')}: null names nothing; write none or wandb")
     return mistakes
