@@ -147,6 +147,15 @@ def test_packed_weights_are_stored_as_what_is_divided_and_never_cast(
     assert (line is not None) == (not integers and given is None)
 
 
+def test_a_base_whose_storage_would_be_cast_is_refused() -> None:
+    linear = bnb.nn.Linear4bit(4, 4, compute_dtype=torch.bfloat16, quant_storage=torch.bfloat16)
+    linear.weight.data = linear.weight.data.bfloat16()
+    model = torch.nn.Sequential(linear)
+    fsdp2.check_base(model, torch.bfloat16)
+    with pytest.raises(UserError, match="stored as bfloat16 and the run computes in float32"):
+        fsdp2.check_base(model, torch.float32)
+
+
 def test_which_torch_divides_integers() -> None:
     assert [fsdp2.divides_integers(v) for v in ("2.11.0", "2.12.1+cpu", "2.13.0+cpu", "3.0.0")] == [
         False,

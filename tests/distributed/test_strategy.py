@@ -134,6 +134,12 @@ def test_one_process_that_sees_several_gpus_is_refused() -> None:
         strategies._require_one_gpu(8)
 
 
+def test_only_bases_in_4_bits_are_divided() -> None:
+    strategies.check_quantized("fsdp2", load_in_4bit=True)
+    with pytest.raises(UserError, match=r"load_in_4bit: false under fsdp2.*launch/ddp\.yaml"):
+        strategies.check_quantized("fsdp2", load_in_4bit=False)
+
+
 @pytest.mark.parametrize("option", support.OPTIONS, ids=lambda o: o.name)
 def test_every_refused_option_has_its_message(
     option: support.Option, monkeypatch: pytest.MonkeyPatch
