@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEV := build hatchling hypothesis mypy pytest ruff types-PyYAML
+DEV := build hatchling hypothesis mypy pytest pytest-xdist ruff types-PyYAML
 # One thread a process: tests start several, and two processes on shared threads are slower than on their own.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/halfbyte demo
 
 test: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not distributed and not faults"
+	$(TEST_ENV) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not distributed and not faults"
 
 test-distributed: $(VENV)/.deepspeed
 	$(TEST_ENV) $(BIN)/python -m pytest -m distributed
