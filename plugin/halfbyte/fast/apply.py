@@ -57,7 +57,7 @@ class Path:
 def refusal(args: Any | None) -> str | None:
     """Why a trainer with ``args``, or a loop of one's own without any, must run plain TRL; or None."""
     if zero3.requested():
-        return "ZeRO-3 gathers an adapter's weights only around that adapter's own forward"
+        return "not proven under ZeRO-3, which gathers weights module by module and not for a whole layer"
     if args is not None and args.torch_compile:
         return "torch_compile is on, which fuses for itself; take it out for the fast step"
     if args is not None and args.use_liger_kernel:
