@@ -15,8 +15,7 @@ def test_run_json_has_the_keys_of_the_design(tracked: TrackedRun) -> None:
     record = json.loads((tracked.directory / "run.json").read_text())
     assert list(record) == [
         *("status", "recipe", "run_id", "config", "versions", "base", "data", "strategy", "steps"),
-        *("tokens_per_second", "peak_memory_bytes", "metrics", "checkpoints", "next"),
-        "wandb_id",
+        *("tokens_per_second", "peak_memory_bytes", "metrics", "checkpoints", "next", "wandb_id"),
     ]
     assert (record["status"], record["recipe"], record["steps"]) == ("completed", "sft", 3)
     assert record["tokens_per_second"] > 0
