@@ -202,9 +202,10 @@ def test_one_of_many_processes_quantizes(tmp_path: Path, cache: Path) -> None:
         )
         for _ in range(3)
     ]
-    words = [word for process in started for word in process.communicate(timeout=240)[0].split()]
-    assert words.count("quantized") == 1
-    assert len(set(words)) == 2, "one hash for all"
+    # DeepSpeed, where it is installed, prints lines of its own.
+    said = [process.communicate(timeout=240)[0].splitlines() for process in started]
+    assert sum(lines.count("quantized") for lines in said) == 1
+    assert len({lines[-1] for lines in said}) == 1, "one hash for all"
     assert len(keys()) == 1
     assert not list(cache.glob("*.tmp-*"))
 
@@ -244,7 +245,7 @@ def test_loading_grows_memory_by_less_than_a_shard_and_the_result(tmp_path: Path
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
-        growth, final = map(int, done.stdout.split())
+        growth, final = map(int, done.stdout.splitlines()[-1].split())
         print(turn, growth, max(shards), final)
         assert growth < max(shards) + final + 2**29, turn
 
