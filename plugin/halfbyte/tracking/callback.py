@@ -1,7 +1,9 @@
 """The one callback through which a Trainer fills its run directory."""
 
 import logging
+import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from halfbyte.tracking.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
+# Plots cost more than the rest of a small save together: at saves in quick succession they wait for a later one.
+_REDRAW_SECONDS = 60.0
 # What the closing summary compares before and after training.
 _COMPARED = (
     ("eval_loss", "eval loss"),
@@ -69,6 +73,7 @@ class Tracker(TrainerCallback):
         self._drawn: dict[str, Any] = {}
         self._total_steps = 0
         self._finished = False
+        self._drawn_at = -math.inf
         self._kept_step: int | None = None  # whose weights the run ends with, where it is not the last
 
     # Events of the Trainer, in the order they come.
@@ -134,7 +139,8 @@ class Tracker(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
             self._write_record()
-            self._draw()
+            if time.monotonic() - self._drawn_at >= _REDRAW_SECONDS:
+                self._draw()
             self._throughput.resume()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -202,6 +208,8 @@ class Tracker(TrainerCallback):
         )
 
     def _draw(self) -> list[Path]:
+        self._drawn_at = time.monotonic()
+
         def draw() -> list[Path]:
             # matplotlib takes a second and, for its first run, a cache on disk.
             from halfbyte.tracking import plots
