@@ -1,5 +1,6 @@
 """The base's cache: its key, and that only whole entries come out of it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ def run(tmp_path: Path) -> Path:
     (directory / "plots").mkdir(parents=True)
     (directory / "model.safetensors").write_bytes(b"weights")
     (directory / "plots" / "loss.png").write_bytes(b"plot")
+    record = {
+        "config": {"output_dir": str(directory)},
+        "next": f"halfbyte sft --model_name_or_path {directory}",
+    }
+    (directory / "run.json").write_text(json.dumps(record))
     return directory
 
 
@@ -39,7 +45,14 @@ def test_stored_run_comes_back(run: Path, tmp_path: Path) -> None:
     assert base.restore(entry, tmp_path / "new")
     assert (tmp_path / "new" / "model.safetensors").read_bytes() == b"weights"
     assert (tmp_path / "new" / "plots" / "loss.png").read_bytes() == b"plot"
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["model.safetensors", "plots"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "model.safetensors",
+        "plots",
+        "run.json",
+    ]
+    record = json.loads((tmp_path / "new" / "run.json").read_text())
+    assert record["config"]["output_dir"] == str(tmp_path / "new")
+    assert record["next"] == f"halfbyte sft --model_name_or_path {tmp_path / 'new'}"
     assert [path.name for path in entry.parent.iterdir()] == ["key"]
 
 
