@@ -55,3 +55,19 @@ def test_trls_default_precision_is_that_of_the_whole_run(tmp_path: Path, model_d
 def test_a_kernel_package_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="use_liger_kernel: liger-kernel is not installed"):
         arguments.mend(given(tmp_path, use_liger_kernel=True), dtype=None, use_peft=True)
+
+
+def test_reentrant_checkpointing_under_ddp_is_refused(tmp_path: Path) -> None:
+    args = given(tmp_path, bf16=False, gradient_checkpointing_kwargs={"use_reentrant": True})
+    arguments.mend(args, dtype="float32", use_peft=True)
+
+    class Two:
+        """The same arguments as two processes see them."""
+
+        world_size = 2
+
+        def __getattr__(self, name: str):
+            return getattr(args, name)
+
+    with pytest.raises(UserError, match="use_reentrant: true fails under DDP"):
+        arguments.mend(Two(), dtype="float32", use_peft=True)

@@ -1,7 +1,5 @@
 """``dtype``, ``bf16`` and ``fp16`` agree: what was given rules, and the device's best fills in."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from trl import DatasetMixtureConfig, SFTConfig
@@ -57,23 +55,3 @@ def test_a_recipes_own_default_is_kept_and_upstreams_is_replaced() -> None:
     assert train.training_defaults(SFTConfig)["optim"] == "paged_adamw_32bit"
     assert "optim" not in train.training_defaults(Own)
     assert train.training_defaults(Own)["ddp_find_unused_parameters"] is False
-
-
-def test_reentrant_checkpointing_under_ddp_is_refused(tmp_path: Path) -> None:
-    from halfbyte.errors import UserError
-
-    args = SFTConfig(
-        str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing_kwargs={"use_reentrant": True}
-    )
-    assert QLoRAPlugin()._mend(args) == []
-
-    class Two:
-        """The same arguments as two processes see them."""
-
-        world_size = 2
-
-        def __getattr__(self, name: str):
-            return getattr(args, name)
-
-    with pytest.raises(UserError, match="use_reentrant: true fails under DDP"):
-        QLoRAPlugin()._mend(Two())

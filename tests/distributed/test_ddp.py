@@ -51,5 +51,5 @@ def test_a_failure_that_leaves_others_waiting_ends_the_run(
     """Rank 0 fails where rank 1 waits for it in a barrier."""
     done = fail(0, "prepare")
     assert done.returncode == 1
-    assert "error: ValueError: only rank 0 fails" in done.stderr
+    assert "error: witness-sft: only rank 0 fails" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -151,7 +151,7 @@ def test_the_adapter_saves_and_loads_as_pefts(model_dir: ModelDir, tmp_path: Pat
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     plain = QLoRAPlugin(dtype="float32", fast="none")._load_base(
-        str(model_dir("llama")), torch.device("cpu"), False, {}
+        str(model_dir("llama")), "main", torch.device("cpu"), False, {}
     )
     plain = PeftModel.from_pretrained(plain, str(tmp_path / "final")).eval()
     ids = torch.arange(4, 24)[None]

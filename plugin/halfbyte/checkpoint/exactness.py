@@ -12,7 +12,7 @@ import copy
 import functools
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,20 @@ class _Exactness(TrainerCallback):
             if batches:
                 self._generator = torch.tensor(list(base64.b64decode(place["_generator"])), dtype=torch.uint8)
                 self._within = True
+            else:
+                trainer._load_rng_state = self._noting(trainer._load_rng_state)
         self._pass = begun - 1
         self._pass_began = trainer.state.global_step - batches // batches_per_step
         return begun, batches
+
+    def _noting(self, restore: Callable[[str], None]) -> Callable[[str], None]:
+        """Between two passes the Trainer restores the generators after it has said that the pass begins."""
+
+        def noted(checkpoint: str) -> None:
+            restore(checkpoint)
+            self._generator = torch.get_rng_state()
+
+        return noted
 
     def _restore(self, checkpoint: Path) -> None:
         path = checkpoint / _file(self._trainer)
