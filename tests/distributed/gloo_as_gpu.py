@@ -11,7 +11,7 @@ import runpy
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 
 
 def install() -> None:
@@ -27,10 +27,22 @@ def install() -> None:
 
 
 def install_for_deepspeed() -> None:
-    """Leave all of DeepSpeed's collectives to the process group."""
+    """Leave all of DeepSpeed's collectives to the process group, and let no weight stay gathered, however small."""
     # By name: as an attribute of its package, `torch` is torch itself.
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
+    stock = DeepSpeedPlugin.__post_init__
+
+    def divide_all(self: Any) -> None:
+        stock(self)
+        self.hf_ds_config.config["zero_optimization"].update(
+            stage3_param_persistence_threshold=0,
+            stage3_prefetch_bucket_size=0,
+            stage3_max_live_parameters=0,
+            stage3_max_reuse_distance=0,
+        )
+
+    DeepSpeedPlugin.__post_init__ = divide_all
 
 
 if __name__ == "__main__":

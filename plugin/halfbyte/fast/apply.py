@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
-from halfbyte.distributed import zero3
 from halfbyte.fast import batches, budget, head, layer, linear
 
 ON = "on"
@@ -55,12 +54,12 @@ class Path:
 
 
 def refusal(args: Any | None) -> str | None:
-    """Why a trainer with ``args``, or a loop of one's own without any, must run plain TRL; or None."""
-    if zero3.requested():
-        return "not proven under ZeRO-3, which gathers weights module by module and not for a whole layer"
-    if args is not None and args.torch_compile:
+    """Why a trainer with ``args`` must run plain TRL, or None; a loop of one's own has no arguments."""
+    if args is None:
+        return None
+    if args.torch_compile:
         return "torch_compile is on, which fuses for itself; take it out for the fast step"
-    if args is not None and args.use_liger_kernel:
+    if args.use_liger_kernel:
         return "use_liger_kernel is on, which patches the same modules; take it out for the fast step"
     return None
 

@@ -192,7 +192,13 @@ def dequantized(base: nn.Linear, dtype: torch.dtype) -> Tensor:
     """
     if not isinstance(base, Linear4bit):
         return base.weight.detach().to(dtype)
-    weight: Tensor = bnb.dequantize_4bit(base.weight.data, quantization_state(base))
+    packed, state = base.weight.data, quantization_state(base)
+    # FSDP2 gathers a divided weight around its layer, DeepSpeed when it is read; bitsandbytes would read on past one
+    # that is not gathered.
+    assert 2 * packed.numel() * packed.element_size() >= state.shape.numel(), (
+        "a part of a weight, not gathered"
+    )
+    weight: Tensor = bnb.dequantize_4bit(packed, state)
     return weight.to(dtype)
 
 
