@@ -18,7 +18,7 @@ LAYERS = [
     {"arguments", "fast", "checkpoint", "tracking", "plan"},
     {"plugin"},
     {"recipe"},
-    {"train", "demo"},
+    {"decisions", "train", "demo"},
     {"cli", "__main__", "__init__"},
 ]
 # Rows whose rooms may not import each other either.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl import DatasetMixtureConfig, SFTConfig
 
-from halfbyte import config, quantization, train
+from halfbyte import config, decisions, quantization, train
 from halfbyte.config import RunArguments
 from halfbyte.plugin import QLoRAPlugin
 
@@ -19,7 +19,7 @@ def decided(monkeypatch: pytest.MonkeyPatch, best: torch.dtype, device: torch.de
         prog="halfbyte sft",
         defaults=train.training_defaults(SFTConfig),
     )
-    train._decide_precision(settings, device, {})
+    decisions.decide_precision(settings, device, {})
     return settings["dtype"], settings["bf16"], settings["fp16"]
 
 
