@@ -225,7 +225,7 @@ def without_pickled_arguments() -> Iterator[None]:
 
 def _full(error: Exception) -> bool:
     """Whether a write failed for want of space, in Python's words, Rust's or those of torch's writer."""
-    words = ("No space left", "os error 28", "PytorchStreamWriter", "unexpected pos")
+    words = ("No space left", "PytorchStreamWriter", "unexpected pos", *(f"os error {n})" for n in _FULL))
     return getattr(error, "errno", None) in _FULL or any(word in str(error) for word in words)
 
 
