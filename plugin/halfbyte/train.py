@@ -4,10 +4,9 @@ Everything that can fail on what the user wrote fails before the output director
 """
 
 import os
-import re
 import shlex
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ class Run:
     training: Any
     plugin: QLoRAPlugin
     mixture: DatasetMixtureConfig
-    given: Collection[str]
+    settings: Settings
     resolved: dict[str, Any]
     resume: Resume
     resume_command: str
@@ -86,7 +85,7 @@ def _run(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> None
         training,
         plugin,
         mixture,
-        settings.given,
+        settings,
         settings.resolved(),
         resume,
         resume_command(name, argv),
@@ -241,9 +240,7 @@ def _build(run: Run, rows: data.RunData) -> Trainer:
     except UserError:
         raise
     except (ValueError, NotImplementedError, ImportError, ConnectionError) as error:
-        text = " ".join(str(error).split())
-        named = [key for key in run.given if re.search(rf"(?<!\w){key}(?!\w)", text)]
-        raise UserError(f"{named[0] if named else run.name}: {text}") from error
+        raise run.settings.refusal(error, run.name) from error
 
 
 def _evaluated_last(trainer: Trainer) -> bool:

@@ -56,6 +56,12 @@ class Settings:
         """The head of an error message about `key`: where the user wrote it, or its name."""
         return self.given[key].at(key) if key in self.given else key
 
+    def refusal(self, error: Exception, otherwise: str) -> UserError:
+        """What upstream refused, under the places of the keys that it names; under ``otherwise`` if it names none."""
+        text = " ".join(str(error).split())
+        named = [key for key in self.given if re.search(rf"(?<!\w){key}(?!\w)", text)]
+        return UserError(f"{', '.join(map(self.at, named)) or otherwise}: {shorten(text, 600)}")
+
     def build(self) -> tuple[Any, ...]:
         """One instance of each dataclass, in the order they were given to `read`.
 
@@ -83,10 +89,7 @@ class Settings:
         try:
             return owner(**arguments)
         except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-            text = " ".join(str(error).split())
-            named = [key for key in self.given if re.search(rf"(?<!\w){key}(?!\w)", text)]
-            head = ", ".join(self.at(key) for key in named) or f"{self._prog}: {owner.__name__}"
-            raise UserError(f"{head}: {shorten(text, 600)}") from error
+            raise self.refusal(error, f"{self._prog}: {owner.__name__}") from error
 
 
 def read(argv: Sequence[str], classes: Sequence[type], *, prog: str, summary: str = "",
