@@ -208,6 +208,7 @@ def test_rows_that_train_nothing_leave_no_directory(model_dir: ModelDir, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+WHOLE = ["--model_name_or_path", "{model}", "--dataset_name", "{rows}"]
 MISTAKES = {
     "no model": (["--dataset_name", "{rows}"], "no model"),
     "no such model": (["--model_name_or_path", "no/such", "--dataset_name", "{rows}"], "no/such"),
@@ -219,32 +220,25 @@ MISTAKES = {
     "unknown option": (["--learning_rat", "1e-3"], "learning_rate"),
     "rank": (["--lora_r", "0"], "lora_r"),
     "target": (
-        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--lora_target_modules", "q_prj"],
+        [*WHOLE, "--lora_target_modules", "q_prj"],
         "q_proj",
     ),
     "initialization": (["--init_lora_weights", "pissa"], "pissa"),
     "wandb": (
-        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--report_to", "wandb"],
+        [*WHOLE, "--report_to", "wandb"],
         "WANDB_MODE=offline",
     ),
     "experts": (["--model_name_or_path", "{moe}", "--dataset_name", "{rows}"], "experts.gate_up_proj"),
     "tracker": (
-        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--report_to", "comet_ml"],
+        [*WHOLE, "--report_to", "comet_ml"],
         "report_to: comet_ml: not installed here",
     ),
     "schedule": (
-        [
-            "--model_name_or_path",
-            "{model}",
-            "--dataset_name",
-            "{rows}",
-            "--lr_scheduler_type",
-            "cosine_with_min_lr",
-        ],
+        [*WHOLE, "--lr_scheduler_type", "cosine_with_min_lr"],
         "--lr_scheduler_type: cosine_with_min_lr: ",
     ),
     "upstream's own": (
-        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--use_liger_kernel", "true"],
+        [*WHOLE, "--use_liger_kernel", "true"],
         "--use_liger_kernel: liger-kernel is not installed",
     ),
     "a batch that shrinks": (["--auto_find_batch_size", "true"], "on_oom: accumulate"),
@@ -253,7 +247,7 @@ MISTAKES = {
         "loraplus_lr_ratio: has no effect without adapters",
     ),
     "not a checkpoint": (
-        ["--model_name_or_path", "{model}", "--dataset_name", "{rows}", "--resume_from_checkpoint", "{rows}"],
+        [*WHOLE, "--resume_from_checkpoint", "{rows}"],
         "is not a checkpoint to rely on: it has no manifest.json",
     ),
 }
