@@ -24,8 +24,8 @@ def decide(settings: Settings, recorded: Mapping[str, Any] = MappingProxyType({}
     for key in ("fsdp", "fsdp_config", "deepspeed"):
         if key in settings.given:
             raise UserError(
-                f"{settings.given[key]}: {key}: how processes share the work is the launcher's to say; take it out, "
-                f"and launch with a file of launch/ (see README.md, Support)"
+                f"{key}: how processes share the work is the launcher's to say; take it out, and launch with a file "
+                f"of launch/ (see README.md, Support)"
             )
     if settings["auto_find_batch_size"]:
         raise UserError(
