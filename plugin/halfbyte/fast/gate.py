@@ -24,14 +24,16 @@ class Gate:
         name = _NAMES.get(type(module).__name__)
         return cls(name) if name is not None else None
 
-    def forward(self, gate_up: Tensor) -> Tensor:
+    def forward(self, gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the product, and ``act(gate)`` where the backward can use it."""
         fused = kernels(gate_up)
         if fused is not None and self.name == "silu":
-            return fused.swiglu_forward(gate_up)
+            return fused.swiglu_forward(gate_up), None
         gate, up = gate_up.chunk(2, dim=1)
-        return self._activate(gate).mul_(up)
+        activated = self._activate(gate)
+        return activated * up, activated
 
-    def backward(self, dy: Tensor, gate_up: Tensor) -> Tensor:
+    def backward(self, dy: Tensor, gate_up: Tensor, activated: Tensor | None) -> Tensor:
         """The gradient of ``gate_up`` for ``dy``, the gradient of the product; ``dy`` is overwritten."""
         fused = kernels(gate_up)
         if fused is not None and self.name == "silu":
@@ -39,8 +41,8 @@ class Gate:
         gate, up = gate_up.chunk(2, dim=1)
         gradient = torch.empty_like(gate_up)
         dgate, dup = gradient.chunk(2, dim=1)
-        torch.mul(dy, self._activate(gate), out=dup)
-        dgate.copy_(self._derivative(dy.mul_(up), gate))
+        torch.mul(dy, self._activate(gate) if activated is None else activated, out=dup)
+        self._derivative(dy.mul_(up), gate, dgate)
         return gradient
 
     def _activate(self, gate: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ class Gate:
             return functional.silu(gate)
         return functional.gelu(gate, approximate=self.name)
 
-    def _derivative(self, dy: Tensor, gate: Tensor) -> Tensor:
+    def _derivative(self, dy: Tensor, gate: Tensor, out: Tensor) -> None:
         if self.name == "silu":
-            return torch.ops.aten.silu_backward(dy, gate)
-        return torch.ops.aten.gelu_backward(dy, gate, approximate=self.name)
+            torch.ops.aten.silu_backward.grad_input(dy, gate, grad_input=out)
+        else:
+            torch.ops.aten.gelu_backward.grad_input(dy, gate, approximate=self.name, grad_input=out)

@@ -206,9 +206,12 @@ def score(
         slope = 1 - logits.square() if needs_gradient else None
         logits.mul_(softcap)
     at = targets.unsqueeze(1)
-    largest, winner = logits.max(1, keepdim=True)
+    largest = logits.amax(1, keepdim=True)
     logits.sub_(largest)
     target = logits.gather(1, at)
+    top1 = (target == 0).squeeze(1)
+    likeliest = top1.nonzero().squeeze(1)
+    top1[likeliest] = logits[likeliest].argmax(1) == targets[likeliest]  # the first of equals: slow to find
     weights = logits.exp()
     total = weights.sum(1, keepdim=True)
     log_total = total.log()
@@ -219,4 +222,4 @@ def score(
         weights.scatter_add_(1, at, torch.ones_like(target))
         if slope is not None:
             weights.mul_(slope)
-    return log_probs, entropy, (winner == at).squeeze(1), weights
+    return log_probs, entropy, top1, weights

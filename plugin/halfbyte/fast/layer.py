@@ -224,7 +224,7 @@ class _Step:
     def transform(self, stream: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, _ = self.decoder.mlp_norm.forward(stream)
         gate_up, inner = self.gate_up.forward(_rows(x), self.gate_up.weight(x.dtype))
-        product = self.decoder.gate.forward(gate_up)
+        product, _ = self.decoder.gate.forward(gate_up)
         y, _ = self.down.forward(product, self.down.weight(x.dtype), residual=_rows(stream))
         return y.view(stream.shape), gate_up, inner
 
@@ -235,13 +235,13 @@ class _Step:
         weight = self.gate_up.weight(x.dtype)
         if gate_up is None:
             gate_up, inner = self.gate_up.forward(_rows(x), weight)
-        product = self.decoder.gate.forward(gate_up)
+        product, activated = self.decoder.gate.forward(gate_up)
         dproduct, down_gradients = self.down.backward(
             _rows(dy), product, self.down.inner(product), self.down.weight(x.dtype)
         )
         assert dproduct is not None
         del product
-        dgate_up = self.decoder.gate.backward(dproduct, gate_up)
+        dgate_up = self.decoder.gate.backward(dproduct, gate_up, activated)
         dx, gate_up_gradients = self.gate_up.backward(dgate_up, _rows(x), inner, weight)
         assert dx is not None
         dstream = self.decoder.mlp_norm.backward(dx, stream, inverse, residual=dy)

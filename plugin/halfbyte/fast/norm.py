@@ -45,14 +45,13 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tu
     inverse = rows.new_empty(len(rows), 1, dtype=torch.float32)
     scale = weight.float() + 1.0 if unit_offset else weight.to(x.dtype)
     for block in _blocks(rows):
-        value = rows[block].to(torch.float32, copy=True)
-        mean_square = torch.linalg.vector_norm(value, dim=1, keepdim=True).square_().div_(rows.shape[1])
-        inverse[block] = mean_square.add_(eps).rsqrt_()
-        value.mul_(inverse[block])
+        value, result, rate = rows[block].float(), y[block], inverse[block]
+        torch.linalg.vector_norm(value, dim=1, keepdim=True, out=rate)
+        rate.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
         if unit_offset:
-            y[block] = value.mul_(scale)
+            result.copy_((value * rate).mul_(scale))
         else:
-            y[block].copy_(value).mul_(scale)
+            torch.mul(value, rate, out=result).mul_(scale)
     return y.view(x.shape), inverse
 
 
@@ -64,13 +63,12 @@ def norm_backward(
     dx = torch.empty_like(rows)
     scale = weight.float() + 1.0 if unit_offset else weight.float()
     for block in _blocks(rows):
-        value = rows[block].to(torch.float32, copy=True)
+        value, rate = rows[block].float(), inverse[block]
         gradient = gradients[block] * scale
-        rate = inverse[block]
         along = torch.linalg.vecdot(gradient, value, dim=1).unsqueeze(1)
         along.mul_(rate * rate * rate).div_(-rows.shape[1])
-        value.mul_(along).addcmul_(gradient, rate)
-        dx[block] = value if around is None else value.add_(around[block])
+        gradient = gradient.mul_(rate) if around is None else torch.addcmul(around[block], gradient, rate)
+        dx[block] = gradient.addcmul_(value, along)
     return dx.view(x.shape)
 
 
