@@ -118,15 +118,11 @@ class CpuAttention:
             attn_mask=self.mask,
             scale=self.scale,
         )
-        kv_heads = k.shape[2]
-        return dq.transpose(1, 2), _sum_groups(dk, kv_heads), _sum_groups(dv, kv_heads)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
     def _heads_first(self, q: Tensor, k: Tensor, v: Tensor, span: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The span as (batch, heads, length, size) each, keys and values repeated for each query head."""
-        groups = q.shape[2] // k.shape[2]
+        """The span as (batch, heads, length, size) each; the kernel shares a key between its query heads."""
         query, key, value = (x[:, span].transpose(1, 2) for x in (q, k, v))
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return query, key, value
 
     def _spans(self, q: Tensor) -> list[slice]:
@@ -203,14 +199,6 @@ class GraphAttention:
             scale=self.scale,
             enable_gqa=key.shape[1] != query.shape[1],
         ).transpose(1, 2)
-
-
-def _sum_groups(gradient: Tensor, kv_heads: int) -> Tensor:
-    """(batch, heads, length, size) to (batch, length, kv heads, size): add up the heads that share a key."""
-    batch, heads, length, size = gradient.shape
-    if heads != kv_heads:
-        gradient = gradient.view(batch, kv_heads, heads // kv_heads, length, size).sum(2)
-    return gradient.transpose(1, 2)
 
 
 def _once_per_tensor(function: Callable[..., Any]) -> Callable[..., Any]:

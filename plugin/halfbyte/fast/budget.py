@@ -19,13 +19,13 @@ from torch import nn
 from halfbyte import distributed
 from halfbyte.errors import UserError
 from halfbyte.fast.family import Decoder, Linears
+from halfbyte.fast.head import tile_rows
 from halfbyte.fast.layer import LEVELS, FusedForward
 
 _UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40}
 # The share of what is free that a step may plan with. A host's free memory is others' as well, and where it
 # runs out a process is ended.
 _SHARE = {"cuda": 0.9, "cpu": 0.5}
-_TILE_ROWS = 256
 _LOG_SUM_BYTES = 4
 
 
@@ -80,8 +80,9 @@ def needed(model: nn.Module, decoders: Sequence[Decoder], level: int, tokens: in
     size = _item_size(decoders[0])
     kept = tokens * sum(kept_per_token(decoder, level, size) for decoder in decoders)
     working = max(_working(decoder, level, size, tokens) for decoder in decoders)
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
-    logits = 2 * _TILE_ROWS * vocabulary * 4
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1)
+    device = decoders[0].input_norm.module.weight.device
+    logits = 2 * tile_rows(vocabulary, device.type) * vocabulary * 4
     trained = 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return kept + working + logits + trained
 
@@ -92,7 +93,7 @@ def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
     values = stream
     other = 0
     if level >= 1:
-        values += stream + attended + _ranks(decoder.out)
+        values += stream + attended + _ranks(decoder.out) + _ranks(decoder.down)
         other += decoder.heads * _LOG_SUM_BYTES
     if level >= 2:
         values += attended + 2 * keys + _ranks(decoder.qkv)

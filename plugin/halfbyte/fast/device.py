@@ -1,4 +1,4 @@
-"""Which form of the elementwise steps a tensor gets: Triton's kernels on CUDA, torch elsewhere."""
+"""Which form of the elementwise steps a tensor gets: Triton's kernels on CUDA, torch elsewhere, block by block."""
 
 import importlib
 import importlib.util
@@ -6,6 +6,9 @@ from functools import cache
 from types import ModuleType
 
 from torch import Tensor
+
+# Elements worked on at a time on a CPU: what a block needs beside it stays in the second-level cache.
+_BLOCK = 1 << 17
 
 
 def kernels(x: Tensor) -> ModuleType | None:
@@ -18,3 +21,10 @@ def _kernels() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module("halfbyte.fast.kernels")
+
+
+def blocks(rows: Tensor) -> list[slice]:
+    """Row ranges of a size the cache holds; all rows at once off the CPU."""
+    count = len(rows)
+    step = max(1, _BLOCK // rows.shape[1]) if rows.device.type == "cpu" else max(1, count)
+    return [slice(start, start + step) for start in range(0, count, step)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from halfbyte.fast.device import kernels
+from halfbyte.fast.device import blocks, kernels
 
 # transformers' activation modules that have a closed gradient in torch, and how torch names them.
 _NAMES = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "tanh", "GELUActivation": "none"}
@@ -24,26 +24,30 @@ class Gate:
         name = _NAMES.get(type(module).__name__)
         return cls(name) if name is not None else None
 
-    def forward(self, gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the product, and ``act(gate)`` where the backward can use it."""
+    def forward(self, gate_up: Tensor) -> Tensor:
         fused = kernels(gate_up)
         if fused is not None and self.name == "silu":
-            return fused.swiglu_forward(gate_up), None
-        gate, up = gate_up.chunk(2, dim=1)
-        activated = self._activate(gate)
-        return activated * up, activated
+            return fused.swiglu_forward(gate_up)
+        product = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        for rows in blocks(gate_up):
+            gate, up = gate_up[rows].chunk(2, dim=1)
+            torch.mul(self._activate(gate), up, out=product[rows])
+        return product
 
-    def backward(self, dy: Tensor, gate_up: Tensor, activated: Tensor | None) -> Tensor:
-        """The gradient of ``gate_up`` for ``dy``, the gradient of the product; ``dy`` is overwritten."""
+    def backward(self, dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of ``gate_up``, and the product again, for ``dy``, the product's gradient; overwrites ``dy``."""
         fused = kernels(gate_up)
         if fused is not None and self.name == "silu":
             return fused.swiglu_backward(dy, gate_up)
-        gate, up = gate_up.chunk(2, dim=1)
         gradient = torch.empty_like(gate_up)
-        dgate, dup = gradient.chunk(2, dim=1)
-        torch.mul(dy, self._activate(gate) if activated is None else activated, out=dup)
-        self._derivative(dy.mul_(up), gate, dgate)
-        return gradient
+        for rows in blocks(gate_up):
+            gate, up = gate_up[rows].chunk(2, dim=1)
+            dgate, dup = gradient[rows].chunk(2, dim=1)
+            activated = self._activate(gate)
+            torch.mul(dy[rows], activated, out=dup)
+            self._derivative(dy[rows] * up, gate, dgate)
+            torch.mul(activated, up, out=dy[rows])  # the product in its place: no second buffer to write
+        return gradient, dy
 
     def _activate(self, gate: Tensor) -> Tensor:
         if self.name == "silu":

@@ -186,7 +186,7 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         gradient, index = ctx.saved_tensors
         # Weighted in float32 and rounded once: 1 / tokens is not a bfloat16 number.
-        weighted = torch.mul(gradient, grad.float().unsqueeze(1)).to(gradient.dtype)
+        weighted = torch.mul(gradient, -grad.float().unsqueeze(1)).to(gradient.dtype)
         if index is not None:
             whole = weighted.new_zeros(ctx.rows, weighted.shape[1])
             weighted = whole.index_copy_(0, index, weighted)
@@ -196,7 +196,7 @@ class _LogProbs(torch.autograd.Function):
 def score(
     logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probability, entropy, top-1 and d(log-probability)/d(logits) of a tile; overwrites ``logits``.
+    """Log-probability, entropy, top-1 and d(-log-probability)/d(logits) of a tile; overwrites ``logits``.
 
     ``logits`` is float32 [tokens, V]. On a tie the first of the likeliest tokens is the top one, as in TRL.
     """
@@ -206,20 +206,15 @@ def score(
         slope = 1 - logits.square() if needs_gradient else None
         logits.mul_(softcap)
     at = targets.unsqueeze(1)
-    largest = logits.amax(1, keepdim=True)
-    logits.sub_(largest)
-    target = logits.gather(1, at)
-    top1 = (target == 0).squeeze(1)
+    every = torch.log_softmax(logits, 1)
+    log_probs = every.gather(1, at)
+    top1 = (log_probs == every.amax(1, keepdim=True)).squeeze(1)
     likeliest = top1.nonzero().squeeze(1)
-    top1[likeliest] = logits[likeliest].argmax(1) == targets[likeliest]  # the first of equals: slow to find
-    weights = logits.exp()
-    total = weights.sum(1, keepdim=True)
-    log_total = total.log()
-    log_probs = (target - log_total).squeeze(1)
-    entropy = log_total.squeeze(1) - torch.linalg.vecdot(weights, logits, dim=1) / total.squeeze(1)
+    top1[likeliest] = every[likeliest].argmax(1) == targets[likeliest]  # the first of equals: slow to find
+    probs = torch.exp(every, out=logits)
+    entropy = every.mul_(probs).sum(1).neg_()
     if needs_gradient:
-        weights.div_(total.neg_())
-        weights.scatter_add_(1, at, torch.ones_like(target))
+        probs.scatter_add_(1, at, torch.full_like(log_probs, -1.0))
         if slope is not None:
-            weights.mul_(slope)
-    return log_probs, entropy, top1, weights
+            probs.mul_(slope)
+    return log_probs.squeeze(1), entropy, top1, probs

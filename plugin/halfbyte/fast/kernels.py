@@ -97,7 +97,7 @@ def _swiglu_forward(gate_up, y, width, block: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(dy, gate_up, gradient, width, block: tl.constexpr):
+def _swiglu_backward(dy, gate_up, gradient, y, width, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < width
@@ -108,6 +108,7 @@ def _swiglu_backward(dy, gate_up, gradient, width, block: tl.constexpr):
     share = tl.sigmoid(gate)
     tl.store(gradient + at, d * up * share * (1.0 + gate * (1.0 - share)), mask=inside)
     tl.store(gradient + at + width, d * gate * share, mask=inside)
+    tl.store(y + row * width + column, gate * share * up, mask=inside)
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def _score(
         for at in range(0, vocabulary, block):
             column = at + tl.arange(0, block)
             value = _capped(logits, column, vocabulary, softcap)
-            slope = tl.where(column == target, 1.0, 0.0) - tl.exp(value - largest) / total
+            slope = tl.exp(value - largest) / total - tl.where(column == target, 1.0, 0.0)
             if softcap > 0:
                 slope *= 1.0 - (value / softcap) * (value / softcap)
             tl.store(logits + column, slope, mask=column < vocabulary)
@@ -212,12 +213,12 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
-    """The gradient of ``gate_up``, contiguous, for contiguous ``dy`` (tokens, width)."""
+def swiglu_backward(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of ``gate_up`` for contiguous ``dy`` (tokens, width), and :func:`swiglu_forward` once more."""
     tokens, width = dy.shape
-    gradient = torch.empty_like(gate_up)
-    _swiglu_backward[_gate_blocks(tokens, width)](dy, gate_up, gradient, width, block=_GATE_BLOCK)
-    return gradient
+    gradient, y = torch.empty_like(gate_up), torch.empty_like(dy)
+    _swiglu_backward[_gate_blocks(tokens, width)](dy, gate_up, gradient, y, width, block=_GATE_BLOCK)
+    return gradient, y
 
 
 def score(

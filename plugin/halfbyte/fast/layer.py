@@ -170,6 +170,15 @@ class _Attended:
 
 
 @dataclass(frozen=True)
+class _Transformed:
+    """What the MLP half computed on its way: what its backward starts from."""
+
+    gate_up: Tensor | None
+    inner: Tensor | None
+    down_inner: Tensor | None
+
+
+@dataclass(frozen=True)
 class _Step:
     """One call of a layer: its parts, the adapters active now, the batch's rotation and attention."""
 
@@ -221,27 +230,28 @@ class _Step:
 
     # The MLP half: stream + down(act(gate) * up), with gate and up of norm(stream).
 
-    def transform(self, stream: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def transform(self, stream: Tensor) -> tuple[Tensor, _Transformed]:
         x, _ = self.decoder.mlp_norm.forward(stream)
         gate_up, inner = self.gate_up.forward(_rows(x), self.gate_up.weight(x.dtype))
-        product, _ = self.decoder.gate.forward(gate_up)
-        y, _ = self.down.forward(product, self.down.weight(x.dtype), residual=_rows(stream))
-        return y.view(stream.shape), gate_up, inner
+        product = self.decoder.gate.forward(gate_up)
+        y, down_inner = self.down.forward(product, self.down.weight(x.dtype), residual=_rows(stream))
+        return y.view(stream.shape), _Transformed(gate_up, inner, down_inner)
 
     def transform_backward(
-        self, dy: Tensor, stream: Tensor, gate_up: Tensor | None, inner: Tensor | None
+        self, dy: Tensor, stream: Tensor, transformed: _Transformed
     ) -> tuple[Tensor, list[Tensor]]:
         x, inverse = self.decoder.mlp_norm.forward(stream)
         weight = self.gate_up.weight(x.dtype)
+        gate_up, inner, down_inner = transformed.gate_up, transformed.inner, transformed.down_inner
         if gate_up is None:
             gate_up, inner = self.gate_up.forward(_rows(x), weight)
-        product, activated = self.decoder.gate.forward(gate_up)
-        dproduct, down_gradients = self.down.backward(
-            _rows(dy), product, self.down.inner(product), self.down.weight(x.dtype)
-        )
+        dproduct, dinner = self.down.input_gradient(_rows(dy), self.down.weight(x.dtype))
         assert dproduct is not None
-        del product
-        dgate_up = self.decoder.gate.backward(dproduct, gate_up, activated)
+        dgate_up, product = self.decoder.gate.backward(dproduct, gate_up)
+        del dproduct
+        if down_inner is None:
+            down_inner = self.down.inner(product)
+        down_gradients = self.down.parameter_gradients(_rows(dy), dinner, product, down_inner)
         dx, gate_up_gradients = self.gate_up.backward(dgate_up, _rows(x), inner, weight)
         assert dx is not None
         dstream = self.decoder.mlp_norm.backward(dx, stream, inverse, residual=dy)
@@ -297,29 +307,30 @@ class _FusedLayer(torch.autograd.Function):
     def forward(ctx: Any, step: _Step, stream: Tensor, *parameters: Tensor) -> Tensor:
         with torch.autocast(stream.device.type, enabled=False):
             middle, attended = step.attend(stream, keep_graph=step.level >= 2)
-            out, gate_up, gate_up_inner = step.transform(middle)
+            out, transformed = step.transform(middle)
         level = step.level
         graph = None if isinstance(attended.kept, Tensor) else attended.kept
         log_sums = attended.kept if isinstance(attended.kept, Tensor) else None
         halfway = (middle, attended.output, log_sums, attended.out_inner) if level >= 1 else (None,) * 4
+        down_inner = transformed.down_inner if level >= 1 else None
         heads = (attended.qkv, attended.qkv_inner) if level >= 2 else (None, None)
-        gated = (gate_up, gate_up_inner) if level >= 3 else (None, None)
+        gated = (transformed.gate_up, transformed.inner) if level >= 3 else (None, None)
         ctx.step, ctx.graph = step, graph
-        ctx.save_for_backward(stream, *halfway, *heads, *gated, *parameters)
+        ctx.save_for_backward(stream, *halfway, *heads, *gated, down_inner, *parameters)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         step: _Step = ctx.step
-        stream, middle, output, log_sums, out_inner, qkv, qkv_inner, gate_up, inner = ctx.saved_tensors[:9]
+        stream, middle, output, log_sums, out_inner, qkv, qkv_inner, *transformed = ctx.saved_tensors[:10]
         with torch.autocast(stream.device.type, enabled=False):
             if middle is None:
                 middle, attended = step.attend(stream, keep_graph=True)
             else:
                 kept = ctx.graph if log_sums is None else log_sums
                 attended = _Attended(qkv, qkv_inner, output, kept, out_inner)
-            dmiddle, mlp_gradients = step.transform_backward(dout, middle, gate_up, inner)
+            dmiddle, mlp_gradients = step.transform_backward(dout, middle, _Transformed(*transformed))
             dstream, gradients = step.attend_backward(dmiddle, stream, attended, ctx.needs_input_grad[1])
         parameters = step.parameters()
         typed = [g.to(p.dtype) for g, p in zip(gradients + mlp_gradients, parameters, strict=True)]

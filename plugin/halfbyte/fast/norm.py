@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.fast.device import kernels
-
-# Elements worked on at a time on a CPU: the float32 copies of a block stay in the second-level cache.
-_BLOCK = 1 << 17
+from halfbyte.fast.device import blocks, kernels
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tu
     y = torch.empty_like(rows)
     inverse = rows.new_empty(len(rows), 1, dtype=torch.float32)
     scale = weight.float() + 1.0 if unit_offset else weight.to(x.dtype)
-    for block in _blocks(rows):
+    for block in blocks(rows):
         value, result, rate = rows[block].float(), y[block], inverse[block]
         torch.linalg.vector_norm(value, dim=1, keepdim=True, out=rate)
         rate.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
@@ -62,7 +59,7 @@ def norm_backward(
     around = residual.reshape(rows.shape) if residual is not None else None
     dx = torch.empty_like(rows)
     scale = weight.float() + 1.0 if unit_offset else weight.float()
-    for block in _blocks(rows):
+    for block in blocks(rows):
         value, rate = rows[block].float(), inverse[block]
         gradient = gradients[block] * scale
         along = torch.linalg.vecdot(gradient, value, dim=1).unsqueeze(1)
@@ -70,10 +67,3 @@ def norm_backward(
         gradient = gradient.mul_(rate) if around is None else torch.addcmul(around[block], gradient, rate)
         dx[block] = gradient.addcmul_(value, along)
     return dx.view(x.shape)
-
-
-def _blocks(rows: Tensor) -> list[slice]:
-    """Row ranges of a size the cache holds; all rows at once off the CPU."""
-    count = len(rows)
-    step = max(1, _BLOCK // rows.shape[1]) if rows.device.type == "cpu" else max(1, count)
-    return [slice(start, start + step) for start in range(0, count, step)]

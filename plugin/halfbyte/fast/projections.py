@@ -64,6 +64,14 @@ class Dropout:
         return functional.dropout(torch.ones_like(x), self.p, training=True)
 
 
+@dataclass(frozen=True)
+class InnerGradient:
+    """The gradient of inner values (tokens, ranks of all), and the dropout that each adapter's passed, if any did."""
+
+    values: Tensor
+    factors: list[Tensor | None]
+
+
 class Projections:
     """Linear maps of the same input, each with the adapter that is active now, or none.
 
@@ -104,17 +112,48 @@ class Projections:
         self, dy: Tensor, x: Tensor, inner: Tensor | None, weight: Tensor | None
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients of ``x``, which is not wanted without ``weight``, and of :meth:`parameters`."""
+        dx, dinner = self.input_gradient(dy, weight)
+        return dx, self.parameter_gradients(dy, dinner, x, inner)
+
+    def input_gradient(self, dy: Tensor, weight: Tensor | None) -> tuple[Tensor | None, InnerGradient | None]:
+        """The gradients of the input, which is not wanted without ``weight``, and of the inner values."""
         dx = torch.mm(dy, weight) if weight is not None else None
-        if inner is None:
-            return dx, []
-        dinner = torch.empty_like(inner)
-        b_gradients = []
-        for adapter, part, dout in self._parts(inner, dy):
-            b_gradients.append(torch.mm(dout.t(), part).mul_(adapter.scaling))
-        for adapter, dpart, dout in self._parts(dinner, dy):
-            torch.addmm(dpart, dout, adapter.b.detach().to(dy.dtype), beta=0, alpha=adapter.scaling, out=dpart)
-        a_gradients = self._a_gradients(dinner, x, dx)
-        return dx, [gradient for pair in zip(a_gradients, b_gradients, strict=True) for gradient in pair]
+        if not self.parameters():
+            return dx, None
+        ranks = [len(adapter.a) for _, adapter in self._adapted()]
+        dinner = dy.new_empty(len(dy), sum(ranks))
+        for adapter, part, dout in self._parts(dinner, dy):
+            torch.addmm(part, dout, adapter.b.detach().to(dy.dtype), beta=0, alpha=adapter.scaling, out=part)
+        if not self._dropped():
+            if dx is not None:
+                dx.addmm_(dinner, self._stacked_a(dy.dtype))
+            return dx, InnerGradient(dinner, [])
+        like_x = dx if dx is not None else dy.new_empty(len(dy), self.bases[0].in_features)
+        factors = []
+        for adapter, part, _ in self._parts(dinner, dy):
+            drawn = None if adapter.dropout is None else adapter.dropout.factors(like_x)
+            if dx is not None:
+                through = torch.mm(part, adapter.a.detach().to(dy.dtype))
+                dx.add_(through if drawn is None else through.mul_(drawn))
+            factors.append(drawn)
+        return dx, InnerGradient(dinner, factors)
+
+    def parameter_gradients(
+        self, dy: Tensor, dinner: InnerGradient | None, x: Tensor, inner: Tensor | None
+    ) -> list[Tensor]:
+        """The gradients of :meth:`parameters` for input ``x`` with its ``inner`` values."""
+        if dinner is None:
+            return []
+        ranks = [len(adapter.a) for _, adapter in self._adapted()]
+        if not dinner.factors:
+            a_gradients = list(torch.mm(dinner.values.t(), x).split(ranks))
+        else:
+            parts = zip(dinner.values.split(ranks, dim=1), dinner.factors, strict=True)
+            a_gradients = [torch.mm(part.t(), x if drawn is None else drawn.mul_(x)) for part, drawn in parts]
+        b_gradients = [
+            torch.mm(dout.t(), part).mul_(adapter.scaling) for adapter, part, dout in self._parts(inner, dy)
+        ]
+        return [gradient for pair in zip(a_gradients, b_gradients, strict=True) for gradient in pair]
 
     def inner(self, x: Tensor) -> Tensor | None:
         """``d_i(x) A_i'`` of every adapter side by side: (tokens, ranks of all); None without adapters."""
@@ -126,23 +165,6 @@ class Projections:
             torch.mm(_dropped_out(x, each), each.a.detach().to(x.dtype).t()) for _, each in self._adapted()
         ]
         return torch.cat(parts, dim=1)
-
-    def _a_gradients(self, dinner: Tensor, x: Tensor, dx: Tensor | None) -> list[Tensor]:
-        """The gradients of every A; what passes through the adapters to ``x`` is added to ``dx``."""
-        adapters = [adapter for _, adapter in self._adapted()]
-        ranks = [len(adapter.a) for adapter in adapters]
-        if not self._dropped():
-            if dx is not None:
-                dx.addmm_(dinner, self._stacked_a(x.dtype))
-            return list(torch.mm(dinner.t(), x).split(ranks))
-        gradients = []
-        for adapter, part in zip(adapters, dinner.split(ranks, dim=1), strict=True):
-            factors = None if adapter.dropout is None else adapter.dropout.factors(x)
-            if dx is not None:
-                through = torch.mm(part, adapter.a.detach().to(x.dtype))
-                dx.add_(through if factors is None else through.mul_(factors))
-            gradients.append(torch.mm(part.t(), x if factors is None else factors.mul_(x)))
-        return gradients
 
     def _parts(self, inner: Tensor | None, outputs: Tensor) -> Iterator[tuple[Adapter, Tensor, Tensor]]:
         """Every adapter with its columns of ``inner``, a view, and of ``outputs``."""
