@@ -1,6 +1,8 @@
 """What only a CUDA device shows: packed weights on it, paged optimizer state, bfloat16 training."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from halfbyte import QLoRAPlugin
 from halfbyte.cli import main
 from tests import tiny
+from tests.benchmarks.gpu import FIT_32B, FIT_70B, Part
 
 pytestmark = pytest.mark.gpu
 ModelDir = Callable[..., Path]
@@ -55,3 +58,16 @@ def test_optimizer_state_is_paged(model_dir: ModelDir) -> None:
     assert getattr(state, "is_paged", False)
     assert state.dtype == torch.float32
     assert not torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("part", [FIT_32B, FIT_70B], ids=lambda part: part.name)
+def test_a_large_base_takes_a_step_under_a_cap(part: Part) -> None:
+    """In a process of its own, since the cap is a process's, and is set before anything is on the device."""
+    assert part.cap is not None
+    free, _ = torch.cuda.mem_get_info()
+    if free < part.cap * 1e9:
+        pytest.skip(f"needs {part.cap} GB of free device memory")
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", part.name]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("| yes |"), done.stdout

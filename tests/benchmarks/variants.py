@@ -147,6 +147,8 @@ class Stepper:
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.model_wrapped = self.model
         trainer.current_gradient_accumulation_steps = 1
+        # One state for the process: where a run broke off between two passes, no optimizer would step.
+        trainer.accelerator.gradient_state._set_sync_gradients(True)
         self.parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
 
     def step(self) -> Step:
