@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shlex
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,19 +15,33 @@ _NATIVE = ("avx512f", "avx512_bf16", "amx_bf16")
 
 
 def facts() -> dict[str, str]:
-    """A line of RESULTS.md each."""
+    """The commit, the machine and the versions."""
+    return {"commit": commit(), **_standing()}
+
+
+def _standing() -> dict[str, str]:
+    """What does not change from run to run."""
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = next((x.split(":", 1)[1].strip() for x in cpu.splitlines() if x.startswith("model name")), "?")
-    load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
     return {
-        "commit": commit(),
         "CPU": f"{model}, {os.cpu_count()} cores, {', '.join(name for name in _NATIVE if name in cpu)}",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": str(torch.get_num_threads()),
-        "load average at the end (1, 5, 15 min)": load,
         "Python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},
     }
+
+
+def section() -> str:
+    """The machine as a section of RESULTS.md, whose other sections each name a commit."""
+    return "## The machine\n\n" + "\n".join(f"- {name}: {value}" for name, value in _standing().items())
+
+
+def run(module: str, words: Sequence[str], taken: str) -> str:
+    """One sentence on the run that a section is from: its command, commit, what it took, and the load."""
+    load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
+    command = shlex.join(["python", "-m", f"tests.benchmarks.{module}", *words])
+    return f"By `{command}` at {commit()}: {taken}; load average {load} at the end (1, 5, 15 minutes)."
 
 
 def commit() -> str:

@@ -1,4 +1,4 @@
-"""What a benchmark run found, as tables and as RESULTS.md."""
+"""What a benchmark run found, as tables."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -11,29 +11,13 @@ HEADER = (
     "|---|---|---|---|---|---|---|---|"
 )
 
-EXPLANATION = """\
-`tokens/s` counts real tokens (padding excluded). `x first` is the median over steps of the first line's time
-over this line's, both per token, each pair in the same turn and, but for packing, on the same rows; `spread` is
-the least and the largest. `loss` is the largest difference of a step's loss from the first line's, `gradient`
-the relative difference of all adapter gradients at the first step. `peak MiB` is what one step on the longest
-rows needs beyond what is held before it, in a process of its own. The grid is TRL's options, three steps each
-after one to warm up; the best of them is measured again beside the others."""
-
-NOT_SHOWN = """\
-- Nothing here ran on a GPU: what CUDA kernels, memory bandwidth and larger models change is not measured.
-- The models are random Llamas of 8 layers; layers of an 8B model have a larger share of matrix products.
-- One thread, CPU time: waiting, data loading in other processes and the scaling over cores are not in it.
-- Steps only: what lies outside them is in the last table, if it was measured.
-- bfloat16 numbers hold for this CPU only; see the flags above for whether it multiplies bfloat16 natively.
-- TRL's selective checkpointing is not in the grid: with these versions its `train()` raises "Unexpected keyword
-  arguments: selective"."""
-
 # What is asked for, of halfbyte in its own dtype, on the threshold cases: (against, at least).
 TARGETS = {
     "lognormal": (("TRL bfloat16, checkpointing", 2.8), ("best", 1.8), ("TRL float32, checkpointing", 1.5)),
     "fixed 512": (("TRL bfloat16, checkpointing", 2.0), ("best", 1.4), ("TRL float32, checkpointing", 1.5)),
 }
 MEMORY_TARGET = 0.5
+LARGE = "Of TRL only the dtype that is fast here: with the other columns the full run would pass its hour."
 
 
 @dataclass(frozen=True)
@@ -58,12 +42,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Result:
-    """One case; ``grid`` is tokens a second of each of TRL's options, ``best`` the name of the best."""
+    """One case; ``grid`` is tokens a second of each of TRL's options, ``best`` the name of the best.
+
+    ``suffix`` tells its section from another of the same case, ``note`` says under which conditions it was measured.
+    """
 
     case: Case
     lines: list[Line]
     grid: dict[str, float] = field(default_factory=dict)
     best: str | None = None
+    suffix: str = ""
+    note: str = ""
 
 
 def table(result: Result) -> str:
@@ -82,7 +71,8 @@ def table(result: Result) -> str:
     paths = [f"{line.variant}: {line.path}." for line in result.lines if line.path]
     grid = sorted(result.grid.items(), key=lambda item: -item[1])
     tried = ["The grid, tokens/s: " + "; ".join(f"{name} {rate:.0f}" for name, rate in grid) + ".", ""]
-    parts = [f"### {case.name}", "", kind + ".", "", *paths, "", HEADER, *rows, ""]
+    about = [f"{kind}.{f' {result.note}' if result.note else ''}", *([LARGE] if case.large else [])]
+    parts = [f"### {case.name}{result.suffix}", "", *about, "", *paths, "", HEADER, *rows, ""]
     return "\n".join([*parts, *(tried if grid else []), *targets(result)])
 
 
@@ -98,6 +88,7 @@ def targets(result: Result) -> list[str]:
             ratio = statistics.median(ours.times_faster_than(line))
             rows.append(f"| {label} | >= {least}x | {ratio:.2f}x | {'yes' if ratio >= least else 'NO'} |")
     if rows:
+        rows += _in_bfloat16(result.lines[2:])
         share = ours.memory / first.memory
         met = "yes" if share <= MEMORY_TARGET else "NO"
         rows.append(f"| peak memory of {first.variant} | <= {MEMORY_TARGET}x | {share:.2f}x | {met} |")
@@ -105,16 +96,15 @@ def targets(result: Result) -> list[str]:
     return rows
 
 
-def page(results: list[Result], machine: dict[str, str], how: str, repeats: int) -> str:
-    """RESULTS.md: the machine, the tables, how to read them and what they do not show."""
-    facts = "\n".join(f"- {name}: {value}" for name, value in machine.items())
-    tables = "\n".join(table(result) for result in results)
-    return (
-        f"# SFT steps: halfbyte against plain TRL\n\n"
-        f"Written by `python -m tests.benchmarks.sft`, run {how} with {repeats} steps after 2 to warm up. Same "
-        f"checkpoint, rows, order, batch and AdamW; NF4 with double quantization, LoRA r 16 on all linears.\n\n"
-        f"{facts}\n\n{EXPLANATION}\n\n{tables}\n## What this does not show\n\n{NOT_SHOWN}\n"
-    )
+def _in_bfloat16(others: list[Line]) -> list[str]:
+    """For information: bfloat16 on both sides, against the best of TRL's that was measured."""
+    ours = [line for line in others if line.variant == "halfbyte bfloat16"]
+    theirs = [line for line in others if line.variant.startswith("TRL bfloat16")]
+    if not ours or not theirs:
+        return []
+    best = max(theirs, key=lambda line: line.tokens_per_second)
+    ratio = statistics.median(ours[0].times_faster_than(best))
+    return [f"| {best.variant} (by {ours[0].variant}) | none | {ratio:.2f}x | |"]
 
 
 def _difference(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Measure SFT steps against plain TRL: `python -m tests.benchmarks.sft [--quick] [--bf16] [--write]`.
+"""Measure SFT steps against plain TRL: `python -m tests.benchmarks.sft [--quick] [--without-bf16] [--write]`.
 
 All variants of a case live in one process and take their steps in turn, on the same rows, so that a busy
 machine slows all of them. On CPU the clock is the process's CPU time on one thread. Peak memory is measured
@@ -13,34 +13,30 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+if "--without-bf16" in sys.argv:
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # oneDNN reads it once, so it comes before torch
 
 import torch
 from datasets import disable_progress_bars
 from transformers.utils import logging
 
-from tests.benchmarks import machine, report, variants, workload
+from tests.benchmarks import machine, report, results, variants, workload
 from tests.benchmarks.variants import Step, Stepper, Variant
 from tests.benchmarks.workload import CASES, Case
 
 WARM_UP = 2
 REPEATS = 9
+TRIED = 3  # steps of each of the grid's variants
+HOPELESS = 2.5  # times slower than the best: no further steps
+CAPPED = "oneDNN is held to AVX512_CORE, without bfloat16 instructions."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the two threshold cases, without the grid")
-    parser.add_argument(
-        "--bf16", action="store_true", help="TRL's bfloat16 columns too; slow where it is not native"
-    )
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--case", help="only the case of this name")
-    parser.add_argument("--write", action="store_true", help="write RESULTS.md beside this file")
-    parser.add_argument("--memory", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(sys.argv[1:])
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
@@ -48,50 +44,94 @@ def main() -> None:
     disable_progress_bars()
     cache = Path(tempfile.gettempdir()) / "halfbyte-benchmarks"
     cache.mkdir(exist_ok=True)
+    # Neither these bases nor a capped CPU's choice of dtype belong in the user's cache.
+    os.environ["XDG_CACHE_HOME"] = str(cache)
     if options.memory:
         print(json.dumps(peak_memory(find(options.memory[0]), options.memory[1], cache)))
-        return
-    cases = [
-        case
-        for case in CASES
-        if case.name == options.case or (not options.case and (case.threshold or not options.quick))
-    ]
-    results = []
-    for case in cases:
-        chosen, rates = columns(case, options), {}
-        if case.threshold and not options.quick:
-            rates = try_out(case, variants.grid(case), cache)
-            best = next(v for v in variants.grid(case) if v.name == max(rates, key=rates.__getitem__))
-            chosen += [best] if best.name not in {variant.name for variant in chosen} else []
+    else:
+        run(options, sys.argv[1:], cache)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="the two threshold cases, without the grid")
+    parser.add_argument(
+        "--without-bf16",
+        action="store_true",
+        help="the two threshold cases in float32, with oneDNN's instructions capped below bfloat16's",
+    )
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--case", choices=[case.name for case in CASES], help="only this one")
+    parser.add_argument("--write", action="store_true", help="put what was measured into RESULTS.md")
+    parser.add_argument("--memory", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def run(options: argparse.Namespace, words: Sequence[str], cache: Path) -> None:
+    """Measure the cases that were asked for, each printed, and written if asked, before the next."""
+    short = options.quick or options.without_bf16
+    for case in CASES:
+        if options.case not in (None, case.name) or (short and not options.case and not case.threshold):
+            continue
+        chosen, rates, best = columns(case, options), {}, None
+        grid = variants.grid(case) if case.threshold and not short else []
+        if grid:
+            rates = try_out(case, [variant for variant in grid if variant not in chosen], cache)
+            fastest = max(rates, key=rates.__getitem__)
+            chosen += [variant for variant in grid if variant.name == fastest]
         lines = measure(case, chosen, options.repeats, cache)
-        results.append(report.Result(case, lines, rates, max(rates, key=rates.__getitem__, default=None)))
-        print(report.table(results[-1]), flush=True)
-        if options.write:  # after each case: a run that is cut short leaves what it has measured
-            how = "--quick" if options.quick else "in full"
-            text = report.page(results, machine.facts(), how, options.repeats)
-            (Path(__file__).parent / "RESULTS.md").write_text(text, encoding="utf-8")
+        if grid:  # the options among the columns have been measured there
+            names = {variant.name for variant in grid}
+            rates |= {line.variant: line.tokens_per_second for line in lines if line.variant in names}
+            best = max((x for x in lines if x.variant in names), key=lambda x: x.tokens_per_second).variant
+        note = machine.run("sft", words, f"{options.repeats} steps after {WARM_UP} to warm up")
+        suffix, note = (results.EMULATED, f"{note} {CAPPED}") if options.without_bf16 else ("", note)
+        text = report.table(report.Result(case, lines, rates, best, suffix, note))
+        print(text, flush=True)
+        if options.write:
+            results.write(machine.section(), text)
 
 
 def columns(case: Case, options: argparse.Namespace) -> list[Variant]:
-    """TRL in the dtype that is fast here, first; halfbyte in it; then the others that were asked for."""
+    """TRL in the dtype that is fast here, first; halfbyte in it; then what else the full run has time for."""
     fast_dtype = variants.native_dtype()
+    if options.without_bf16:
+        return [variants.reference("float32"), variants.halfbyte(fast_dtype)]
     found = [variants.reference(fast_dtype), variants.halfbyte(fast_dtype)]
-    if case.threshold:
-        found.append(variants.halfbyte(fast_dtype, "min"))
-    if options.bf16 or fast_dtype == "bfloat16":
-        others = (variants.reference("bfloat16"), variants.halfbyte("bfloat16"), variants.TRL_DEFAULTS)
-        found += [variant for variant in others if variant not in found]
-    return found
+    if case.large:
+        return found
+    found += [variants.reference("bfloat16"), variants.TRL_DEFAULTS]
+    if case.threshold and not options.quick:
+        found += [variants.halfbyte(fast_dtype, "min"), variants.halfbyte("bfloat16")]
+    return [variant for i, variant in enumerate(found) if variant not in found[:i]]
 
 
 def try_out(case: Case, candidates: list[Variant], cache: Path) -> dict[str, float]:
-    """Real tokens a second of each candidate: the median of three steps, in turn, after one to warm up."""
+    """Real tokens a second of each candidate: the median of three steps, in turn, after one to warm up.
+
+    One whose first step is far behind the best of them takes no more, and its name says so.
+    """
     with tempfile.TemporaryDirectory() as output:
-        steppers = start(case, candidates, 4, cache, output)
-        turns = [[stepper.step() for stepper in steppers] for _ in range(4)]
-    steps = zip(*turns[1:], strict=True)
-    rates = [statistics.median(step.tokens / step.seconds for step in taken) for taken in steps]
-    return dict(zip((variant.name for variant in candidates), rates, strict=True))
+        steppers = start(case, candidates, 1 + TRIED, cache, output)
+        first = [rate(advance(stepper, case, 1, 1 + TRIED)) for stepper in steppers]
+        near = [s for s, each in zip(steppers, first, strict=True) if each * HOPELESS >= max(first)]
+        turns = [[rate(advance(s, case, 2 + turn, 1 + TRIED)) for s in near] for turn in range(TRIED)]
+    found = {
+        f"{s.variant.name} (one step)": each for s, each in zip(steppers, first, strict=True) if s not in near
+    }
+    for stepper, taken in zip(near, zip(*turns, strict=True), strict=True):
+        found[stepper.variant.name] = statistics.median(taken)
+    return found
+
+
+def rate(step: Step) -> float:
+    return step.tokens / step.seconds
+
+
+def advance(stepper: Stepper, case: Case, number: int, of: int) -> Step:
+    """One step, announced on stderr: a long run shows that it lives."""
+    print(f"{case.name}: {stepper.variant.name}: step {number} of {of}", file=sys.stderr, flush=True)
+    return stepper.step()
 
 
 def start(case: Case, columns: list[Variant], steps: int, cache: Path, output: str) -> list[Stepper]:
@@ -110,7 +150,7 @@ def measure(case: Case, columns: list[Variant], repeats: int, cache: Path) -> li
         gradients: list[dict[str, torch.Tensor]] = []
         for turn in range(WARM_UP + repeats):
             for i, stepper in enumerate(steppers):
-                taken[i].append(stepper.step())
+                taken[i].append(advance(stepper, case, 1 + turn, WARM_UP + repeats))
                 if turn == 0:
                     gradients.append({name: g.float().clone() for name, g in stepper.gradients.items()})
                 stepper.gradients = {}
@@ -138,13 +178,14 @@ def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 
 
 def child_memory(case: Case, variant: Variant) -> float:
+    print(f"{case.name}: {variant.name}: peak memory", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "tests.benchmarks.sft", "--memory", case.name, variant.name]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def peak_memory(case: Case, name: str, cache: Path) -> float:
-    """MiB that two steps need beyond what is held before them."""
+    """MiB that a step on the longest rows needs beyond what is held before it."""
     variant = next(v for v in every_variant(case) if v.name == name)
     rows = workload.rows(case, 6 if "packing" in variant.options else 3)
     # The longest batches first: the peak belongs to them.

@@ -1,6 +1,7 @@
-"""What the benchmarks leave out of TRL's grid, and how they count."""
+"""What the benchmarks leave out of TRL's grid, which columns they measure, and how they count."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from tests import plain_trl, tiny
-from tests.benchmarks import report
-from tests.benchmarks.variants import Step
+from tests.benchmarks import overhead, report, sft
+from tests.benchmarks.variants import Step, Variant
 from tests.benchmarks.workload import Case
 
 
@@ -47,3 +48,59 @@ def test_ratios_are_per_token_and_targets_are_held_to_them() -> None:
     assert "| the best TRL options (TRL float32, packing) | >= 1.8x | 1.00x | NO |" in text
     assert "| peak memory of TRL float32, checkpointing | <= 0.5x | 0.60x | NO |" in text
     assert "bfloat16" not in text
+
+
+def test_bfloat16_on_both_sides_is_for_information() -> None:
+    lines = [
+        line("TRL float32, checkpointing", 4.0, 100, 100.0),
+        line("halfbyte float32", 2.0, 100, 50.0),
+        line("TRL bfloat16, checkpointing", 8.0, 100, 50.0),
+        line("TRL bfloat16, no checkpointing", 6.0, 100, 50.0),
+        line("halfbyte bfloat16", 3.0, 100, 25.0),
+    ]
+    text = report.table(report.Result(Case("fixed 512"), lines))
+    assert "| TRL bfloat16, no checkpointing (by halfbyte bfloat16) | none | 2.00x | |" in text
+    assert "by halfbyte bfloat16" not in report.table(report.Result(Case("fixed 512"), lines[:4]))
+
+
+def test_the_hopeless_take_one_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken: list[str] = []
+
+    @dataclass
+    class Fake:
+        variant: Variant
+        seconds: float
+
+        def step(self) -> Step:
+            taken.append(self.variant.name)
+            return Step(1.0, self.seconds, 100)
+
+    fakes = [
+        Fake(Variant(name, "float32"), seconds) for name, seconds in (("a", 1.0), ("b", 2.4), ("c", 2.6))
+    ]
+    monkeypatch.setattr(sft, "start", lambda *_: fakes)
+    rates = sft.try_out(Case("any"), [fake.variant for fake in fakes], tmp_path)
+    assert rates == {"a": 100.0, "b": 100 / 2.4, "c (one step)": 100 / 2.6}
+    assert [taken.count(name) for name in "abc"] == [4, 4, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_columns(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr("tests.benchmarks.variants.native_dtype", lambda: dtype)
+
+    def names(case: Case, *words: str) -> list[str]:
+        return [variant.name for variant in sft.columns(case, sft.parse(words))]
+
+    both = [f"TRL {dtype}, checkpointing", f"halfbyte {dtype}"]
+    theirs = [*(["TRL bfloat16, checkpointing"] if dtype == "float32" else []), "TRL defaults"]
+    assert names(Case("any")) == both + theirs == names(Case("any", threshold=True), "--quick")
+    assert names(Case("any", large=True)) == both
+    assert set(names(Case("any", threshold=True))) >= {*both, *theirs, f"halfbyte {dtype}, memory_budget min"}
+    assert names(Case("any"), "--without-bf16") == ["TRL float32, checkpointing", f"halfbyte {dtype}"]
+
+
+def test_overhead_says_what_is_missed() -> None:
+    found = {"TRL": [{"start": 1.0, "end": 1.0}] * 3, "halfbyte": [{"start": 0.9, "end": 2.0}] * 3}
+    text = overhead.table(found)
+    assert "| end | 1000 | 2000 | 2.00 | 2.00-2.00 |" in text
+    assert text.endswith("is missed at: end.")
