@@ -102,6 +102,21 @@ def test_plots_that_fail_are_said_once_and_stop_nothing(
     assert (record["status"], record["steps"], record["metrics"]["train"]["loss"]) == ("interrupted", 4, 1.0)
 
 
+def test_saves_draw_once_a_minute_at_the_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = 1000.0
+    monkeypatch.setattr("halfbyte.tracking.callback.time.monotonic", lambda: seconds)
+    tracker, loss = _tracker(tmp_path), tmp_path / "plots" / "loss.png"
+    drawn = []
+    for step, passed in enumerate((30, 31, 30, 31), start=1):
+        seconds += passed
+        state = TrainerState(global_step=step, max_steps=10)
+        tracker.on_log(None, state, TrainerControl(), logs={"loss": 1.0 / step})
+        tracker.on_save(None, state, TrainerControl())
+        drawn.append(loss.exists())
+        loss.unlink(missing_ok=True)
+    assert drawn == [False, True, False, True]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker, state = _tracker(tmp_path / "out", main=False), TrainerState(global_step=4)
     tracker.on_log(None, state, TrainerControl(), logs={"loss": 1.0})

@@ -1,7 +1,6 @@
 """The one callback through which a Trainer fills its run directory."""
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
@@ -23,7 +22,8 @@ from halfbyte.tracking.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
-# Plots cost more than the rest of a small save together: at saves in quick succession they wait for a later one.
+# Plots cost more than the rest of a small save together: at saves in quick succession they wait for a later one,
+# at the first too.
 _REDRAW_SECONDS = 60.0
 # What the closing summary compares before and after training.
 _COMPARED = (
@@ -73,7 +73,7 @@ class Tracker(TrainerCallback):
         self._drawn: dict[str, Any] = {}
         self._total_steps = 0
         self._finished = False
-        self._drawn_at = -math.inf
+        self._drawn_at = time.monotonic()
         self._kept_step: int | None = None  # whose weights the run ends with, where it is not the last
 
     # Events of the Trainer, in the order they come.
