@@ -222,7 +222,7 @@ def main() -> None:
     disable_progress_bars()
     part = sized(PARTS[options.part], vars(options))
     print(*(f"- {name}: {value}" for name, value in machine.facts().items()), "", sep="\n", flush=True)
-    if part.cap is not None:
+    if part.name != SPEED.name:
         print(fit(part, options.dtype, options.memory_budget or "auto").table())
         return
     lines = speed(part, options.dtype, options.repeats, options.memory_budget)

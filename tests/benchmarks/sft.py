@@ -32,6 +32,9 @@ WARM_UP = 2
 REPEATS = 9
 TRIED = 3  # steps of each of the grid's variants
 HOPELESS = 2.5  # times slower than the best: no further steps
+CLOSE = (
+    1.25  # times slower than the best: measured again beside the others, which three steps cannot tell apart
+)
 CAPPED = "oneDNN is held to AVX512_CORE, without bfloat16 instructions."
 
 
@@ -77,8 +80,8 @@ def run(options: argparse.Namespace, words: Sequence[str], cache: Path) -> None:
         grid = variants.grid(case) if case.threshold and not short else []
         if grid:
             rates = try_out(case, [variant for variant in grid if variant not in chosen], cache)
-            fastest = max(rates, key=rates.__getitem__)
-            chosen += [variant for variant in grid if variant.name == fastest]
+            close = max(rates.values()) / CLOSE
+            chosen += [variant for variant in grid if rates.get(variant.name, 0.0) >= close]
         lines = measure(case, chosen, options.repeats, cache)
         if grid:  # the options among the columns have been measured there
             names = {variant.name for variant in grid}

@@ -108,6 +108,25 @@ def test_a_tie_belongs_to_the_first_token() -> None:
     assert top1.tolist() == [True, False]
 
 
+def test_the_likeliest_token_is_found_where_logits_nearly_tie() -> None:
+    logits = torch.zeros(1, 131_072)
+    logits[0, 500] = 0.01
+    logits[0, 3] = torch.nextafter(logits[0, 500], torch.tensor(0.0))
+    *_, top1, _ = head.score(logits, torch.tensor([500]), None, False)
+    assert top1.tolist() == [True]
+
+
+def test_a_large_vocabulary_costs_no_precision() -> None:
+    logits = 4 * torch.randn(16, 131_072, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(16)
+    exact = logits.double().log_softmax(1)
+    log_probs, entropy, _, gradient = head.score(logits, targets, None, True)
+    assert (log_probs - exact[targets, targets]).abs().max() < 5e-6
+    assert (entropy + (exact.exp() * exact).sum(1)).abs().max() < 5e-6
+    exact = exact.exp() - torch.nn.functional.one_hot(targets, 131_072)
+    assert (gradient - exact).norm() < 2e-7 * exact.norm()
+
+
 @pytest.mark.parametrize("vocabulary", [8_000, 32_000, 128_256, 262_144])
 def test_tiles_stay_small(vocabulary: int) -> None:
     assert 64 <= head.tile_rows(vocabulary, "cpu") <= 256

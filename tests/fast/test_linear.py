@@ -76,6 +76,13 @@ def test_equals_peft(x: torch.Tensor, dropout: float, bias: bool) -> None:
     assert all(gradient.norm() > 0 for name, gradient in fused.items() if "lora_" in name)
 
 
+def test_an_input_that_is_not_row_major_drops_the_same_elements() -> None:
+    x = torch.randn(1, 64, 17, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
+    assert not x.is_contiguous()
+    fused, peft = (step(make(lora_dropout=0.3, fused=fused), x) for fused in (True, False))
+    assert_same(fused, peft)
+
+
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}])
 def test_variants_equal_peft(x: torch.Tensor, options: dict) -> None:
     if "lora_bias" in options:

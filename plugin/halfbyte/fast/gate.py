@@ -35,7 +35,7 @@ class Gate:
         return product
 
     def backward(self, dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of ``gate_up``, and the product again, for ``dy``, the product's gradient; overwrites ``dy``."""
+        """The gradient of ``gate_up`` for ``dy``, the product's; and the product again, in the place of ``dy``."""
         fused = kernels(gate_up)
         if fused is not None and self.name == "silu":
             return fused.swiglu_backward(dy, gate_up)

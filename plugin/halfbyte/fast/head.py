@@ -176,6 +176,7 @@ class _LogProbs(torch.autograd.Function):
             )
             if gradient is not None:
                 torch.mm(dlogits.to(rows.dtype), weight, out=gradient[part])
+            del logits, dlogits  # or the next tile would be made beside them
         ctx.save_for_backward(gradient, index)
         ctx.rows = len(rows)
         ctx.mark_non_differentiable(entropy, top1)
@@ -206,15 +207,21 @@ def score(
         slope = 1 - logits.square() if needs_gradient else None
         logits.mul_(softcap)
     at = targets.unsqueeze(1)
-    every = torch.log_softmax(logits, 1)
-    log_probs = every.gather(1, at)
-    top1 = (log_probs == every.amax(1, keepdim=True)).squeeze(1)
-    likeliest = top1.nonzero().squeeze(1)
-    top1[likeliest] = every[likeliest].argmax(1) == targets[likeliest]  # the first of equals: slow to find
-    probs = torch.exp(every, out=logits)
-    entropy = every.mul_(probs).sum(1).neg_()
+    largest = logits.amax(1, keepdim=True)
+    target = logits.gather(1, at)
+    top1 = (target == largest).squeeze(1)
+    # Whether it is the first of equals takes a search, which only rows that may be right go through.
+    likely = top1.nonzero().squeeze(1)
+    top1[likely] = logits[likely].argmax(1) == targets[likely]
+    logits.sub_(largest)
+    weights = logits.exp()
+    total = weights.sum(1, keepdim=True)
+    log_total = total.log()
+    log_probs = (target - largest - log_total).squeeze(1)
+    entropy = (log_total - logits.mul_(weights).sum(1, keepdim=True) / total).squeeze(1)
     if needs_gradient:
-        probs.scatter_add_(1, at, torch.full_like(log_probs, -1.0))
+        weights.div_(total)
+        weights.scatter_add_(1, at, torch.full_like(target, -1.0))
         if slope is not None:
-            probs.mul_(slope)
-    return log_probs.squeeze(1), entropy, top1, probs
+            weights.mul_(slope)
+    return log_probs, entropy, top1, weights

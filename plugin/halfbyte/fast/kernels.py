@@ -97,18 +97,19 @@ def _swiglu_forward(gate_up, y, width, block: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(dy, gate_up, gradient, y, width, block: tl.constexpr):
+def _swiglu_backward(dy, gate_up, gradient, width, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < width
     at = row * 2 * width + column
-    d = tl.load(dy + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    product = dy + row * width + column
+    d = tl.load(product, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     tl.store(gradient + at, d * up * share * (1.0 + gate * (1.0 - share)), mask=inside)
     tl.store(gradient + at + width, d * gate * share, mask=inside)
-    tl.store(y + row * width + column, gate * share * up, mask=inside)
+    tl.store(product, gate * share * up, mask=inside)
 
 
 @triton.jit
@@ -214,11 +215,11 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ``gate_up`` for contiguous ``dy`` (tokens, width), and :func:`swiglu_forward` once more."""
+    """The gradient of ``gate_up`` for contiguous ``dy`` (tokens, width); ``dy`` becomes :func:`swiglu_forward`'s."""
     tokens, width = dy.shape
-    gradient, y = torch.empty_like(gate_up), torch.empty_like(dy)
-    _swiglu_backward[_gate_blocks(tokens, width)](dy, gate_up, gradient, y, width, block=_GATE_BLOCK)
-    return gradient, y
+    gradient = torch.empty_like(gate_up)
+    _swiglu_backward[_gate_blocks(tokens, width)](dy, gate_up, gradient, width, block=_GATE_BLOCK)
+    return gradient, dy
 
 
 def score(

@@ -64,14 +64,6 @@ class Dropout:
         return functional.dropout(torch.ones_like(x), self.p, training=True)
 
 
-@dataclass(frozen=True)
-class InnerGradient:
-    """The gradient of inner values (tokens, ranks of all), and the dropout that each adapter's passed, if any did."""
-
-    values: Tensor
-    factors: list[Tensor | None]
-
-
 class Projections:
     """Linear maps of the same input, each with the adapter that is active now, or none.
 
@@ -112,48 +104,26 @@ class Projections:
         self, dy: Tensor, x: Tensor, inner: Tensor | None, weight: Tensor | None
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients of ``x``, which is not wanted without ``weight``, and of :meth:`parameters`."""
-        dx, dinner = self.input_gradient(dy, weight)
-        return dx, self.parameter_gradients(dy, dinner, x, inner)
-
-    def input_gradient(self, dy: Tensor, weight: Tensor | None) -> tuple[Tensor | None, InnerGradient | None]:
-        """The gradients of the input, which is not wanted without ``weight``, and of the inner values."""
         dx = torch.mm(dy, weight) if weight is not None else None
-        if not self.parameters():
-            return dx, None
-        ranks = [len(adapter.a) for _, adapter in self._adapted()]
-        dinner = dy.new_empty(len(dy), sum(ranks))
-        for adapter, part, dout in self._parts(dinner, dy):
-            torch.addmm(part, dout, adapter.b.detach().to(dy.dtype), beta=0, alpha=adapter.scaling, out=part)
-        if not self._dropped():
-            if dx is not None:
-                dx.addmm_(dinner, self._stacked_a(dy.dtype))
-            return dx, InnerGradient(dinner, [])
-        like_x = dx if dx is not None else dy.new_empty(len(dy), self.bases[0].in_features)
-        factors = []
-        for adapter, part, _ in self._parts(dinner, dy):
-            drawn = None if adapter.dropout is None else adapter.dropout.factors(like_x)
-            if dx is not None:
-                through = torch.mm(part, adapter.a.detach().to(dy.dtype))
-                dx.add_(through if drawn is None else through.mul_(drawn))
-            factors.append(drawn)
-        return dx, InnerGradient(dinner, factors)
+        dinner = self._inner_gradient(dy)
+        if dinner is None or inner is None:
+            return dx, []
+        return dx, self._pairs(self._through_a(dinner, x, dx), self._b_gradients(dy, inner))
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of the input and of the inner values: :meth:`backward` in two, where no input is at hand."""
+        dx, dinner = torch.mm(dy, weight), self._inner_gradient(dy)
+        if dinner is not None:
+            self._through_a(dinner, None, dx)
+        return dx, dinner
 
     def parameter_gradients(
-        self, dy: Tensor, dinner: InnerGradient | None, x: Tensor, inner: Tensor | None
+        self, dy: Tensor, dinner: Tensor | None, x: Tensor, inner: Tensor | None
     ) -> list[Tensor]:
-        """The gradients of :meth:`parameters` for input ``x`` with its ``inner`` values."""
-        if dinner is None:
+        """The gradients of :meth:`parameters`: the rest of what :meth:`input_gradient` began."""
+        if dinner is None or inner is None:
             return []
-        ranks = [len(adapter.a) for _, adapter in self._adapted()]
-        if not dinner.factors:
-            a_gradients = list(torch.mm(dinner.values.t(), x).split(ranks))
-        else:
-            parts = zip(dinner.values.split(ranks, dim=1), dinner.factors, strict=True)
-            a_gradients = [torch.mm(part.t(), x if drawn is None else drawn.mul_(x)) for part, drawn in parts]
-        b_gradients = [
-            torch.mm(dout.t(), part).mul_(adapter.scaling) for adapter, part, dout in self._parts(inner, dy)
-        ]
-        return [gradient for pair in zip(a_gradients, b_gradients, strict=True) for gradient in pair]
+        return self._pairs(self._through_a(dinner, x, None), self._b_gradients(dy, inner))
 
     def inner(self, x: Tensor) -> Tensor | None:
         """``d_i(x) A_i'`` of every adapter side by side: (tokens, ranks of all); None without adapters."""
@@ -166,13 +136,49 @@ class Projections:
         ]
         return torch.cat(parts, dim=1)
 
+    def _inner_gradient(self, dy: Tensor) -> Tensor | None:
+        """The gradient of the inner values; None without adapters."""
+        if not self.parameters():
+            return None
+        dinner = dy.new_empty(len(dy), sum(self._ranks()))
+        for adapter, part, dout in self._parts(dinner, dy):
+            part.addmm_(dout, adapter.b.detach().to(dy.dtype), beta=0, alpha=adapter.scaling)
+        return dinner
+
+    def _through_a(self, dinner: Tensor, x: Tensor | None, dx: Tensor | None) -> list[Tensor]:
+        """The gradients of every A, if ``x`` is given; what passes on to the input is added to ``dx``, if it is."""
+        if not self._dropped():
+            if dx is not None:
+                dx.addmm_(dinner, self._stacked_a(dinner.dtype))
+            return list(torch.mm(dinner.t(), x).split(self._ranks())) if x is not None else []
+        gradients = []
+        for (_, adapter), part in zip(self._adapted(), dinner.split(self._ranks(), dim=1), strict=True):
+            # In the layout of what the forward drew it for: random numbers fill memory in its order.
+            like = dx if x is None else x
+            factors = None if adapter.dropout is None or like is None else adapter.dropout.factors(like)
+            if dx is not None:
+                through = torch.mm(part, adapter.a.detach().to(part.dtype))
+                dx.add_(through if factors is None else through.mul_(factors))
+            if x is not None:
+                gradients.append(torch.mm(part.t(), x if factors is None else factors.mul_(x)))
+        return gradients
+
+    def _b_gradients(self, dy: Tensor, inner: Tensor) -> list[Tensor]:
+        return [
+            torch.mm(dout.t(), part).mul_(adapter.scaling) for adapter, part, dout in self._parts(inner, dy)
+        ]
+
+    def _pairs(self, a_gradients: list[Tensor], b_gradients: list[Tensor]) -> list[Tensor]:
+        """In the order of :meth:`parameters`."""
+        return [gradient for pair in zip(a_gradients, b_gradients, strict=True) for gradient in pair]
+
     def _parts(self, inner: Tensor | None, outputs: Tensor) -> Iterator[tuple[Adapter, Tensor, Tensor]]:
         """Every adapter with its columns of ``inner``, a view, and of ``outputs``."""
         if inner is None:
             return
         widths = outputs.split([base.out_features for base in self.bases], dim=1)
-        ranks = inner.split([len(adapter.a) for _, adapter in self._adapted()], dim=1)
-        for (i, adapter), part in zip(self._adapted(), ranks, strict=True):
+        parts = inner.split(self._ranks(), dim=1)
+        for (i, adapter), part in zip(self._adapted(), parts, strict=True):
             yield adapter, part, widths[i]
 
     def _stacked_a(self, dtype: torch.dtype) -> Tensor:
@@ -194,6 +200,9 @@ class Projections:
 
     def _adapted(self) -> Iterator[tuple[int, Adapter]]:
         return ((i, adapter) for i, adapter in enumerate(self.adapters) if adapter is not None)
+
+    def _ranks(self) -> list[int]:
+        return [len(adapter.a) for _, adapter in self._adapted()]
 
     def _dropped(self) -> bool:
         return any(adapter.dropout is not None for _, adapter in self._adapted())
@@ -224,7 +233,7 @@ def _packed(base: Linear4bit) -> Tensor:
 def _stacked(bases: Sequence[nn.Linear]) -> tuple[Tensor, bnb.QuantState] | None:
     """The packed weights of all maps as those of one; None where they cannot be put end to end.
 
-    Copying them packed moves an eighth of the bytes of copying them dequantized, and makes one call of several.
+    Copying them packed moves a fraction of the bytes of copying them dequantized, and makes one call of several.
     """
     if not all(isinstance(base, Linear4bit) for base in bases):
         return None
@@ -237,6 +246,9 @@ def _stacked(bases: Sequence[nn.Linear]) -> tuple[Tensor, bnb.QuantState] | None
     scales = torch.cat([_scales(state) for state in states])
     packed = torch.cat([_packed(base).reshape(-1, 1) for base in bases])
     shape = torch.Size((sum(state.shape[0] for state in states), *first.shape[1:]))
+    assert 2 * packed.numel() * packed.element_size() == shape.numel(), (
+        "packed weights with something between them"
+    )
     kind = {"quant_type": first.quant_type, "blocksize": first.blocksize, "dtype": first.dtype}
     return packed, bnb.QuantState(absmax=scales, shape=shape, code=first.code, **kind)
 
