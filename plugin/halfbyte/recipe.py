@@ -59,12 +59,16 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Every announced recipe, sorted by name; a distribution seen twice on the path counts once."""
-    found = {
-        Entry(point.name, point.dist.name, point.dist.version, point.value)
-        for point in metadata.entry_points(group=GROUP)
-        if point.dist is not None
-    }
-    return sorted(found)
+    points = [(point, point.dist) for point in metadata.entry_points(group=GROUP) if point.dist is not None]
+    packages = {
+        dist: dist.metadata for dist in {dist for _, dist in points}
+    }  # each parsed once, which is slow
+    return sorted(
+        {
+            Entry(point.name, packages[dist]["Name"], packages[dist]["Version"], point.value)
+            for point, dist in points
+        }
+    )
 
 
 def check(listed: list[Entry]) -> None:
