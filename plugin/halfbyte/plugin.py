@@ -232,11 +232,13 @@ class QLoRAPlugin(ModelConfig):
         model: str | None = None,
         args: Any,
         processing_class: PreTrainedTokenizerBase | None = None,
+        added_token_ids: Iterable[int] = (),
         **kwargs: Any,
     ) -> Trainer:
         """Build ``trainer_cls``, any TRL trainer, over ``model`` loaded by this plugin.
 
         ``args`` is taken as given; what must change for 4-bit training is changed and said in one line each.
+        Without ``processing_class`` it is :meth:`tokenizer`'s, which also says which token ids were added.
         """
         distributed.refuse_unsupported()
         strategy = distributed.strategy_in_force(on_cpu=args.use_cpu)
@@ -250,7 +252,6 @@ class QLoRAPlugin(ModelConfig):
         self.dtype, lines = arguments.mend(args, dtype=self.dtype, use_peft=self.use_peft)
         for line in lines:
             _say(line)
-        added_token_ids: list[int] = []
         if processing_class is None:
             processing_class, added_token_ids = self.tokenizer(args, model)
         set_seed(args.seed)  # as TRL does before it makes an adapter: `seed` decides its start

@@ -113,7 +113,7 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
         raise UserError(problem)
     lines = [*lines, *resume.lines, *_changed(run, {**run.resolved, "world_size": strategy.world_size})]
     with distributed.on_every_rank("preparing the data"):
-        tokenizer, _ = plugin.tokenizer(training)
+        tokenizer, added_token_ids = plugin.tokenizer(training)
         rows = data.load(run.script, run.mixture, training, run.recipe.data, tokenizer)
         base = plugin.base_record()
         inputs = {
@@ -124,7 +124,7 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
         lines = [*lines, *_changed(run, inputs)]
     plugin.recorded_level = resume.save_level(plugin.memory_budget)
     with distributed.on_every_rank("building the trainer"), left_as_it_was(training.output_dir):
-        trainer = _build(run, rows)
+        trainer = _build(run, rows, tokenizer, added_token_ids)
         if run.recipe.data is not None:
             data.check_labels(trainer, rows.report)
         if run.script.on_oom == "accumulate":
@@ -224,7 +224,7 @@ def _changed(run: Run, now: Mapping[str, Any]) -> list[str]:
     return changes.refuse(resume.manifest, now, run.script.allow_config_change, str(resume.path))
 
 
-def _build(run: Run, rows: data.RunData) -> Trainer:
+def _build(run: Run, rows: data.RunData, tokenizer: Any, added_token_ids: list[int]) -> Trainer:
     """The recipe's trainer; what upstream refuses while it is made is the user's to mend."""
     recipe = run.recipe
     try:
@@ -236,6 +236,8 @@ def _build(run: Run, rows: data.RunData) -> Trainer:
             args=run.training,
             train_dataset=rows.train,
             eval_dataset=rows.eval,
+            processing_class=tokenizer,
+            added_token_ids=added_token_ids,
         )
     except UserError:
         raise
