@@ -131,9 +131,9 @@ def speed_targets(lines: list[report.Line]) -> list[str]:
     rows = [f"| against {trl.variant} | target | measured | met |", "|---|---|---|---|"]
     for line, least in ((within, WITHIN_TRL), (auto, AUTO)):
         ratio = statistics.median(line.times_faster_than(trl))
-        rows.append(f"| {line.variant} | >= {least}x | {ratio:.2f}x | {_met(ratio >= least)} |")
+        rows.append(f"| {line.variant} | >= {least}x | {ratio:.2f}x | {report.met(ratio >= least)} |")
     share = f"{within.memory / trl.memory:.2f}x" if trl.memory else "no GPU"
-    met = _met(0 < within.memory <= trl.memory)
+    met = report.met(0 < within.memory <= trl.memory)
     return [*rows, f"| peak memory of {within.variant} | <= 1.0x | {share} | {met} |"]
 
 
@@ -163,7 +163,8 @@ class Fit:
             f"{self.path}.\n\n"
             f"| part | tokens | loss | loaded GB | peak GB | reserved GB | paged GB | cap GB | met |\n"
             f"|---|---|---|---|---|---|---|---|---|\n"
-            f"| {self.part.name} | {tokens} | {self.loss:.2f} | {gigabytes} | {self.part.cap} | {_met(self.met)} |"
+            f"| {self.part.name} | {tokens} | {self.loss:.2f} | {gigabytes} | {self.part.cap} "
+            f"| {report.met(self.met)} |"
         )
 
 
@@ -242,10 +243,6 @@ def _make_workspaces() -> None:
     """Have cuBLAS take what it keeps, for the forward's thread and the backward's: no stepper's share has it."""
     ones = torch.ones(8, 8, device="cuda" if torch.cuda.is_available() else "cpu", requires_grad=True)
     (ones @ ones).sum().backward()
-
-
-def _met(met: bool) -> str:
-    return "yes" if met else "NO"
 
 
 if __name__ == "__main__":

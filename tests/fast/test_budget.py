@@ -34,7 +34,7 @@ def test_what_a_level_keeps_is_what_is_estimated(arch: str, level: int, dtype: t
 def test_the_fastest_level_that_fits() -> None:
     model = test_layer.fuse_all(models.make("llama"))
     decoders = [each.forward.decoder for each in models.layers(model)]
-    needs = [budget.needed(model, decoders, level, 10**6) for level in layer.LEVELS]
+    needs = list(budget.needed(model, decoders, 10**6).values())
     assert needs[1:] == sorted(set(needs[1:]))  # level 0 holds one layer's again, which here is all there is
     assert budget.apply(model, "1MB", 10**6).level == 0
     for level, need in enumerate(needs[1:], start=1):
@@ -50,7 +50,7 @@ def test_min_keeps_nothing_and_auto_uses_a_free_host(monkeypatch: pytest.MonkeyP
     assert budget.apply(model, "min", TOKENS).level == 0
     assert budget.apply(model, "auto", TOKENS).level == 3
     decoders = [each.forward.decoder for each in models.layers(model)]
-    twice = 2 * budget.needed(model, decoders, 3, TOKENS)
+    twice = 2 * budget.needed(model, decoders, TOKENS)[3]
     monkeypatch.setattr(budget, "_host_memory", lambda: twice)
     assert budget.apply(model, "auto", TOKENS).level == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

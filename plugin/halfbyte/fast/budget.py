@@ -67,8 +67,7 @@ def apply(model: nn.Module, budget: str, tokens: int, recorded: int | None = Non
     parameter = next(layers[0].layer.parameters())
     available = None if budget == "min" else _free(parameter.device) if budget == "auto" else _size(budget)
     decoders = [each.decoder for each in layers]
-    beside = _beside_layers(model, decoders[0])
-    needs = {level: _of_layers(decoders, level, tokens) + beside for level in LEVELS}
+    needs = needed(model, decoders, tokens)
     fitting = [level for level in LEVELS if available is not None and needs[level] <= available]
     level = distributed.agree(max(fitting, default=LEVELS[0])) if recorded is None else recorded
     for each in layers:
@@ -76,24 +75,18 @@ def apply(model: nn.Module, budget: str, tokens: int, recorded: int | None = Non
     return Choice(level, budget, available, needs[level], tokens, recorded is not None)
 
 
-def needed(model: nn.Module, decoders: Sequence[Decoder], level: int, tokens: int) -> int:
-    """Bytes that a step of ``tokens`` tokens takes beside the loaded ``model``."""
-    return _of_layers(decoders, level, tokens) + _beside_layers(model, decoders[0])
-
-
-def _of_layers(decoders: Sequence[Decoder], level: int, tokens: int) -> int:
-    """Bytes that all layers keep, and one works with."""
+def needed(model: nn.Module, decoders: Sequence[Decoder], tokens: int) -> dict[int, int]:
+    """Bytes that a step of ``tokens`` tokens takes beside the loaded ``model``, by save level."""
     size = _item_size(decoders[0])
-    kept = tokens * sum(kept_per_token(decoder, level, size) for decoder in decoders)
-    return kept + max(_working(decoder, level, size, tokens) for decoder in decoders)
-
-
-def _beside_layers(model: nn.Module, decoder: Decoder) -> int:
-    """Bytes of a tile of logits with its gradient, and of gradients and two moments of each trained weight."""
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1)
-    device = decoder.input_norm.module.weight.device
-    logits = 2 * tile_rows(vocabulary, device.type) * vocabulary * 4
-    return logits + 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    logits = 2 * tile_rows(vocabulary, decoders[0].input_norm.module.weight.device.type) * vocabulary * 4
+    trained = 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needs = {}
+    for level in LEVELS:
+        kept = tokens * sum(kept_per_token(decoder, level, size) for decoder in decoders)
+        working = max(_working(decoder, level, size, tokens) for decoder in decoders)
+        needs[level] = kept + working + logits + trained
+    return needs
 
 
 def kept_per_token(decoder: Decoder, level: int, size: int) -> int:

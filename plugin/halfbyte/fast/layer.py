@@ -248,8 +248,7 @@ class _Step:
         if gate_up is None:
             gate_up, inner = self.gate_up.forward(_rows(x), weight)
         dproduct, dinner = self.down.input_gradient(_rows(dy), self.down.weight(x.dtype))
-        dgate_up, product = self.decoder.gate.backward(dproduct, gate_up)
-        del dproduct
+        dgate_up, product = self.decoder.gate.backward(dproduct, gate_up)  # which takes dproduct's place
         if down_inner is None:
             down_inner = self.down.inner(product)
         down_gradients = self.down.parameter_gradients(_rows(dy), dinner, product, down_inner)
