@@ -42,3 +42,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return saved[key]
 
     return get
+
+
+pytest_plugins = ["tests.checkpoint.fixtures"]

@@ -13,12 +13,14 @@ RECIPES = ROOT / "recipes" / "halfbyte_recipes"
 
 # Each room may import from halfbyte only what stands in a row above its own.
 LAYERS = [
-    {"errors"},
-    {"config", "quantization", "adapters", "optimizers", "data", "distributed", "output"},
-    {"arguments", "fast", "checkpoint", "tracking", "plan"},
-    {"plugin"},
+    {"errors", "wording", "files", "task", "store"},
+    {"config", "quantization", "adapters", "optimizers", "data", "distributed"},
+    {"fast", "checkpoint", "resilience", "tracking", "memory"},
+    {"trainer"},
+    {"plugin", "resolve", "loading", "arguments"},
     {"recipe"},
-    {"decisions", "train", "demo"},
+    {"plan", "export", "run", "demo"},
+    {"commands"},
     {"cli", "__main__", "__init__"},
 ]
 # Rows whose rooms may not import each other either.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl import DatasetMixtureConfig, SFTConfig
 
-from halfbyte import config, decisions, quantization, train
+from halfbyte import config, quantization, resolve, run
 from halfbyte.config import RunArguments
 from halfbyte.plugin import QLoRAPlugin
 
@@ -17,9 +17,9 @@ def decided(monkeypatch: pytest.MonkeyPatch, best: torch.dtype, device: torch.de
         options,
         (RunArguments, SFTConfig, QLoRAPlugin, DatasetMixtureConfig),
         prog="halfbyte sft",
-        defaults=train.training_defaults(SFTConfig),
+        defaults=run.training_defaults(SFTConfig),
     )
-    decisions.decide_precision(settings, device, {})
+    resolve.decide_precision(settings, device, {})
     return settings["dtype"], settings["bf16"], settings["fp16"]
 
 
@@ -52,6 +52,6 @@ def test_a_recipes_own_default_is_kept_and_upstreams_is_replaced() -> None:
     class Own(SFTConfig):
         optim: str = "adafactor"
 
-    assert train.training_defaults(SFTConfig)["optim"] == "paged_adamw_32bit"
-    assert "optim" not in train.training_defaults(Own)
-    assert train.training_defaults(Own)["ddp_find_unused_parameters"] is False
+    assert run.training_defaults(SFTConfig)["optim"] == "paged_adamw_32bit"
+    assert "optim" not in run.training_defaults(Own)
+    assert run.training_defaults(Own)["ddp_find_unused_parameters"] is False

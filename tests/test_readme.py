@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from halfbyte import adapters, demo, train
+from halfbyte import adapters, demo, run
 from halfbyte import recipe as recipes
 from halfbyte.config import RunArguments, Settings, read
 from halfbyte.config.fields import fields_of
@@ -68,7 +68,7 @@ def settings(name: str, *options: str) -> Settings:
     """What ``halfbyte NAME OPTIONS`` reads, exactly as train.py does."""
     recipe = recipes.load(name)
     classes = (RunArguments, recipe.config, QLoRAPlugin, DatasetMixtureConfig)
-    return read(options, classes, prog=name, defaults=train.training_defaults(recipe.config))
+    return read(options, classes, prog=name, defaults=run.training_defaults(recipe.config))
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def _train(recipe: Recipe, model: str, rows: str, output: Path) -> None:
     options |= {"dtype": "float32", "report_to": "none", "save_strategy": "no"}
     places = {"model_name_or_path": model, "dataset_name": rows, "output_dir": output}
     words = [word for key, value in {**places, **options}.items() for word in (f"--{key}", str(value))]
-    assert train.main("brief", recipe, words) == 0
+    assert run.main("brief", recipe, words) == 0
 
 
 def table(*header: str) -> list[list[str]]:

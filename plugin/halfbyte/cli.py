@@ -58,14 +58,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     """Say why once per job, and return the exit code; a rank among others does not wait for them."""
-    distributed = sys.modules.get("halfbyte.distributed")
+    distributed = sys.modules.get("halfbyte.resilience.watch")
     if debug:
         traceback.print_exception(error)
     if distributed is None:
         _say(message)
         return code
     explanation = distributed.explain(error)
-    if not isinstance(error, distributed.FailedElsewhereError) and distributed.speaks_first():
+    if type(error).__name__ != "FailedElsewhereError" and distributed.speaks_first():
         rank = os.environ.get("RANK", "0")
         head = "" if rank == "0" else f"rank {rank}: "
         print(
@@ -94,7 +94,7 @@ def _run(arguments: list[str]) -> int:
 
         return demo.main(rest)
     if name == "cache":
-        from halfbyte.quantization import cache
+        from halfbyte.commands import cache
 
         return cache.main(rest)
     if name == "doctor":
@@ -102,7 +102,7 @@ def _run(arguments: list[str]) -> int:
 
         return doctor.main(rest)
     if name == "verify":
-        from halfbyte.checkpoint import verify
+        from halfbyte.commands import verify
 
         return verify.main(rest)
     if name in recipes.COMMANDS:
@@ -111,9 +111,9 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"the recipe comes first: halfbyte RECIPE {name} ...")
     _end_with_the_launcher()
     recipe = recipes.load(name)
-    from halfbyte import train
+    from halfbyte import run
 
-    return train.main(name, recipe, rest)
+    return run.main(name, recipe, rest)
 
 
 def _end_with_the_launcher() -> None:

@@ -1,17 +1,30 @@
-"""The exceptions that mean something to the command line: a mistake, a run that ended itself, a signal."""
+"""The exceptions that the command line acts on: invalid input, a run that ended itself, a signal."""
 
 import signal
 
 
 class UserError(ValueError):
-    """A mistake in what the user wrote or launched.
+    """Invalid input: what is wrong, where, and what to do, in at most ten lines.
 
-    The message says what is wrong, where (``file.yaml:line`` for YAML), and what to do, in at most ten
-    lines. The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with status 2. ``option`` is the key at fault as the
+    user writes it: where it was given in a YAML file, the command line puts the file and line before it.
+    ``split`` and ``row`` are the place in a data set, rows counted from 1.
     """
 
+    def __init__(
+        self, what: str, *, option: str | None = None, split: str | None = None, row: int | None = None
+    ) -> None:
+        super().__init__(what)
+        self.what, self.option, self.split, self.row = what, option, split, row
+        self.place: str | None = None
 
-class Halted(RuntimeError):  # noqa: N818 - like Stopped, an end and not always a mistake
+    def __str__(self) -> str:
+        rows = None if self.row is None else f"{self.split or 'data'} row {self.row}"
+        head = self.place or self.option
+        return ": ".join(part for part in (head, rows or self.split, self.what) if part)
+
+
+class Halted(RuntimeError):  # noqa: N818 - like Stopped, an end and not always a failure
     """Training ended itself, on every rank at the same step; the message says why and what to do.
 
     The command line prints it once, without a traceback, and exits with status 1.
@@ -21,7 +34,7 @@ class Halted(RuntimeError):  # noqa: N818 - like Stopped, an end and not always 
 class Stopped(BaseException):
     """A signal ended the run, on every rank at the same step.
 
-    Like KeyboardInterrupt it is no Exception: nothing on the way may take it for a failure to pass over.
+    Like KeyboardInterrupt it is no Exception, so that no handler takes it for a failure to pass over.
     ``code`` is the exit status, 128 plus the signal's number.
     """
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.checkpoint import saving
 from halfbyte.checkpoint.resume import find
+from halfbyte.trainer import saving
 from tests import launch, tiny
 from tests.checkpoint.killer import at_each_touch
 from tests.checkpoint.runs import Finished, assert_equal, options, run

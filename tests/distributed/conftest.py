@@ -69,9 +69,9 @@ def train(tmp_path_factory: pytest.TempPathFactory, model_dir, site: str) -> Cal
         arguments = ["--config", str(root / "run.yaml")]
         stdout = ""
         if processes == 1:
-            from halfbyte import train
+            from halfbyte import run
 
-            assert train.main(f"witness-{recipe}", getattr(witness, recipe), arguments) == 0
+            assert run.main(f"witness-{recipe}", getattr(witness, recipe), arguments) == 0
         else:
             done = launch.accelerate(f"witness-{recipe}", *arguments, processes=processes, PYTHONPATH=site)
             assert done.returncode == 0, done.stderr[-4000:]

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte import recipe as recipes
-from halfbyte.train import main
+from halfbyte.run import main
 from tests import launch, tiny
 from tests.distributed import optimizers
 

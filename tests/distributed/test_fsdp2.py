@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from halfbyte import QLoRAPlugin
 from halfbyte.distributed import fsdp2
-from halfbyte.distributed.invariants import replicated
 from halfbyte.distributed.sharded_weights import base_bytes, packed_bytes
 from halfbyte.errors import UserError
+from halfbyte.trainer.invariants import replicated
 from tests import packages, tiny
 from tests.distributed import fake_ranks, sharded
 from tests.distributed.optimizers import ENTRY_POINTS

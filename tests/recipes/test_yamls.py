@@ -8,7 +8,7 @@ import yaml
 from trl import DatasetMixtureConfig
 
 from halfbyte import recipe as recipes
-from halfbyte import train
+from halfbyte import run
 from halfbyte.config import RunArguments, Settings, read
 from halfbyte.plugin import QLoRAPlugin
 
@@ -21,7 +21,7 @@ def settings(path: Path, *options: str) -> Settings:
     """What ``halfbyte RECIPE --config path`` reads; the file's name begins with the recipe's."""
     recipe = recipes.load(path.stem.partition("_")[0])
     classes = (RunArguments, recipe.config, QLoRAPlugin, DatasetMixtureConfig)
-    defaults = train.training_defaults(recipe.config)
+    defaults = run.training_defaults(recipe.config)
     return read(["--config", str(path), *options], classes, prog=path.stem, defaults=defaults)
 
 

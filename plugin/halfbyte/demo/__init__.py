@@ -48,7 +48,7 @@ def run(output_dir: Path, size: stages.Size | None = None) -> int:
     console.print("reading Python's standard library", highlight=False)
     source = corpus.collect()
     if directory.is_dir() and any(directory.iterdir()):
-        from halfbyte.output import aside  # brings PEFT along: only when it is needed
+        from halfbyte.checkpoint.output import aside  # brings PEFT along: only when it is needed
 
         kept = aside(directory)
         directory.rename(kept)

@@ -1,6 +1,5 @@
 """What this process was launched as, and whether 4-bit training is right under it."""
 
-from halfbyte.distributed.invariants import watch_invariants
 from halfbyte.distributed.launcher import launch_command
 from halfbyte.distributed.ranks import FailedElsewhereError, agree, gather, on_every_rank
 from halfbyte.distributed.sharded_optimizers import check_optimizer
@@ -13,7 +12,6 @@ from halfbyte.distributed.strategy import (
     refuse_unsupported,
     strategy_in_force,
 )
-from halfbyte.distributed.watch import explain, leave, record_flights, speaks_first, watch
 
 __all__ = [
     "SHARDED",
@@ -23,18 +21,12 @@ __all__ = [
     "check_adapters",
     "check_optimizer",
     "check_quantized",
-    "explain",
     "gather",
     "gathered_adapters",
     "launch_command",
-    "leave",
     "on_every_rank",
-    "record_flights",
     "refuse_precision",
     "refuse_unsupported",
     "save_adapters_whole",
-    "speaks_first",
     "strategy_in_force",
-    "watch",
-    "watch_invariants",
 ]

@@ -14,8 +14,9 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from halfbyte import store
 from halfbyte.plan.launch_file import Launch, inspect
-from halfbyte.quantization import choose_compute_dtype, store
+from halfbyte.quantization import choose_compute_dtype
 from halfbyte.tracking import wandb_ready
 
 _GIB = 2**30

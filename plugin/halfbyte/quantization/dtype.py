@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.quantization import store
+from halfbyte import store
 
 
 def choose_compute_dtype(

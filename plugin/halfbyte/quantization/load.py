@@ -19,8 +19,8 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
+from halfbyte import store
 from halfbyte.errors import UserError
-from halfbyte.quantization import store
 
 
 def load_base(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.distributed.invariants import checksums, first_difference
+from halfbyte.trainer.invariants import checksums, first_difference
 from tests import packages, tiny
 from tests.distributed import sharded
 from tests.distributed.divergence import ENTRY_POINTS

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte import train
-from halfbyte.checkpoint import signals
+from halfbyte import run
 from halfbyte.errors import Stopped
+from halfbyte.resilience import signals
 from tests import launch
 from tests.checkpoint import saboteur
-from tests.checkpoint.conftest import ENDED_SECONDS
+from tests.checkpoint.fixtures import ENDED_SECONDS
 
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
 
@@ -32,7 +32,7 @@ def test_a_signal_stops_at_the_next_boundary(
 ) -> None:
     before = signal.getsignal(signal.Signals[name])
     with pytest.raises(Stopped) as stopped:
-        train.main("saboteur", saboteur.recipe, saboteur_options(fault=name, fault_place=place))
+        run.main("saboteur", saboteur.recipe, saboteur_options(fault=name, fault_place=place))
     output = tmp_path / "run"
     assert stopped.value.code == CODES[name]
     assert stopped.value.signal == name
@@ -52,12 +52,12 @@ def test_what_a_signal_cut_off_is_made_up_for(saboteur_options, tmp_path: Path) 
     """Stopped in an evaluation and resumed: the rows and the weights of a run that never was, dropout on."""
     chosen = {"max_steps": 7, "lora_dropout": 0.1, "logging_steps": 2, "learning_rate": 1e-2}
     whole = saboteur_options(**{**chosen, "output_dir": tmp_path / "whole"})
-    assert train.main("saboteur", saboteur.recipe, whole) == 0
+    assert run.main("saboteur", saboteur.recipe, whole) == 0
     cut = saboteur_options(**chosen)
     with pytest.raises(Stopped):
-        train.main("saboteur", saboteur.recipe, [*cut, "--fault", "SIGTERM", "--fault_place", "evaluation"])
+        run.main("saboteur", saboteur.recipe, [*cut, "--fault", "SIGTERM", "--fault_place", "evaluation"])
     resumed = [*cut, "--resume_from_checkpoint", "auto", "--allow_config_change", "fault", "fault_place"]
-    assert train.main("saboteur", saboteur.recipe, resumed) == 0
+    assert run.main("saboteur", saboteur.recipe, resumed) == 0
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
     assert weights[0] == weights[1]
     logged = [
@@ -85,14 +85,14 @@ def test_a_save_that_cannot_fit_is_not_begun(
     monkeypatch.setattr(saboteur.SaboteurTrainer, "_save_checkpoint", slow)
     monkeypatch.setattr(signals.time, "monotonic", lambda: real() + late[0])
     with pytest.raises(Stopped, match="no checkpoint: the last took 28 s"):
-        train.main("saboteur", saboteur.recipe, saboteur_options(fault="SIGTERM", fault_step=7))
+        run.main("saboteur", saboteur.recipe, saboteur_options(fault="SIGTERM", fault_step=7))
     assert checkpoints(tmp_path / "run") == [5]
 
 
 def child(code: str) -> subprocess.Popen[str]:
     text = (
         "import os, signal, sys, time\nfrom types import SimpleNamespace\n"
-        "from halfbyte.checkpoint import signals\n"
+        "from halfbyte.resilience import signals\n"
         "said = lambda number: print('abandoned', number, flush=True)\n"
         f"watch = signals.Watch(said)\nwatch.start()\n{code}"
     )

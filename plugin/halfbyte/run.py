@@ -18,14 +18,19 @@ from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 from trl import DatasetMixtureConfig
 
-from halfbyte import arguments, config, data, decisions, distributed, fast, tracking
-from halfbyte.checkpoint import accumulation, changes, exactness, guards, manifest, memory, saving, signals
+from halfbyte import arguments, config, data, distributed, fast, resolve, tracking
+from halfbyte.checkpoint import changes, manifest
+from halfbyte.checkpoint.output import claim, left_as_it_was, save_final
 from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.config import RunArguments, Settings
 from halfbyte.errors import Stopped, UserError
-from halfbyte.output import claim, left_as_it_was, save_final
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe
+from halfbyte.resilience import memory, signals
+from halfbyte.resilience.watch import watch
+from halfbyte.trainer import accumulation, exact_resume, saving
+from halfbyte.trainer import finite as guards
+from halfbyte.trainer.invariants import watch_invariants
 
 _UPSTREAM = ("trl", "transformers")
 
@@ -72,9 +77,9 @@ def _run(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> None
     _quieten()
     distributed.refuse_unsupported()
     on_cpu = bool("use_cpu" in settings.given and settings["use_cpu"])
-    decisions.join_the_others(settings)
+    resolve.join_the_others(settings)
     resume = find(settings["output_dir"], settings["resume_from_checkpoint"])
-    lines = decisions.decide(settings, resume.recorded)
+    lines = resolve.decide(settings, resume.recorded)
     script, training, plugin, mixture = settings.build()
     strategy = distributed.strategy_in_force(on_cpu=on_cpu)
     _hide_hub_token(training)
@@ -154,10 +159,10 @@ def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
     decided = {"save_level": plugin.fast_path.level}
     facts = saving.RunFacts(record["run_id"], run.resolved, inputs, record["versions"], decided)
     saving.keep(trainer, facts)
-    exactness.make_exact(trainer, Path(resume.path) if resume.path is not None else None)
+    exact_resume.make_exact(trainer, Path(resume.path) if resume.path is not None else None)
     tracker = tracking.track(trainer, record)
-    distributed.watch_invariants(trainer, on_begin=lambda facts: record.update(strategy=facts))
-    distributed.watch(trainer, training.ddp_timeout, on_failure=lambda: tracker.finish("failed"))
+    watch_invariants(trainer, on_begin=lambda facts: record.update(strategy=facts))
+    watch(trainer, training.ddp_timeout, on_failure=lambda: tracker.finish("failed"))
     finite = guards.guard(trainer, run.script.on_nonfinite)
 
     micro_batches: list[dict[str, int]] = []

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from halfbyte.checkpoint.batches import describe_batch, row_numbers
 from halfbyte.errors import Halted
+from halfbyte.resilience.batches import describe_batch, row_numbers
 
 MOST_SKIPPED = 10  # steps of a run that `on_nonfinite: skip` may leave out
 DIRECTORY = "_nonfinite"  # names that begin with an underscore are not pushed to the hub

@@ -11,9 +11,8 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from halfbyte import quantization
+from halfbyte import quantization, store
 from halfbyte.quantization import load as loading
-from halfbyte.quantization import store
 from tests import launch, tiny
 
 CPU = torch.device("cpu")

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers.trainer import safe_globals
 
-from halfbyte.checkpoint import manifest, saving
+from halfbyte.checkpoint import manifest
 from halfbyte.checkpoint.resume import find
+from halfbyte.trainer import saving
 from tests.checkpoint.killer import at_each_touch
 from tests.checkpoint.runs import Finished, assert_equal, entries, options, run
 

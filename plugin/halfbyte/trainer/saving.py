@@ -20,12 +20,12 @@ from transformers import Trainer, TrainingArguments
 from halfbyte import distributed
 from halfbyte.checkpoint import manifest as manifests
 from halfbyte.checkpoint.changes import config_hash, relevant
-from halfbyte.checkpoint.exactness import write_progress
 from halfbyte.checkpoint.history import checkpoints, step_of
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.errors import Halted
 from halfbyte.tracking.record import plain
 from halfbyte.tracking.redaction import redact
+from halfbyte.trainer.exact_resume import write_progress
 
 PENDING = "_pending-checkpoint"  # upstream pushes no name that begins with an underscore
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -3,8 +3,8 @@
 import json
 import time
 
+from halfbyte import store
 from halfbyte.errors import UserError
-from halfbyte.quantization import store
 
 USAGE = "usage: halfbyte cache ls [--json]\n       halfbyte cache rm KEY... | --all"
 

@@ -14,6 +14,7 @@ from halfbyte.config import Settings
 from halfbyte.distributed import zero3
 from halfbyte.errors import UserError
 from halfbyte.plugin import QLoRAPlugin
+from halfbyte.resilience.watch import record_flights
 
 
 def decide(settings: Settings, recorded: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
@@ -63,7 +64,7 @@ def join_the_others(settings: Settings) -> PartialState:
     if not torch.cuda.is_available():
         settings.set_default("use_cpu", True)
     on_cpu = bool(settings["use_cpu"])
-    distributed.record_flights()
+    record_flights()
     return PartialState(cpu=on_cpu, **_process_group(settings, on_cpu))
 
 

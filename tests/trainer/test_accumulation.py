@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from halfbyte import train
-from halfbyte.checkpoint import accumulation, manifest
+from halfbyte import run as running
+from halfbyte.checkpoint import manifest
 from halfbyte.errors import Halted, UserError
+from halfbyte.trainer import accumulation
 from tests.checkpoint import saboteur
 from tests.checkpoint.runs import assert_equal, read_rows
 
@@ -24,7 +25,7 @@ LINEAR = {"optim": "sgd", "learning_rate": 1.0}
 
 
 def run(options: list[str]) -> int:
-    return train.main("saboteur", saboteur.recipe, options)
+    return running.main("saboteur", saboteur.recipe, options)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:

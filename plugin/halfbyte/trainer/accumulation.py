@@ -19,10 +19,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 
 from halfbyte import distributed
-from halfbyte.checkpoint.exactness import counters, generators, restore_counters, restore_generators
 from halfbyte.checkpoint.manifest import Manifest
-from halfbyte.checkpoint.memory import advice
 from halfbyte.errors import Halted, UserError
+from halfbyte.resilience.memory import advice
+from halfbyte.trainer.exact_resume import counters, generators, restore_counters, restore_generators
 
 # Trainers that make their batches in another way than the stock one are not cut up.
 _STOCK = ("_inner_training_loop", "_run_epoch", "get_train_dataloader", "get_batch_samples")

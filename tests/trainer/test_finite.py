@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from halfbyte import train
-from halfbyte.checkpoint.guards import LossSpikes
+from halfbyte import run as running
 from halfbyte.errors import Halted
+from halfbyte.trainer.finite import LossSpikes
 from tests import tiny
 from tests.checkpoint import saboteur
-from tests.checkpoint.test_signals import checkpoints
+from tests.resilience.test_signals import checkpoints
 
 BRIEF = {"save_steps": 2, "eval_strategy": "no", "max_steps": 4}
 
 
 def run(options: list[str]) -> int:
-    return train.main("saboteur", saboteur.recipe, options)
+    return running.main("saboteur", saboteur.recipe, options)
 
 
 def written_rows() -> list[str]:
@@ -68,7 +68,7 @@ def test_skip_leaves_the_step_out(saboteur_options, tmp_path: Path) -> None:
 
 
 def test_skip_has_a_bound(saboteur_options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halfbyte.checkpoint.guards.MOST_SKIPPED", 0)
+    monkeypatch.setattr("halfbyte.trainer.finite.MOST_SKIPPED", 0)
     with pytest.raises(Halted, match="step 3: loss not finite"):
         run(saboteur_options(fault="loss", on_nonfinite="skip", **BRIEF))
 

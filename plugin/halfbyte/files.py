@@ -1,0 +1,55 @@
+"""Files that survive a crash: written aside and renamed, forced to disk, told apart by their sha256."""
+
+import hashlib
+import os
+from pathlib import Path
+
+_CHUNK = 1 << 20
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` atomically and durably, creating the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """The sha256 of the file at ``path``."""
+    return entry(path)["sha256"]  # type: ignore[return-value]
+
+
+def entry(path: Path, *, durable: bool = False) -> dict[str, int | str]:
+    """Size in bytes and sha256 of the file at ``path``; with ``durable`` its content is forced to disk as well."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+        if durable:
+            os.fsync(file.fileno())
+    return {"size": size, "sha256": found.hexdigest()}
+
+
+def sync(directory: Path) -> None:
+    """Force the entries of ``directory`` to disk: after a file was created in it, or renamed into it."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def next_free(directory: Path, stem: str = "") -> Path:
+    """The first of ``directory``/``stem``1, ``stem``2, ... that does not exist."""
+    number = 1
+    while (candidate := directory / f"{stem}{number}").exists():
+        number += 1
+    return candidate
