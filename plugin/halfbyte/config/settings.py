@@ -42,6 +42,18 @@ class Settings:
     def __contains__(self, key: object) -> bool:
         return key in self._values
 
+    def with_values(self, **values: Any) -> "Settings":
+        """These settings with ``values`` in place of theirs: decisions that were printed."""
+        unknown = set(values) - set(self._values)
+        assert not unknown, f"no field is named {unknown}"
+        return Settings(self._classes, self._fields, {**self._values, **values}, self.given, self._prog)
+
+    def placed(self, error: UserError) -> UserError:
+        """``error`` with the place where its option was given."""
+        if error.option is not None and error.option in self.given:
+            error.place = self.at(error.option)
+        return error
+
     def set_default(self, key: str, value: Any) -> None:
         """Change the default of `key`, which does nothing when the user gave it."""
         if key not in self.given:
