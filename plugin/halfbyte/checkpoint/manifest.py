@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halfbyte.files import digest, entry, replace_file, sync
+from halfbyte.files import digest, entry, sync, write_file
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -54,7 +54,7 @@ def write(directory: Path, manifest: Manifest) -> None:
         files[name] = entry(directory / name, durable=True)
     content: dict[str, Any] = {"format": FORMAT, **asdict(manifest), "files": files}
     content["sha256"] = _own_hash(content)
-    replace_file(directory / NAME, json.dumps(content, indent=1).encode())
+    write_file(directory / NAME, json.dumps(content, indent=1).encode())
     for at, _, _ in os.walk(directory):
         sync(Path(at))
 
