@@ -18,6 +18,8 @@ from halfbyte import adapters, arguments, data, distributed, optimizers, quantiz
 from halfbyte import fast as fast_step  # `fast` is an option here
 from halfbyte.distributed import fsdp2, zero3
 from halfbyte.errors import UserError
+from halfbyte.trainer.float32_adapters import Float32Adapters
+from halfbyte.trainer.whole_adapters import WholeAdapters
 
 _EVA_BATCHES = 32
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -241,7 +243,7 @@ class QLoRAPlugin(ModelConfig):
         Without ``processing_class`` it is :meth:`tokenizer`'s, which also says which token ids were added.
         """
         distributed.refuse_unsupported()
-        strategy = distributed.strategy_in_force(on_cpu=args.use_cpu)
+        strategy = distributed.strategy_in_use(on_cpu=args.use_cpu)
         if strategy.name in distributed.SHARDED:
             distributed.check_quantized(strategy.name, self.load_in_4bit)
             distributed.check_optimizer(str(getattr(args.optim, "value", args.optim)))
@@ -263,20 +265,16 @@ class QLoRAPlugin(ModelConfig):
             added_token_ids,
             dict(args.model_init_kwargs or {}),
         )
-        with (
-            adapters.kept_in_float32(loaded),
-            adapters.whole_reference(loaded),
-            arguments.hidden(args, "model_init_kwargs", "chat_template_path"),
-        ):
-            trainer = trainer_cls(model=loaded, args=args, processing_class=processing_class, **kwargs)
-        optimizers.check(trainer)
+        composed = type(trainer_cls.__name__, (WholeAdapters, Float32Adapters, trainer_cls), {})
+        with arguments.hidden(args, "model_init_kwargs", "chat_template_path"):
+            trainer = composed(model=loaded, args=args, processing_class=processing_class, **kwargs)
+        optimizers.check(args, loaded)
         if adapter is None:
             adapters.drop_reference_copy(loaded)
         if self.init_lora_weights == "eva" and adapter is None:
             adapters.initialize_eva(loaded, _first_batches(trainer))
         if self.loraplus_lr_ratio is not None:
-            optimizers.use_loraplus(trainer, self.loraplus_lr_ratio)
-        distributed.save_adapters_whole(trainer)
+            trainer.optimizer = optimizers.loraplus(args, loaded, self.loraplus_lr_ratio)
         self._make_fast(loaded, trainer, checkpointing=args.gradient_checkpointing)
         _say(self.fast_path.line())
         return trainer

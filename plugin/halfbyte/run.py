@@ -81,7 +81,7 @@ def _run(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> None
     resume = find(settings["output_dir"], settings["resume_from_checkpoint"])
     lines = resolve.decide(settings, resume.recorded)
     script, training, plugin, mixture = settings.build()
-    strategy = distributed.strategy_in_force(on_cpu=on_cpu)
+    strategy = distributed.strategy_in_use(on_cpu=on_cpu)
     _hide_hub_token(training)
     run = Run(
         name,
