@@ -124,6 +124,17 @@ def test_a_matching_adapter_is_loaded_bit_for_bit(saved: Path) -> None:
     assert {parameter.dtype for parameter in loaded.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("arch", ["qwen3", "gemma", "opt"])
+def test_tied_heads_and_other_architectures_are_not_refused(
+    model_dir: ModelDir, tmp_path: Path, arch: str
+) -> None:
+    first = QLoRAPlugin(dtype="float32").load(str(model_dir(arch)), added_token_ids=[7])
+    first.save_pretrained(tmp_path)
+    adapters.check_checkpoint(
+        QLoRAPlugin(dtype="float32", adapter_name_or_path=str(tmp_path)).load(), str(tmp_path)
+    )
+
+
 def test_damaged_or_absent_weights_and_unknown_kinds_are_refused(saved: Path, tmp_path: Path) -> None:
     directory = tmp_path / "adapter"
     shutil.copytree(saved, directory)

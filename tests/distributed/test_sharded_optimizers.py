@@ -1,4 +1,4 @@
-"""bitsandbytes optimizers on divided parameters: every rank's shard moves as that part of the whole would."""
+"""bitsandbytes optimizers on sharded parameters: every rank's shard moves as that part of the whole does."""
 
 from typing import Any
 

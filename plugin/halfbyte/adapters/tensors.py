@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -66,13 +67,23 @@ def load_weights(model: PeftModel, adapter: str, name: str = "default") -> None:
     with _refusing(adapter):
         result = model.load_adapter(adapter, name, is_trainable=True, torch_device="cpu")
     missing = [key.replace(f".{name}", "") for key in result.missing_keys]
+    unexpected = [key for key in result.unexpected_keys if key not in _tied_rows(model)]
     problems = [
         f"{plural(len(keys), 'tensor')} {verb}, the first {keys[0]}"
-        for keys, verb in ((missing, "missing"), (result.unexpected_keys, "unexpected"))
+        for keys, verb in ((missing, "missing"), (unexpected, "unexpected"))
         if keys
     ]
     if problems:
         raise UserError(f"{adapter}: the adapter does not match this base: {'; '.join(problems)}; {_ADVICE}")
+
+
+def _tied_rows(model: PeftModel) -> set[str]:
+    """Trained rows of a head tied to the embedding: PEFT saves them twice and reads the embedding's."""
+    return {
+        f"{name}.token_adapter.trainable_tokens_delta"
+        for name, module in model.named_modules()
+        if isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter is not None
+    }
 
 
 def _header(adapter: str) -> tuple[Path, dict[str, list[int]]]:

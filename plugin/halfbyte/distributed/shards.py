@@ -17,7 +17,7 @@ def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     FSDP2: ``[ceil(N / ranks), ...]`` rows of ``[N, ...]``, possibly none. ZeRO-3: a flat, padded piece.
     """
     if isinstance(tensor, DTensor):
-        return tensor.detach().to_local()
+        return tensor.to_local().detach()
     return getattr(tensor, "ds_tensor", tensor).detach()
 
 

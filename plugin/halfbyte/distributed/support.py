@@ -45,7 +45,7 @@ STRATEGIES = {
     "zero1": "DeepSpeed ZeRO-1",
     "zero2": "DeepSpeed ZeRO-2",
     "zero3": "DeepSpeed ZeRO-3",
-    "deepspeed_file": "DeepSpeed with a DeepSpeed configuration file",
+    "deepspeed_file": "DeepSpeed with a configuration file of its own",
     "megatron": "Megatron-LM",
     "parallelism": "accelerate's tensor, context or sequence parallelism",
     "other": "other devices (TPU, XPU, NPU, ...)",

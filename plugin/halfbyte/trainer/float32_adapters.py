@@ -29,7 +29,7 @@ class Float32Adapters(Trainer):
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         """Restore first when called from the constructor; DPO and KTO only."""
         self._restore_initial()
-        return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
+        return super()._precompute_ref_logps(*args, **kwargs)
 
     def _restore_initial(self) -> None:
         """Restore once: later calls come from evaluations in the middle of training."""
