@@ -9,7 +9,7 @@ from halfbyte.distributed import gathered_adapters
 class WholeAdapters(Trainer):
     """A mixin: write the whole adapter into each checkpoint, beside the shards that a resume reads.
 
-    transformers 5.24 (``Trainer.save_model``) writes no adapter at all with sharded state dicts; with full ones it
+    transformers 5.23 (``Trainer.save_model``) writes no adapter at all with sharded state dicts; with full ones it
     first gathers the whole base; under ZeRO-3 it writes the trained adapter in place of a frozen reference.
     """
 
