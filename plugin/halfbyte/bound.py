@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from halfbyte import data
+from halfbyte import adapters, data
 from halfbyte.assembly import assemble
 from halfbyte.config import Settings
 from halfbyte.data import RunData
@@ -44,6 +44,8 @@ def build_trainer(
         raise UserError(f"the recipe {name!r} must build its trainer with `plugin.trainer(...)`")
     if recipe.data is not None:
         data.check_labels(trainer, rows.report)
+    if conduct.checkpoint is not None and plugin.use_peft:
+        adapters.check_checkpoint(trainer.model, str(conduct.checkpoint))
     return trainer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +123,6 @@ def _check_saved(plugin: QLoRAPlugin, decisions: Decisions, adapter: str, added_
             f"where the adapter is made, or start a fresh one",
             option="additional_special_tokens",
         )
-    asked = {field.name: getattr(plugin, field.name) for field in fields(plugin)}
-    defaults = vars(type(plugin)())
-    adapters.options_of(adapter, {key: value for key, value in asked.items() if value != defaults[key]})
     sha = quantization.fingerprint(decisions.base, decisions.revision)
     adapters.same_base(adapter, decisions.base, decisions.revision, sha)
 

@@ -113,7 +113,7 @@ def decide(options: Any, given: Collection[str], manifest: Manifest | None = Non
     """
     state = PartialState()
     recorded = manifest.config if manifest is not None else _NOTHING
-    strategy = distributed.strategy_in_force(on_cpu="use_cpu" in given and bool(options["use_cpu"]))
+    strategy = distributed.strategy_in_use(on_cpu="use_cpu" in given and bool(options["use_cpu"]))
     values: dict[str, Any] = {}
     lines: list[str] = []
     dtype, line = _precision(options, given, state.device, recorded, values)

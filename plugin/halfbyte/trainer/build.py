@@ -56,11 +56,7 @@ def build(
     """
     model = loaded.model
     composed = compose(trainer_cls, mixins)
-    with (
-        adapters.kept_in_float32(model),
-        adapters.whole_reference(model),
-        _hidden(args, "model_init_kwargs", "chat_template_path"),
-    ):
+    with _hidden(args, "model_init_kwargs", "chat_template_path"):
         trainer = composed(model=model, args=args, conduct=conduct, **kwargs)
     optimizers.check(args, model)
     if fresh_adapter:

@@ -8,6 +8,7 @@ from halfbyte.trainer.accumulation import AccumulateOnOutOfMemory
 from halfbyte.trainer.base import Conduct, Mixin
 from halfbyte.trainer.exact_resume import ExactResume
 from halfbyte.trainer.finite import FiniteSteps
+from halfbyte.trainer.float32_adapters import Float32Adapters
 from halfbyte.trainer.invariants import RankInvariants
 from halfbyte.trainer.loraplus import LoRAPlus
 from halfbyte.trainer.run_directory import RunDirectory
@@ -20,6 +21,7 @@ from halfbyte.trainer.whole_adapters import WholeAdapters
 LIBRARY: tuple[type, ...] = (
     LoRAPlus,  # makes the optimizer; nothing else does
     WholeAdapters,  # writes what every save of a sharded run writes
+    Float32Adapters,  # innermost: it restores what the constructor below it changed, before any other looks
 )
 RUN: tuple[type, ...] = (
     # Outermost, so that it times the whole save, and cuts an evaluation off outside of `generators_kept`.

@@ -170,7 +170,7 @@ def not_finite(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.T
     """Return a bool scalar on ``device``: whether any value is not finite; one pass, by the largest magnitude."""
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
-        local = local_shard(tensor).detach()
+        local = local_shard(tensor)
         if local.numel() and local.is_floating_point():
             groups.setdefault((local.device, local.dtype), []).append(local)
     broken = torch.zeros((), dtype=torch.bool, device=device)

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from halfbyte.distributed.sharded_weights import base_bytes, packed_bytes
+from halfbyte.distributed import base_bytes, packed_bytes
 from halfbyte.trainer.base import Mixin
 
 EVERY = 100

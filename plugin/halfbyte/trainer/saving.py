@@ -170,7 +170,7 @@ class AtomicSaves(Mixin):
 
     def _trained_weights_are_finite(self) -> bool:
         """Whether this rank's shard of every trained weight is finite."""
-        shards = (local_shard(p).detach() for p in self.model.parameters() if p.requires_grad)
+        shards = (local_shard(p) for p in self.model.parameters() if p.requires_grad)
         return all(bool(torch.isfinite(shard).all()) for shard in shards)
 
 
