@@ -82,7 +82,7 @@ def check_names(model: PeftModel, adapter: str, name: str) -> None:
     expected = get_peft_model_state_dict(model, adapter_name=name)
     rows = [key for key in expected if key.endswith("trainable_tokens_delta") and key not in shapes]
     if rows:
-        raise UserError(f"{adapter}: the adapter does not match this base: {rows[-1]} is missing; {_ADVICE}")
+        raise UserError(f"{adapter}: the adapter does not match this base: {max(rows)} is missing; {_ADVICE}")
     missing = sorted(expected.keys() - shapes.keys())
     _refuse_mismatch(adapter, missing, sorted(shapes.keys() - expected.keys() - _tied_rows(model)))
     for key, tensor in expected.items():
