@@ -79,7 +79,7 @@ def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
     [
         (["stf"], "did you mean 'sft'"),
         (["--config", "x.yaml"], "the recipe comes first"),
-        (["merge"], "not part of this version"),
+        (["merge"], "reserved for future releases"),
         (["cache", "clear"], "is no command"),
         (["sft", "--config", "no-such.yaml"], "no-such.yaml"),
     ],

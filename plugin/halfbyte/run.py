@@ -51,10 +51,10 @@ class Run:
     resume_command: str
 
 
-def main(name: str, recipe: Recipe, argv: list[str]) -> int:
-    """Train ``recipe`` as ``argv`` says and return the exit code."""
+def main(name: str, recipe: Recipe, argv: list[str], written: config.Written | None = None) -> int:
+    """Train ``recipe`` with the settings of ``argv``, which is ``written`` once collected; return the exit code."""
     settings = config.read(
-        argv,
+        argv if written is None else written,
         (RunArguments, recipe.config, QLoRAPlugin, DatasetMixtureConfig),
         prog=f"halfbyte {name}",
         summary=recipe.summary,
@@ -63,10 +63,8 @@ def main(name: str, recipe: Recipe, argv: list[str]) -> int:
     try:
         _run(name, recipe, argv, settings)
     except UserError as error:
-        key, colon, what = str(error).partition(":")
-        if not colon or key not in settings.given:
-            raise
-        raise UserError(f"{settings.at(key)}:{what}") from error
+        settings.placed(error)
+        raise
     if torch.distributed.is_initialized():
         # Only when all went well: a rank that failed leaves without waiting for the others.
         torch.distributed.destroy_process_group()

@@ -1,7 +1,6 @@
-"""The fields of the dataclasses, and the one conversion of what the user wrote to their types."""
+"""The fields of the dataclasses, and the one conversion of written values to their types."""
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from halfbyte.config.limits import COUNTS, choices_for, range_for
-from halfbyte.config.sources import Node, OptionError, parse_json, shorten, shown
+from halfbyte.config.sources import Node, OptionError, parse_json, shown
 from halfbyte.errors import UserError
+from halfbyte.wording import shorten, suggestion
 
 TRUE, FALSE = ("true", "yes", "on", "y", "t", "1"), ("false", "no", "off", "n", "f", "0")
 INTEGER = re.compile(r"[+-]?(0|[1-9](_?[0-9])*)")
@@ -34,7 +34,7 @@ class Field:
     choices: tuple[Any, ...]
 
     def convert(self, node: Node) -> Any:
-        """The value of `node` in this field's type; raises OptionError, which says what to write."""
+        """Return the value of `node` in this field's type; raises OptionError, which says what to write."""
         value = _convert(node, self.type, self.choices)
         if self.name in COUNTS and isinstance(value, float) and value >= 1 and value.is_integer():
             value = int(value)
@@ -56,9 +56,7 @@ class Field:
             if isinstance(item, str) and item not in self.choices:
                 others = [member for member in members(self.type) if member in (bool, int, float)]
                 also = f", or {described(Union[tuple(others)])}" if others else ""  # noqa: UP007
-                raise OptionError(
-                    f"{shown(item)} is not a value it takes{_nearest(item, self.choices)}{also}"
-                )
+                raise OptionError(_no_choice(item, self.choices, also))
 
     @property
     def flag(self) -> bool:
@@ -76,7 +74,9 @@ def fields_of(classes: Iterable[type]) -> dict[str, Field]:
                 continue
             name = declared.name
             if name in ("config", "help"):
-                raise UserError(f"{owner.__name__}.{name}: --{name} is reserved; give the field another name")
+                raise UserError(
+                    f"--{name} is reserved; give the field another name", option=f"{owner.__name__}.{name}"
+                )
             metadata: dict[str, Any] = {}
             for base in reversed(owner.__mro__):
                 metadata |= dict(getattr(base, "__dataclass_fields__", {}).get(name, declared).metadata)
@@ -136,13 +136,13 @@ def described(hint: Any) -> str:
     return " or ".join(dict.fromkeys(words))
 
 
-def _nearest(text: str, choices: Sequence[Any]) -> str:
+def _no_choice(text: str, choices: Sequence[Any], also: str = "") -> str:
+    """Name the values that are allowed, or the nearest of them where they are many."""
     names = [str(choice) for choice in choices]
-    close = difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.5)
+    near = suggestion(text.lower(), names, most=3)
     if len(names) <= LISTED:
-        hint = f" (nearest: {close[0]})" if close else ""
-        return f"{hint}; write one of {', '.join(names)}"
-    return f"; write {' or '.join(close)}" if close else f"; --help lists the {len(names)} names"
+        return f"{shown(text)} is not supported; write one of {', '.join(names)}{also}{near}"
+    return f"{shown(text)} is not supported{near or f'; --help all lists the {len(names)} names'}{also}"
 
 
 def _convert(node: Node, hint: Any, choices: Sequence[Any] = ()) -> Any:
@@ -174,7 +174,7 @@ def _mapping(node: Node, value: dict[str, Node], kinds: dict[Any, Any], hint: An
     known = fields_of([record])
     for key, entry in value.items():
         if key not in known:
-            raise OptionError(f"unknown key {shown(key)}{_nearest(key, tuple(known))}", entry.source)
+            raise OptionError(f"unknown key {shown(key)}{suggestion(key.lower(), known)}", entry.source)
     for item in dataclasses.fields(record):
         if (
             item.init
@@ -243,7 +243,7 @@ def _text(node: Node, text: str, kinds: dict[Any, Any], hint: Any, choices: Sequ
         for item in kind
     ]
     if enums := enums or [str(item) for item in typing.get_args(kinds.get(Literal))]:
-        raise OptionError(f"{shown(text)} is not a value it takes{_nearest(text, enums)}")
+        raise OptionError(_no_choice(text, enums))
     raise OptionError(f"must be {described(hint)}, is {shown(text)}")
 
 

@@ -1,6 +1,5 @@
-"""What values are allowed beyond their types: ranges, names, and names other versions used."""
+"""What values are allowed beyond their types: ranges and names."""
 
-import functools
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
@@ -63,29 +62,6 @@ DPO_LOSSES = (
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 
-# What configurations written for other versions and libraries say, and what to write here.
-RENAMED = {
-    "batch_size": "write per_device_train_batch_size",
-    "epochs": "write num_train_epochs",
-    "evaluation_strategy": "write eval_strategy",
-    "group_by_length": "write train_sampling_strategy: group_by_length",
-    "learning_rate_scheduler": "write lr_scheduler_type",
-    "logging_dir": "set TENSORBOARD_LOGGING_DIR on the command line",
-    "lora_rank": "write lora_r",
-    "lr": "write learning_rate",
-    "lr_scheduler": "write lr_scheduler_type",
-    "max_prompt_length": "write max_length, which bounds prompt and completion together",
-    "max_seq_length": "write max_length",
-    "no_cuda": "write use_cpu: true",
-    "num_epochs": "write num_train_epochs",
-    "torch_dtype": "write dtype",
-    "warmup_ratio": "write warmup_steps: a number below 1 is a share of all steps",
-}
-
-# The launcher's own options that are not `accelerate launch`'s spelling; the others are asked of accelerate.
-LAUNCHER = ("accelerate_config", "accelerate_config_file", "nproc_per_node", "nnodes", "node_rank")
-NOT_A_LAUNCHER_KEY = ("help", "module", "training_script", "training_script_args", "role", "tee")
-
 
 def range_for(name: str, default: Any) -> tuple[str, Check] | None:
     """The words and the test of the range that holds for field `name`, or None."""
@@ -116,12 +92,3 @@ def choices_for(owner: type, name: str, metadata: dict[str, Any], members: Seque
 
         return DPO_LOSSES if issubclass(owner, DPOConfig) else ()
     return tuple(CHOICES.get(name, ()))
-
-
-@functools.cache
-def launcher_keys() -> frozenset[str]:
-    """The options of `accelerate launch` and of TRL's launcher, which are not options of a recipe."""
-    from accelerate.commands.launch import launch_command_parser
-
-    names = {action.dest for action in launch_command_parser()._actions}
-    return frozenset(names | set(LAUNCHER)) - set(NOT_A_LAUNCHER_KEY)

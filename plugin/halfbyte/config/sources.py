@@ -1,14 +1,13 @@
-"""What the user wrote, with where: a YAML file and a command line, both read into the same nodes."""
+"""Values before they have a type, each with the line or option where it was written; YAML and JSON read into them."""
 
 import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from halfbyte.errors import UserError
+from halfbyte.wording import shorten
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -81,7 +80,7 @@ def read_yaml(path: str) -> Entries:
     if root is None or (isinstance(root, yaml.ScalarNode) and root.tag == NULL):
         return entries
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}:1: a list of `key: value` lines is needed, this is a {_kind(root)}")
+        raise UserError(f"{path}:1: must be a list of `key: value` lines, is a {_kind(root)}")
     _mapping(path, root, entries)
     return entries
 
@@ -92,7 +91,9 @@ def _text(path: str) -> str:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--config: cannot read {path!r}: {reason}; give the path of a YAML file") from error
+        raise UserError(
+            f"cannot read {path!r}: {reason}; give the path of a YAML file", option="--config"
+        ) from error
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: more than {MAX_BYTES} bytes; a configuration is a short YAML file")
     try:
@@ -143,7 +144,7 @@ def _mapping(path: str, node: yaml.MappingNode, entries: Entries) -> None:
         if isinstance(key, yaml.ScalarNode):
             entries.add(key.value, _node(path, value, source))
         else:
-            entries.mistakes.append((source, f"{source}: a key must be a name, this is a {_kind(key)}"))
+            entries.mistakes.append((source, f"{source}: a key must be a name, is a {_kind(key)}"))
 
 
 def _kind(node: yaml.Node) -> str:
@@ -202,50 +203,7 @@ class _Number(str):
     """The digits of a JSON number, which are converted by the field's type like any other text."""
 
 
-@dataclass(frozen=True)
-class CommandLine:
-    """A command line before its options are looked up: options with their values, and `--config`."""
-
-    options: list[tuple[str, list[str], Source]]
-    config: str | None
-    help: bool
-
-
-def split(argv: Sequence[str]) -> CommandLine:
-    """Options and values of `argv`; `--key=value` is `--key value`, and `-` within a name is `_`.
-
-    Raises UserError for a word that belongs to no option and for a second or empty `--config`.
-    """
-    if any(word in ("-h", "--help") for word in argv):
-        return CommandLine([], None, True)
-    options: list[tuple[str, list[str], Source]] = []
-    closed = True  # a `--key=value` takes no further words
-    for word in argv:
-        if word.startswith("--") and word != "--":
-            name, equals, value = word[2:].partition("=")
-            source = Source(option=f"--{shorten(name)}")
-            options.append((name.replace("-", "_"), [value] if equals else [], source))
-            closed = bool(equals)
-        elif closed or (word.startswith("-") and not re.fullmatch(r"-[\d.].*", word)):
-            hint = "; a value that begins with - is written --key=VALUE" if word.startswith("-") else ""
-            raise UserError(f"{shown(word)}: belongs to no option; options are written --key value{hint}")
-        else:
-            options[-1][1].append(word)
-    files = [values for name, values, _ in options if name == "config"]
-    if len(files) > 1:
-        raise UserError("--config: given twice; keep one file and give the rest as --key value")
-    if files and (len(files[0]) != 1 or not files[0][0]):
-        raise UserError("--config: takes the path of one YAML file")
-    rest = [option for option in options if option[0] != "config"]
-    return CommandLine(rest, files[0][0] if files else None, False)
-
-
 def shown(value: Any) -> str:
     """`value` as one short line for an error message."""
     text = repr(str(value) if isinstance(value, str) else value)
     return shorten(text)
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
