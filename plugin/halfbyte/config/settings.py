@@ -73,7 +73,7 @@ class Settings:
 
     def placed(self, error: UserError) -> UserError:
         """Put the place where the user wrote ``error.option`` into ``error``, and return it."""
-        if error.option in self.given and error.place is None:
+        if error.option is not None and error.option in self.given and error.place is None:
             error.place = self.at(error.option)
         return error
 

@@ -81,7 +81,7 @@ def limited(lines: list[str]) -> str:
 def _help(argv: Sequence[str]) -> str:
     for place, word in enumerate(argv):
         if word in ("-h", "--help"):
-            return "all" if argv[place + 1 : place + 2] == ["all"] else "short"
+            return "all" if "all" in argv[place + 1 : place + 2] else "short"
         if word.startswith("--help="):
             if word != "--help=all":
                 raise UserError("takes no value but all", option="--help")
