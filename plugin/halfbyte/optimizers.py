@@ -37,11 +37,10 @@ def resolve(optim: str, device_type: str) -> tuple[str, str | None]:
     )
 
 
-def check(trainer: Trainer) -> None:
+def check(args: Any, model: nn.Module) -> None:
     """Raise :class:`UserError` if the optimizer or its schedule cannot be made: before the run begins, that is."""
-    args = trainer.args
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
     except (ImportError, ValueError) as error:
         name = getattr(args.optim, "value", args.optim)
         raise UserError(f"optim: {name}: {str(error).splitlines()[0]}") from error
@@ -61,10 +60,9 @@ def create(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.o
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
 
 
-def use_loraplus(trainer: Trainer, ratio: float) -> None:
-    """Give ``trainer`` its optimizer with B's learning rate ``ratio`` times A's (LoRA+, arXiv 2402.12354)."""
-    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-    model = trainer.model
+def loraplus(args: Any, model: nn.Module, ratio: float) -> torch.optim.Optimizer:
+    """The optimizer of ``args`` with B's learning rate ``ratio`` times A's (LoRA+, arXiv 2402.12354)."""
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     assert isinstance(model, PeftModel)
-    options: dict[str, Any] = {**kwargs, "weight_decay": trainer.args.weight_decay}
-    trainer.optimizer = create_loraplus_optimizer(model, cls, loraplus_lr_ratio=ratio, **options)
+    options: dict[str, Any] = {**kwargs, "weight_decay": args.weight_decay}
+    return create_loraplus_optimizer(model, cls, loraplus_lr_ratio=ratio, **options)

@@ -9,6 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import Trainer
 
+from halfbyte.files import next_free
+
 _ADAPTER = "default"
 
 
@@ -17,7 +19,7 @@ def claim(output_dir: str, *, overwrite: bool) -> Path | None:
     directory = Path(output_dir)
     moved = None
     if overwrite and directory.is_dir() and any(directory.iterdir()):
-        moved = aside(directory)
+        moved = next_free(directory.parent, f"{directory.name}.")
         directory.rename(moved)
     directory.mkdir(parents=True, exist_ok=True)
     return moved
@@ -35,14 +37,6 @@ def left_as_it_was(output_dir: str) -> Iterator[None]:
             with contextlib.suppress(OSError):  # not made, taken away by another rank, or not empty after all
                 directory.rmdir()
         raise
-
-
-def aside(directory: Path) -> Path:
-    """The first free name beside ``directory``: name.1, name.2, ..."""
-    number = 1
-    while (candidate := directory.with_name(f"{directory.name}.{number}")).exists():
-        number += 1
-    return candidate
 
 
 def save_final(

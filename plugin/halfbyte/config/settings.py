@@ -57,16 +57,6 @@ class Settings:
         given = {**self.given, key: self.given.get(key, self.given[other])}
         return Settings(self._classes, self._fields, values, given, self._prog)
 
-    def set_default(self, key: str, value: Any) -> None:
-        """Change the default of `key`, which does nothing when the user gave it."""
-        if key not in self.given:
-            self.override(key, value)
-
-    def override(self, key: str, value: Any) -> None:
-        """Set `key` whatever the user wrote, after a decision that was printed."""
-        assert key in self._values, f"no field is named {key}"
-        self._values[key] = value
-
     def at(self, key: str) -> str:
         """The head of an error message about ``key``: where the user wrote it, or its name."""
         return self.given[key].at(key) if key in self.given else key

@@ -3,7 +3,12 @@
 from halfbyte.distributed.launcher import launch_command
 from halfbyte.distributed.ranks import FailedElsewhereError, agree, gather, on_every_rank
 from halfbyte.distributed.sharded_optimizers import check_optimizer
-from halfbyte.distributed.sharded_weights import check_adapters, gathered_adapters, save_adapters_whole
+from halfbyte.distributed.sharded_weights import (
+    check_adapters,
+    gathered_adapters,
+    local_shard,
+    save_adapters_whole,
+)
 from halfbyte.distributed.strategy import (
     SHARDED,
     Strategy,
@@ -24,6 +29,7 @@ __all__ = [
     "gather",
     "gathered_adapters",
     "launch_command",
+    "local_shard",
     "on_every_rank",
     "refuse_precision",
     "refuse_unsupported",

@@ -93,20 +93,23 @@ def base_bytes(model: nn.Module) -> int:
         if isinstance(module, bnb.nn.Linear4bit)
     ]
     scales = [tensor for state in states for tensor in _tensors(state)]
-    return sum(_local(parameter).nbytes for parameter in frozen) + sum(tensor.nbytes for tensor in scales)
+    return sum(local_shard(parameter).nbytes for parameter in frozen) + sum(
+        tensor.nbytes for tensor in scales
+    )
 
 
 def packed_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of packed 4-bit weights on this rank, and in the whole model."""
     linears = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    here = sum(_local(linear.weight).nbytes for linear in linears)
+    here = sum(local_shard(linear.weight).nbytes for linear in linears)
     whole = sum(linear.in_features * linear.out_features // 2 for linear in linears)
     return here, whole
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
+def local_shard(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a tensor."""
     if isinstance(parameter, DTensor):
-        return parameter.to_local()
+        return parameter.tolocal_shard()
     return getattr(parameter, "ds_tensor", parameter)
 
 
