@@ -39,6 +39,11 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fail:
     return install
 
 
+def places(directory: Path) -> list[str]:
+    """A base, which is not read before the failing class is made, and where the run would be written."""
+    return ["--model_name_or_path", str(directory), "--output_dir", str(directory / "run")]
+
+
 def test_help_names_the_commands_and_the_exit_codes(capsys) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         assert main(arguments) == 0
@@ -107,14 +112,14 @@ def test_a_package_that_takes_a_command_name_breaks_the_listing(tmp_path: Path, 
 
 def test_an_interrupt_ends_with_130(failing: Fail, capsys, tmp_path: Path) -> None:
     failing("raise KeyboardInterrupt")
-    assert main(["failing", "--output_dir", str(tmp_path / "run")]) == 130
+    assert main(["failing", *places(tmp_path)]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert not (tmp_path / "run").exists()
 
 
 def test_an_error_nobody_foresaw_ends_with_1(failing: Fail, capsys, tmp_path: Path) -> None:
     failing("raise ZeroDivisionError('nobody foresaw this')")
-    assert main(["failing", "--output_dir", str(tmp_path / "run")]) == 1
+    assert main(["failing", *places(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "error: ZeroDivisionError: nobody foresaw this\n(--debug shows the traceback)" in error
     assert "Traceback" not in error
@@ -136,7 +141,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys, place: str) -> Non
 
 def test_debug_with_a_value_is_trl_s_own_option(failing: Fail, capsys, tmp_path: Path) -> None:
     failing("raise ZeroDivisionError(f'debug={self.debug}')")
-    options = ["--debug", "underflow_overflow", "--output_dir", str(tmp_path / "run")]
+    options = ["--debug", "underflow_overflow", *places(tmp_path)]
     assert main(["failing", *options]) == 1
     error = capsys.readouterr().err
     assert "debug=underflow_overflow" in error

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from halfbyte.demo import base, corpus, stages, summary
 from halfbyte.errors import UserError
+from halfbyte.files import next_free
 
 __all__ = ["run"]
 
@@ -31,9 +32,7 @@ def run(output_dir: Path, size: stages.Size | None = None) -> int:
     console.print("reading Python's standard library", highlight=False)
     source = corpus.collect()
     if directory.is_dir() and any(directory.iterdir()):
-        from halfbyte.checkpoint.output import aside  # imports PEFT: only when it is needed
-
-        kept = aside(directory)
+        kept = next_free(directory.parent, f"{directory.name}.")
         directory.rename(kept)
         console.print(f"the earlier {directory} is now {kept}", highlight=False, soft_wrap=True)
     directory.mkdir(parents=True, exist_ok=True)
