@@ -17,7 +17,10 @@ Fail = Callable[[str], None]
 
 @pytest.fixture
 def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fail:
-    """``failing(code)``: install a recipe named ``failing`` whose config class runs ``code`` when it is made."""
+    """``failing(code)``: install a recipe ``failing`` whose config class runs ``code`` when it is made.
+
+    It has an option ``batch_size``, which halfbyte's own recipes refuse.
+    """
 
     def install(code: str) -> None:
         lines = [
@@ -26,6 +29,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fail:
             "from trl import SFTConfig, SFTTrainer",
             "@dataclasses.dataclass",
             "class Config(SFTConfig):",
+            "    batch_size: int = 1",
             "    def __post_init__(self):",
             f"        {code}",
             "recipe = Recipe(config=Config, trainer=SFTTrainer, summary='fails')",
@@ -123,6 +127,14 @@ def test_an_error_nobody_foresaw_ends_with_1(failing: Fail, capsys, tmp_path: Pa
     error = capsys.readouterr().err
     assert "error: ZeroDivisionError: nobody foresaw this\n(--debug shows the traceback)" in error
     assert "Traceback" not in error
+
+
+def test_a_third_party_recipe_has_options_that_ours_refuse(failing: Fail, capsys, tmp_path: Path) -> None:
+    failing("raise ZeroDivisionError(f'batch_size={self.batch_size}')")
+    assert main(["failing", "--batch_size", "3", *places(tmp_path)]) == 1
+    assert "batch_size=3" in capsys.readouterr().err
+    assert main(["sft", "--batch_size", "3", *places(tmp_path)]) == 2
+    assert "--batch_size: unknown option; write per_device_train_batch_size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["first", "after the recipe", "last"])

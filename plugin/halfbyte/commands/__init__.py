@@ -12,7 +12,7 @@ from halfbyte.errors import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """A name the command line keeps for itself: what it does, its arguments, whether it exists yet."""
+    """A name that the command line keeps for itself; ``reserved``: for a future release."""
 
     name: str
     summary: str
@@ -21,7 +21,7 @@ class Command:
 
     @property
     def usage(self) -> str:
-        """The command as it is typed."""
+        """How the command is typed."""
         return f"halfbyte {self.name} {self.arguments}".rstrip()
 
     def main(self, arguments: list[str]) -> int:

@@ -19,7 +19,7 @@ TRUE, FALSE = ("true", "yes", "on", "y", "t", "1"), ("false", "no", "off", "n", 
 INTEGER = re.compile(r"[+-]?(0|[1-9](_?[0-9])*)")
 NUMBER = re.compile(r"[+-]?([0-9](_?[0-9])*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 NOT_FINITE = ("nan", "inf", "infinity")
-LISTED = 12  # more values than this are not all named in an error
+LISTED = 12  # an error lists at most this many values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,10 @@ class Field:
 
 
 def fields_of(classes: Iterable[type]) -> dict[str, Field]:
-    """Every option of `classes` by name; a redeclared field keeps the help and choices it inherits."""
+    """Return every option of `classes` by name; a redeclared field keeps the help and choices it inherits.
+
+    Raises UserError for a field whose name the command line reserves.
+    """
     found: dict[str, Field] = {}
     for owner in classes:
         hints = typing.get_type_hints(owner)
@@ -90,7 +93,7 @@ def fields_of(classes: Iterable[type]) -> dict[str, Field]:
 
 
 def _widened(name: str, hint: Any, metadata: dict[str, Any]) -> Any:
-    """The type as upstream uses it: `fsdp` takes a bare flag, `*_kwargs` are never paths."""
+    """Return the type as upstream uses it: `fsdp` takes a bare flag, `*_kwargs` are never paths."""
     if metadata.get("const") is True:
         return bool | hint
     if name.endswith("_kwargs") and dict in _origins(hint):
@@ -99,14 +102,14 @@ def _widened(name: str, hint: Any, metadata: dict[str, Any]) -> Any:
 
 
 def default_of(declared: "dataclasses.Field[Any]") -> Any:
-    """The class's default of a field, None where the class has none."""
+    """Return the class's default of a field, None where it has none."""
     if declared.default_factory is not dataclasses.MISSING:
         return declared.default_factory()
     return None if declared.default is dataclasses.MISSING else declared.default
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the one type itself."""
+    """Return the alternatives of a union, or the one type itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -115,7 +118,7 @@ def _origins(hint: Any) -> list[Any]:
 
 
 def described(hint: Any) -> str:
-    """The type in words, for errors and help."""
+    """Describe the type, for errors and help."""
     names = {
         bool: "true or false",
         int: "a whole number",
@@ -137,7 +140,7 @@ def described(hint: Any) -> str:
 
 
 def _no_choice(text: str, choices: Sequence[Any], also: str = "") -> str:
-    """Name the values that are allowed, or the nearest of them where they are many."""
+    """Describe an unsupported value: all allowed values, or the nearest where there are many."""
     names = [str(choice) for choice in choices]
     near = suggestion(text.lower(), names, most=3)
     if len(names) <= LISTED:
@@ -217,7 +220,7 @@ def _text(node: Node, text: str, kinds: dict[Any, Any], hint: Any, choices: Sequ
                 if text == str(item.value):
                     return text if str in kinds else item
     if list in kinds and text.startswith("["):
-        # A regular expression such as [qv]_proj may begin so too: text that is no JSON stays text.
+        # A regular expression such as [qv]_proj may begin with [ too: text that is not JSON stays text.
         try:
             return _convert(parse_json(text, node.source), hint, choices)
         except OptionError:
@@ -260,7 +263,7 @@ def _number(text: str) -> float:
 
 
 def _untyped(node: Node) -> Any:
-    """A value inside a free mapping: plain text is a truth value, a number or text."""
+    """Convert a value inside a free mapping: plain text is a boolean, a number or text."""
     if isinstance(node.value, list):
         return [_untyped(item) for item in node.value]
     if isinstance(node.value, dict):

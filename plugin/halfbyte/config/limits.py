@@ -6,7 +6,7 @@ from typing import Any
 
 Check = Callable[[float], bool]
 
-# The first rule that the class's own default satisfies applies: GRPO's `beta` is 0 by default, DPO's is not.
+# The first rule that the class's own default satisfies applies: `beta` is 0 by default in GRPO and not in DPO.
 RANGES: tuple[tuple[str, Check, str], ...] = (
     (
         "greater than 0",
@@ -51,7 +51,7 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
 # Declared float upstream, but a whole number counts steps or rows and a fraction is a share.
 COUNTS = ("eval_steps", "logging_steps", "save_steps", "test_split_size", "warmup_steps")
 
-# Names that upstream checks only where it uses them; tests hold each to upstream's own code.
+# Names that upstream checks only where it uses them; tests compare each with upstream's code.
 CHOICES: dict[str, Sequence[str]] = {
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
@@ -64,7 +64,7 @@ DPO_LOSSES = (
 
 
 def range_for(name: str, default: Any) -> tuple[str, Check] | None:
-    """The words and the test of the range that holds for field `name`, or None."""
+    """Return the range of field `name` in words and as a test, or None."""
     for words, check, names in RANGES:
         if name in names.split():
             number = isinstance(default, int | float) and not isinstance(default, bool)
@@ -74,7 +74,7 @@ def range_for(name: str, default: Any) -> tuple[str, Check] | None:
 
 
 def choices_for(owner: type, name: str, metadata: dict[str, Any], members: Sequence[Any]) -> tuple[Any, ...]:
-    """The values field `name` of `owner` may take, from upstream where upstream says; () for any.
+    """Return the values that field `name` of `owner` may take, upstream's where it lists them; () for any.
 
     `members` are the classes its annotation names, of which an Enum is a list of choices.
     """

@@ -15,7 +15,7 @@ from halfbyte.wording import shorten, suggestion
 
 def read(argv: Sequence[str] | Written, classes: Sequence[type], *, prog: str, summary: str = "",
          defaults: Mapping[str, Any] = {}) -> Settings:  # fmt: skip
-    """The settings that ``argv`` (options and ``--config FILE``, collected or not) gives to the fields of ``classes``.
+    """Resolve ``argv`` (options and ``--config FILE``, collected or not) into values for the fields of ``classes``.
 
     ``defaults`` replaces the classes' defaults. Raises UserError, which names each mistake with its
     line or option (at most ten), and SystemExit(0) after printing the help.
@@ -81,7 +81,7 @@ def _unknown(key: str, fields: Mapping[str, Field], prog: str) -> str:
 
 
 def _consistent(settings: Settings) -> tuple[Settings, list[str]]:
-    """Apply the rules between fields and the spellings that mean one field; return what contradicts them too."""
+    """Apply the rules between fields; return the settings and a line for each contradiction."""
     settings, mistakes = _one_spelling(settings)
     if "load_in_4bit" in settings and "load_in_8bit" in settings and settings["load_in_8bit"]:
         settings = settings.with_defaults(load_in_4bit=False)
@@ -95,12 +95,12 @@ def _consistent(settings: Settings) -> tuple[Settings, list[str]]:
             text = "a 4-bit base trains only through adapters; write use_peft: true or load_in_4bit: false"
             mistakes.append(f"{settings.at(key)}: {text}")
     if "report_to" in settings.given and settings["report_to"] is None:
-        mistakes.append(f"{settings.at('report_to')}: null names nothing; write none or wandb")
+        mistakes.append(f"{settings.at('report_to')}: must not be null; write none or wandb")
     return settings, mistakes
 
 
 def _one_spelling(settings: Settings) -> tuple[Settings, list[str]]:
-    """Move what was written in upstream's newer spelling to the older one, which has TRL's defaults."""
+    """Move a value from upstream's newer spelling to the older one, which has TRL's defaults."""
     mistakes = []
     for old, new in ALIASES:
         if old not in settings or new not in settings.given or settings[new] is None:

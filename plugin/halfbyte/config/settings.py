@@ -58,7 +58,7 @@ class Settings:
         return Settings(self._classes, self._fields, values, given, self._prog)
 
     def at(self, key: str) -> str:
-        """The head of an error message about ``key``: where the user wrote it, or its name."""
+        """Return the head of an error message about ``key``: where the user wrote it, or its name."""
         return self.given[key].at(key) if key in self.given else key
 
     def placed(self, error: UserError) -> UserError:
@@ -68,25 +68,24 @@ class Settings:
         return error
 
     def refusal(self, error: Exception, otherwise: str) -> UserError:
-        """An upstream error as invalid input, under the places of the options that it names.
+        """Turn an upstream error into a UserError under the places of the options that it names.
 
         ``otherwise`` is its head where it names none that the user wrote.
         """
         text = " ".join(str(error).split())
         named = [key for key in self.given if names_option(text, key)]
-        refused = UserError(shorten(text, 600), option=named[0] if len(named) == 1 else None)
-        refused.place = ", ".join(map(self.at, named)) or otherwise
-        return refused
+        place = ", ".join(map(self.at, named)) or otherwise
+        return UserError(shorten(text, 600), option=named[0] if len(named) == 1 else None, place=place)
 
     def build(self) -> tuple[Any, ...]:
-        """One instance of each dataclass, in the order they were given to ``read``.
+        """Construct one instance of each dataclass, in the order they were given to ``read``.
 
         Raises UserError for what their ``__post_init__`` refuses, with the places of the keys it names.
         """
         return tuple(self._construct(owner) for owner in self._classes)
 
     def resolved(self) -> dict[str, Any]:
-        """Every value by key, in the types of JSON."""
+        """Return every value by key, in the types of JSON."""
         return {key: _jsonable(value) for key, value in self._mirrored().items()}
 
     def _mirrored(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Source:
 
 
 class OptionError(Exception):
-    """One wrong value; `read` collects them into one UserError.
+    """One invalid value; `read` collects them into one UserError.
 
     `path` is where it is within the option's value, such as ``[0].split``, and `source` its own line.
     """
@@ -45,8 +45,8 @@ class OptionError(Exception):
 class Node:
     """A value before it has a type: None, raw text, a list or a mapping of nodes.
 
-    `plain` text was not quoted and may stand for a number, a truth value or nothing; quoted text and the
-    strings of JSON may be converted to the field's type as well, but never to None.
+    `plain` text was not quoted and may be a number, a boolean or null; quoted text and the strings of JSON
+    may be converted to the field's type as well, but never to None.
     """
 
     value: "str | list[Node] | dict[str, Node] | None"
@@ -56,7 +56,7 @@ class Node:
 
 @dataclass
 class Entries:
-    """The keys of one place in the order they were written; a repeated key is a mistake."""
+    """The keys of one file or command line in the order they were written; a repeated key is a mistake."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     mistakes: list[tuple[Source, str]] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Entries:
 
 
 def read_yaml(path: str) -> Entries:
-    """The top-level keys of the flat YAML file at `path`; an empty file has none.
+    """Return the top-level keys of the flat YAML file at `path`; an empty file has none.
 
     Raises UserError for a file that cannot be read, is not UTF-8 or is not a YAML mapping.
     """
@@ -80,7 +80,7 @@ def read_yaml(path: str) -> Entries:
     if root is None or (isinstance(root, yaml.ScalarNode) and root.tag == NULL):
         return entries
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}:1: must be a list of `key: value` lines, is a {_kind(root)}")
+        raise UserError(f"must be a list of `key: value` lines, is a {_kind(root)}", place=f"{path}:1")
     _mapping(path, root, entries)
     return entries
 
@@ -95,12 +95,12 @@ def _text(path: str) -> str:
             f"cannot read {path!r}: {reason}; give the path of a YAML file", option="--config"
         ) from error
     if len(data) > MAX_BYTES:
-        raise UserError(f"{path}: more than {MAX_BYTES} bytes; a configuration is a short YAML file")
+        raise UserError(f"more than {MAX_BYTES} bytes; a configuration is a short YAML file", place=path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+        raise UserError("not UTF-8 text; save the file as UTF-8", place=f"{path}:{line}") from error
 
 
 def _compose(path: str, text: str) -> yaml.Node | None:
@@ -111,31 +111,35 @@ def _compose(path: str, text: str) -> yaml.Node | None:
             assert event.start_mark is not None
             line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{path}:{line}: aliases (*name) are not supported; write the value out")
+                raise UserError(
+                    "aliases (*name) are not supported; write the value out", place=f"{path}:{line}"
+                )
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
             if depth > MAX_DEPTH:
                 raise UserError(
-                    f"{path}:{line}: nested more than {MAX_DEPTH} levels deep; a configuration is flat"
+                    f"nested more than {MAX_DEPTH} levels deep; a configuration is flat",
+                    place=f"{path}:{line}",
                 )
             if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
                 raise UserError(
-                    f"{path}:{line}: {shorten(event.tag)}: tags are not supported; write the bare value"
+                    f"{shorten(event.tag)}: tags are not supported; write the bare value",
+                    place=f"{path}:{line}",
                 )
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join((error.problem or error.context or "cannot be parsed").split())
         where = f"{path}:{mark.line + 1}" if mark is not None else path
-        raise UserError(f"{where}: not valid YAML: {problem}; the form is `key: value`") from error
+        raise UserError(f"not valid YAML: {problem}; the form is `key: value`", place=where) from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"not valid YAML: {' '.join(str(error).split())[:200]}", place=path) from error
     except UserError:
         raise
     except (ValueError, OverflowError) as error:  # PyYAML lets chr() and int() fail on wild escapes
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+        raise UserError(f"not valid YAML: {error}", place=path) from error
 
 
 def _mapping(path: str, node: yaml.MappingNode, entries: Entries) -> None:
@@ -170,7 +174,7 @@ def _node(path: str, node: yaml.Node, source: Source) -> Node:
 
 
 def parse_json(text: str, source: Source) -> Node:
-    """`text` as JSON with duplicate names, NaN and deep nesting refused; raises OptionError."""
+    """Parse `text` as JSON; raises OptionError, also for duplicate names and deep nesting."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in items]
@@ -200,10 +204,10 @@ def parse_json(text: str, source: Source) -> Node:
 
 
 class _Number(str):
-    """The digits of a JSON number, which are converted by the field's type like any other text."""
+    """The digits of a JSON number, converted to the field's type like any other text."""
 
 
 def shown(value: Any) -> str:
-    """`value` as one short line for an error message."""
+    """Return `value` as one short line for an error message."""
     text = repr(str(value) if isinstance(value, str) else value)
     return shorten(text)

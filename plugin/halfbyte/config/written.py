@@ -66,13 +66,13 @@ def refuse_early(written: Written, prog: str, *, keys: bool) -> None:
 
 
 def listed(mistakes: Iterable[Mistake]) -> str:
-    """One line for each mistake, the file's first in the order of its lines; at most ten lines."""
+    """Return one line for each mistake, the file's first in the order of its lines; at most ten lines."""
     ordered = sorted(mistakes, key=lambda mistake: (mistake[0].file is None, mistake[0].line))
     return limited([text for _, text in ordered])
 
 
 def limited(lines: list[str]) -> str:
-    """At most ten of ``lines``; the last one counts those that are left out."""
+    """Join at most ten of ``lines``; the last one counts those that are left out."""
     if len(lines) > MAX_LINES:
         lines = [*lines[: MAX_LINES - 1], f"... and {len(lines) - MAX_LINES + 1} more"]
     return "\n".join(lines)
@@ -90,7 +90,7 @@ def _help(argv: Sequence[str]) -> str:
 
 
 def _options(argv: Sequence[str]) -> list[Option]:
-    """Options and their words; ``--key=value`` is ``--key value``, and ``-`` within a name is ``_``."""
+    """Return the options with their words; ``--key=value`` is ``--key value``, and ``-`` within a name is ``_``."""
     options: list[Option] = []
     closed = True  # a `--key=value` takes no further words
     for word in argv:
