@@ -51,23 +51,24 @@ class Inputs:
     fingerprints: Mapping[str, Any]
 
 
-def main(name: str, recipe: Recipe, argv: list[str]) -> int:
-    """Train ``recipe`` as ``argv`` says and return the exit code."""
-    settings = read(name, recipe, argv)
+def main(name: str, recipe: Recipe, argv: list[str], written: config.Written | None = None) -> int:
+    """Train ``recipe`` with the settings of ``argv``, which is ``written`` once collected; return the exit code."""
+    settings = read(name, recipe, argv if written is None else written)
     try:
         train(name, recipe, argv, settings)
     except UserError as error:
-        raise settings.placed(error) from error
+        settings.placed(error)
+        raise
     if torch.distributed.is_initialized():
         # Only when all went well: a rank that failed leaves without waiting for the others.
         torch.distributed.destroy_process_group()
     return 0
 
 
-def read(name: str, recipe: Recipe, argv: list[str]) -> Settings:
-    """The settings that ``argv`` gives to ``recipe``."""
+def read(name: str, recipe: Recipe, written: list[str] | config.Written) -> Settings:
+    """The settings that the command line, collected or not, gives to ``recipe``."""
     return config.read(
-        argv,
+        written,
         (RunArguments, recipe.config, QLoRAPlugin, DatasetMixtureConfig),
         prog=f"halfbyte {name}",
         summary=recipe.summary,
