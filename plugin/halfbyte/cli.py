@@ -10,7 +10,7 @@ import traceback
 
 from halfbyte import commands
 from halfbyte import recipe as recipes
-from halfbyte.errors import Halted, Stopped, UserError
+from halfbyte.errors import FailedElsewhereError, Halted, Stopped, UserError
 from halfbyte.wording import say
 
 _OWN_PACKAGE = "halfbyte"
@@ -113,7 +113,7 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
         _print(message)
         return code
     explanation = watch.explain(error)
-    if type(error).__name__ != "FailedElsewhereError" and watch.speaks_first():
+    if not isinstance(error, FailedElsewhereError) and watch.speaks_first():
         rank = os.environ.get("RANK", "0")
         head = "" if rank == "0" else f"rank {rank}: "
         print(

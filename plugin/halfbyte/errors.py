@@ -30,6 +30,10 @@ class UserError(ValueError):
         return ": ".join(part for part in (head, rows or self.split, self.what) if part)
 
 
+class FailedElsewhereError(UserError):
+    """This rank succeeded; another one failed, and reports the failure itself."""
+
+
 class Halted(RuntimeError):  # noqa: N818 - like Stopped, an end and not always a failure
     """Training ended itself, on every rank at the same step; the message says why and what to do.
 

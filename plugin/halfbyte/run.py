@@ -79,6 +79,7 @@ def read(name: str, recipe: Recipe, written: list[str] | config.Written) -> Sett
 def train(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> None:
     """Run ``recipe`` with ``settings`` from the first decision to the last file; on every rank."""
     _quieten()
+    settings.check(QLoRAPlugin)  # before what depends on the machine
     distributed.refuse_unsupported()
     resolve.join(settings)
     resume = find(settings["output_dir"], settings["resume_from_checkpoint"])

@@ -84,6 +84,10 @@ class Settings:
         """
         return tuple(self._construct(owner) for owner in self._classes)
 
+    def check(self, owner: type) -> None:
+        """Raise UserError for what the rules of ``owner``, one of the dataclasses, refuse."""
+        self._construct(owner)
+
     def resolved(self) -> dict[str, Any]:
         """Return every value by key, in the types of JSON."""
         return {key: _jsonable(value) for key, value in self._mirrored().items()}

@@ -1,7 +1,7 @@
 """How this process was launched, which strategies 4-bit training supports, and what sharded models need."""
 
 from halfbyte.distributed.launcher import launch_command
-from halfbyte.distributed.ranks import FailedElsewhereError, agree, gather, on_every_rank
+from halfbyte.distributed.ranks import agree, gather, on_every_rank
 from halfbyte.distributed.sharded_optimizers import check_optimizer
 from halfbyte.distributed.sharded_weights import base_bytes, check_adapters, gathered_adapters, packed_bytes
 from halfbyte.distributed.shards import is_sharded, local_shard, whole
@@ -16,7 +16,6 @@ from halfbyte.distributed.strategy import (
 
 __all__ = [
     "SHARDED",
-    "FailedElsewhereError",
     "Strategy",
     "agree",
     "base_bytes",

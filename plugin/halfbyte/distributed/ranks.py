@@ -14,16 +14,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import distributed_c10d
 
-from halfbyte.errors import UserError
+from halfbyte.errors import FailedElsewhereError
 from halfbyte.wording import first_line
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.05
 _blocks = itertools.count()  # every rank runs the same blocks in the same order
-
-
-class FailedElsewhereError(UserError):
-    """This rank succeeded; another one failed, and reports the failure itself."""
 
 
 def agree(value: T) -> T:
