@@ -119,18 +119,18 @@ OPTIONS = {"learning_rate": 1e-4, "seed": 42, "output_dir": "a", "logging_steps"
 
 def test_options_that_do_not_matter_pass() -> None:
     now = {**OPTIONS, "output_dir": "b", "logging_steps": 5, "hub_token": "x", "world_size": 1}
-    assert changes.refuse(recorded(config=changes.relevant(OPTIONS)), now, None, "checkpoint-3") == []
+    assert changes.compare(recorded(config=changes.relevant(OPTIONS)), "checkpoint-3", None, now) == []
     assert changes.config_hash(OPTIONS) == changes.config_hash({**OPTIONS, "save_steps": 7})
 
 
 def test_options_that_matter_are_refused_with_a_diff_and_can_be_allowed() -> None:
     then, now = recorded(config=OPTIONS), {**OPTIONS, "learning_rate": 2e-4, "seed": 1, "world_size": 2}
     with pytest.raises(UserError) as caught:
-        changes.refuse(then, now, ["seed"], "checkpoint-3")
+        changes.compare(then, "checkpoint-3", ["seed"], now)
     assert "learning_rate: 0.0001 -> 0.0002" in str(caught.value)
     assert "--allow_config_change learning_rate world_size" in str(caught.value)
     assert "seed" not in str(caught.value)
-    told = changes.refuse(then, now, ["seed", "learning_rate", "world_size"], "checkpoint-3")
+    told = changes.compare(then, "checkpoint-3", ["seed", "learning_rate", "world_size"], now)
     assert told[0] == "changed by allow_config_change: learning_rate: 0.0001 -> 0.0002"
     assert len(told) == 3
 
