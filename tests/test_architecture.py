@@ -19,7 +19,7 @@ LAYERS = [
     {"fast", "checkpoint", "resilience", "tracking", "memory"},
     {"trainer"},
     {"resolve", "loading", "assembly", "plugin"},
-    {"recipe", "bound"},
+    {"recipe", "options", "bound"},
     {"plan", "export", "run", "demo"},
     {"commands"},
     {"cli", "__main__", "__init__"},

@@ -6,9 +6,9 @@ from transformers import Trainer
 
 from halfbyte import adapters, data
 from halfbyte.assembly import assemble
-from halfbyte.config import Settings
 from halfbyte.data import RunData
 from halfbyte.errors import UserError
+from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe
 from halfbyte.resolve import Decisions
@@ -19,15 +19,13 @@ from halfbyte.trainer.compose import run_mixins
 def build_trainer(
     name: str,
     recipe: Recipe,
-    settings: Settings,
-    plugin: QLoRAPlugin,
+    options: Options,
     decisions: Decisions,
-    args: Any,
     rows: RunData,
     conduct: Conduct,
 ) -> Trainer:
     """The recipe's trainer; what upstream refuses while it is constructed is an error in the configuration."""
-    bound = RunPlugin(plugin, decisions, rows, conduct)
+    args, bound = options.args, RunPlugin(options.plugin, decisions, rows, conduct)
     try:
         if recipe.build is not None:
             trainer = recipe.build(args, bound, rows)
@@ -39,12 +37,12 @@ def build_trainer(
     except UserError:
         raise
     except (ValueError, NotImplementedError, ImportError, ConnectionError) as error:
-        raise settings.refusal(error, name) from error
+        raise options.settings.refusal(error, name) from error
     if getattr(trainer, "conduct", None) is not conduct:
         raise UserError(f"the recipe {name!r} must build its trainer with `plugin.trainer(...)`")
     if recipe.data is not None:
         data.check_labels(trainer, rows.report)
-    if conduct.checkpoint is not None and plugin.use_peft:
+    if conduct.checkpoint is not None and options.plugin.use_peft:
         adapters.check_checkpoint(trainer.model, str(conduct.checkpoint))
     return trainer
 

@@ -67,6 +67,7 @@ class Decisions:
 
 def join(settings: Settings) -> PartialState:
     """Start the process group as ``settings`` say, once."""
+    distributed.refuse_unsupported()
     record_flights()
     on_cpu = bool(settings["use_cpu"]) or ("use_cpu" not in settings.given and not torch.cuda.is_available())
     options: dict[str, Any] = {"timeout": timedelta(seconds=settings["ddp_timeout"])}

@@ -3,12 +3,10 @@
 Everything that can fail on invalid input fails before the output directory is touched.
 """
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.config import RunArguments, Settings
 from halfbyte.data import RunData
 from halfbyte.errors import Stopped, UserError
+from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe
 from halfbyte.resilience.memory import advice
@@ -35,7 +34,6 @@ from halfbyte.resilience.watch import watch
 from halfbyte.resolve import Decisions
 from halfbyte.tracking import RunRecord, Tracker, next_command, resume_command
 from halfbyte.trainer.base import Conduct
-from halfbyte.trainer.build import with_values
 from halfbyte.trainer.upstream import without_pickled_arguments
 from halfbyte.wording import say
 
@@ -44,7 +42,7 @@ _UPSTREAM = ("trl", "transformers")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, with its fingerprints: rows, and the tokenizer that rendered them."""
+    """What a run reads: the rows with their tokenizer, the base, and a fingerprint of each."""
 
     rows: RunData
     base: Mapping[str, Any]
@@ -80,47 +78,32 @@ def train(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> Non
     """Run ``recipe`` with ``settings`` from the first decision to the last file; on every rank."""
     _quieten()
     settings.check(QLoRAPlugin)  # before what depends on the machine
-    distributed.refuse_unsupported()
     resolve.join(settings)
     resume = find(settings["output_dir"], settings["resume_from_checkpoint"])
     decisions = resolve.for_run(settings, resume.manifest)
-    settings = settings.with_values(**decisions.values)
-    script, args, plugin, mixture = settings.build()
-    args = with_values(args, {**decisions.session, **_own_arguments(args)})
-    overwrite = script.overwrite_output_dir and resume.path is None
-    _require_usable(args.output_dir, resume, overwrite)
-    changes.check_keys(script.allow_config_change, settings.resolved())
-    allow = partial(changes.compare, resume.manifest, resume.path, script.allow_config_change)
-    changed = allow({**settings.resolved(), "world_size": decisions.strategy.world_size})
+    options = Options.decided(settings, decisions)
+    output = options.args.output_dir
+    overwrite = options.script.overwrite_output_dir and resume.path is None
+    resume.require_usable(output, overwrite=overwrite)
+    allowed = _allowed_changes(options)
+    changed = resume.changes(_identity(options, decisions), allowed)
+    inputs = _read(recipe, options, decisions)
+    changed += resume.changes(inputs.fingerprints, allowed)
 
-    inputs = _prepare(recipe, script, args, plugin, mixture, decisions)
-    changed += allow(inputs.fingerprints)
-    record = _record(name, settings, resume)
-    following = next_command(recipe.next, args.output_dir, decisions.base, adapter=plugin.use_peft)
-    tracker = Tracker(
-        record,
-        main=PartialState().is_main_process,
-        bar=not args.disable_tqdm,
-        next_command=following,
-        resume_command=resume_command(name, argv),
-    )
-    signals = Signals(lambda _: tracker.abandon())
-    conduct = _conduct(script, settings, inputs, resume, tracker, signals)
-    with distributed.on_every_rank("building the trainer"), left_as_it_was(args.output_dir):
-        trainer = build_trainer(name, recipe, settings, plugin, decisions, args, inputs.rows, conduct)
-    _describe(record, settings, inputs, decisions, trainer)
-    moved = _claim(args.output_dir, resume, overwrite)
-    coverage = [trainer.report.coverage.line()] if plugin.load_in_4bit else []
-    say(*decisions.lines, *resume.lines, *changed, *moved, *coverage, *inputs.rows.report.lines())
-    PartialState().wait_for_everyone()
+    tracker = _tracker(name, recipe, argv, options, decisions, resume)
+    signals = Signals(tracker.abandon)
+    conduct = _conduct(options, inputs, resume, tracker, signals)
+    with distributed.on_every_rank("building the trainer"), left_as_it_was(output):
+        trainer = build_trainer(name, recipe, options, decisions, inputs.rows, conduct)
+    tracker.record.update(**_described(options, inputs, decisions, trainer))
+    moved = claim(output, resume, overwrite=overwrite)
+    say(*decisions.lines, *resume.lines, *changed, *moved, *_found(options, inputs, trainer))
 
     with signals, _ending_together(), tracker, _out_of_memory_advised(trainer):
-        watch(trainer, args.ddp_timeout, on_failure=lambda: tracker.finish("failed"))
+        watch(trainer, options.args.ddp_timeout, on_failure=tracker.fail)
         trainer.train(resume_from_checkpoint=resume.path)
-        _finish(trainer, record)
-    if args.push_to_hub:
-        with without_pickled_arguments():
-            trainer.push_to_hub(dataset_name=script.dataset_name)
+        _finish(trainer, tracker.record)
+    _push(trainer, options)
 
 
 def training_defaults(cls: type) -> dict[str, Any]:
@@ -133,30 +116,24 @@ def training_defaults(cls: type) -> dict[str, Any]:
     return {field: value for field, value in resolve.DEFAULTS.items() if declares(field) in _UPSTREAM}
 
 
-def _own_arguments(args: Any) -> dict[str, Any]:
-    """Training arguments that are never the user's to decide, and are not recorded.
-
-    The hub token moves to where huggingface_hub looks for it: checkpoints store the arguments. The Trainer's filter
-    logs a loss that is not finite as 0.0, and reads each loss back from the device.
-    """
-    if args.hub_token is not None:
-        os.environ["HF_TOKEN"] = args.hub_token
-    return {"hub_token": None, "logging_nan_inf_filter": False}
+def _allowed_changes(options: Options) -> list[str] | None:
+    allowed = options.script.allow_config_change
+    changes.check_keys(allowed, options.settings.resolved())
+    return allowed
 
 
-def _require_usable(output_dir: str, resume: Resume, overwrite: bool) -> None:
-    """Raise on every rank if the run may not write into ``output_dir``."""
-    if (problem := distributed.agree(resume.problem(output_dir, overwrite=overwrite))) is not None:
-        raise UserError(problem, option="output_dir")
+def _identity(options: Options, decisions: Decisions) -> dict[str, Any]:
+    """The options that a resume compares, and the number of processes."""
+    return {**options.settings.resolved(), "world_size": decisions.strategy.world_size}
 
 
-def _prepare(
-    recipe: Recipe, script: Any, args: Any, plugin: QLoRAPlugin, mixture: Any, decisions: Decisions
-) -> Inputs:
+def _read(recipe: Recipe, options: Options, decisions: Decisions) -> Inputs:
     """Read the tokenizer and the rows, and take the fingerprints of what the options only name."""
     with distributed.on_every_rank("preparing the data"):
-        tokenizer, added_token_ids = loading.load_tokenizer(plugin, decisions, args)
-        rows = data.load(script, mixture, args, recipe.data, tokenizer, added_token_ids)
+        tokenizer, added_token_ids = loading.load_tokenizer(options.plugin, decisions, options.args)
+        rows = data.load(
+            options.script, options.mixture, options.args, recipe.data, tokenizer, added_token_ids
+        )
         sha = quantization.fingerprint(decisions.base, decisions.revision)
         fingerprints = {
             "data": rows.report.as_dict()["sha"],
@@ -167,53 +144,56 @@ def _prepare(
         return Inputs(rows, base, fingerprints)
 
 
-def _record(name: str, settings: Settings, resume: Resume) -> RunRecord:
-    record = RunRecord(settings["output_dir"], recipe=name)
+def _tracker(
+    name: str, recipe: Recipe, argv: list[str], options: Options, decisions: Decisions, resume: Resume
+) -> Tracker:
+    """The tracker of this run; a resumed one continues under the id of the run before it."""
+    record = RunRecord(options.args.output_dir, recipe=name)
     if resume.manifest is not None:
         record.update(run_id=resume.manifest.run_id, resumed_from=resume.path)
         say(*changes.other_versions(resume.manifest, record["versions"]))
-    return record
+    adapter = options.plugin.use_peft
+    return Tracker(
+        record,
+        main=PartialState().is_main_process,
+        bar=not options.args.disable_tqdm,
+        next_command=next_command(recipe.next, options.args.output_dir, decisions.base, adapter=adapter),
+        resume_command=resume_command(name, argv),
+    )
 
 
-def _conduct(
-    script: Any, settings: Settings, inputs: Inputs, resume: Resume, tracker: Tracker, signals: Signals
-) -> Conduct:
+def _conduct(options: Options, inputs: Inputs, resume: Resume, tracker: Tracker, signals: Signals) -> Conduct:
     return Conduct(
         tracker=tracker,
         signals=signals,
-        config=settings.resolved(),
+        config=options.settings.resolved(),
         inputs=inputs.fingerprints,
         checkpoint=Path(resume.path) if resume.path is not None else None,
         manifest=resume.manifest,
-        on_nonfinite=script.on_nonfinite,
-        on_oom=script.on_oom,
+        on_nonfinite=options.script.on_nonfinite,
+        on_oom=options.script.on_oom,
     )
 
 
-def _claim(output_dir: str, resume: Resume, overwrite: bool) -> list[str]:
-    """Make the output directory this run's, on rank 0; return lines to print about what was moved."""
-    if not PartialState().is_main_process:
-        return []
-    moved = claim(output_dir, overwrite=overwrite)
-    lines = [] if moved is None else [f"the earlier run in {output_dir} is now in {moved}"]
-    return [*lines, *resume.prepare(output_dir)]
-
-
-def _describe(
-    record: RunRecord, settings: Settings, inputs: Inputs, decisions: Decisions, trainer: Trainer
-) -> None:
-    """Enter into ``record`` what is known before the first step."""
-    say(trainer.report.fusion.line(), error=True)
-    strategy = decisions.strategy
-    record.update(
-        config=settings.resolved(),
-        base={**inputs.base, **trainer.report.coverage.as_dict()},
-        data=inputs.rows.report.as_dict(),
-        fast=trainer.report.fusion.as_dict(),
-        strategy={**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
-    )
+def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: Trainer) -> dict[str, Any]:
+    """What run.json says before the first step."""
+    strategy, conduct = decisions.strategy, trainer.conduct
+    found = {
+        "config": conduct.config,
+        "base": {**inputs.base, **trainer.report.coverage.as_dict()},
+        "data": inputs.rows.report.as_dict(),
+        "fast": trainer.report.fusion.as_dict(),
+        "strategy": {**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
+    }
     if decisions.session:
-        record.update(micro_batches=[{"from_step": trainer.conduct.manifest.step + 1, **decisions.session}])
+        found["micro_batches"] = [{"from_step": conduct.manifest.step + 1, **decisions.session}]
+    return found
+
+
+def _found(options: Options, inputs: Inputs, trainer: Trainer) -> list[str]:
+    """Lines about the base, the data and the step, to print before the first of them."""
+    coverage = [trainer.report.coverage.line()] if options.plugin.load_in_4bit else []
+    return [*coverage, *inputs.rows.report.lines(), trainer.report.fusion.line()]
 
 
 @contextmanager
@@ -247,6 +227,12 @@ def _finish(trainer: Trainer, record: RunRecord) -> None:
         record.update(fast={"fell_back": reasons})
     if trainer.skipped_steps:
         record.update(skipped_steps=trainer.skipped_steps)
+
+
+def _push(trainer: Trainer, options: Options) -> None:
+    if options.args.push_to_hub:
+        with without_pickled_arguments():
+            trainer.push_to_hub(dataset_name=options.script.dataset_name)
 
 
 def _evaluated_last(trainer: Trainer) -> bool:

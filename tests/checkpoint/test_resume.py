@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import wandb
 
+from halfbyte import resolve
 from halfbyte.checkpoint import changes, history, manifest
 from halfbyte.checkpoint.resume import find
 from halfbyte.errors import UserError
@@ -239,8 +240,9 @@ def test_the_save_level_of_the_checkpoint_is_kept(finished: Finished, parts, tmp
     made = manifest.read(newest)
     assert made.decided == {"save_level": 3}
     manifest.write(newest, replace(made, decided={"save_level": 1}))
-    assert find(str(output), "auto").save_level("auto") == 1
-    assert find(str(output), "auto").save_level("min") is None
+    found = find(str(output), "auto").manifest
+    assert resolve._recorded_level({"memory_budget": "auto"}, found) == 1
+    assert resolve._recorded_level({"memory_budget": "min"}, found) is None
     assert run("sft", finished.options(output), "--resume_from_checkpoint", "auto") == 0
     fast = json.loads((output / "run.json").read_text())["fast"]
     assert fast["level"] == fast["memory"]["level"] == 1

@@ -1,6 +1,6 @@
 """Where a run resumes from: the newest checkpoint that verifies, and why others were skipped."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import PartialState
 
 from halfbyte import distributed
-from halfbyte.checkpoint import history, manifest
+from halfbyte.checkpoint import changes, history, manifest
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.errors import UserError
 
@@ -19,7 +19,7 @@ _SHOWN = 6
 class Resume:
     """The decision of rank 0, the same on every rank.
 
-    ``path`` is the checkpoint, None to begin at step 0; ``wanted`` says whether a resume was asked for;
+    ``path`` is the checkpoint, None to begin at step 0; ``wanted`` says whether a resume was requested;
     ``lines`` are to be printed: what was found and what was skipped, and why.
     """
 
@@ -28,16 +28,14 @@ class Resume:
     manifest: Manifest | None = None
     lines: tuple[str, ...] = ()
 
-    @property
-    def recorded(self) -> Mapping[str, Any]:
-        """The options that the checkpoint was made with, those that decide the trajectory."""
-        return self.manifest.config if self.manifest is not None else {}
+    def changes(self, now: Mapping[str, Any], allowed: Sequence[str] | None) -> list[str]:
+        """Compare ``now`` with what the checkpoint was made with; see :func:`halfbyte.checkpoint.changes.compare`."""
+        return changes.compare(self.manifest, self.path, allowed, now)
 
-    def save_level(self, memory_budget: str) -> int | None:
-        """The save level that was decided on for the same ``memory_budget``, to go on with."""
-        if self.manifest is None or self.recorded.get("memory_budget") != memory_budget:
-            return None
-        return self.manifest.decided.get("save_level")
+    def require_usable(self, output_dir: str, *, overwrite: bool) -> None:
+        """Raise :class:`UserError` on every rank if this run may not write into ``output_dir``."""
+        if (problem := distributed.agree(self.problem(output_dir, overwrite=overwrite))) is not None:
+            raise UserError(problem, option="output_dir")
 
     def problem(self, output_dir: str, *, overwrite: bool) -> str | None:
         """Why this run may not write into ``output_dir``, or None."""

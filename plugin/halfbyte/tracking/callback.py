@@ -184,11 +184,15 @@ class Tracker(TrainerCallback):
         where = self._wandb.finish(0 if status == "completed" else 1) if self._wandb is not None else None
         self._print_summary(plots, where)
 
-    def abandon(self, status: str = "interrupted") -> None:
-        """Write to disk how the run ended, and no more: for a thread that ends the process at once."""
+    def fail(self) -> None:
+        """Close the run as failed: for a thread that ends a process whose main thread is stuck."""
+        self.finish("failed")
+
+    def abandon(self, signum: int) -> None:
+        """Write to disk that a signal ended the run, and no more: for a thread that ends the process at once."""
         if self._main and not self._finished:
             self._finished = True
-            self.record.update(status=status, next=self._resume_command)
+            self.record.update(status="interrupted", next=self._resume_command)
             self.record.write()
 
     def write_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
