@@ -99,7 +99,7 @@ def load_tokenizer(
     adapter = decisions.adapter
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer, added = data.prepare_tokenizer(
-        adapter if own else decisions.base,
+        str(adapter) if own else decisions.base,
         revision="main" if own else decisions.revision,
         trust_remote_code=args.trust_remote_code,
         training=args,

@@ -48,8 +48,8 @@ class Decisions:
     """What a run is, once the machine, the launcher, a checkpoint and an adapter have had their say.
 
     ``values`` are options as they are decided, where they differ from what was given; ``session`` those that hold
-    for this session only and are not recorded (the micro-batches of a run that once ran out of memory). ``lines``
-    are to be printed. ``save_level`` is the one that a resumed run takes over.
+    for this session only and are not recorded (no evaluation at the start of a resume, smaller micro-batches).
+    ``lines`` are to be printed. ``save_level`` is the one that a resumed run takes over.
     """
 
     device: torch.device
@@ -63,6 +63,11 @@ class Decisions:
     values: Mapping[str, Any] = field(default_factory=dict)
     session: Mapping[str, Any] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
+
+    @property
+    def micro_batches(self) -> dict[str, int]:
+        """The micro-batches of this session where they are not the recorded ones; else nothing."""
+        return {key: self.session[key] for key, _ in _MICRO_BATCHES if key in self.session}
 
 
 def join(settings: Settings) -> PartialState:
@@ -132,8 +137,8 @@ def decide(options: Any, given: Collection[str], manifest: Manifest | None = Non
         zero3.refuse_loraplus(options["loraplus_lr_ratio"])
     storage = None
     if options["load_in_4bit"] and fsdp2.requested():
-        storage, line = fsdp2.quantization_storage(options["bnb_4bit_quant_storage"], getattr(torch, dtype))
-        lines += [] if line is None else [line]
+        storage, note = fsdp2.quantization_storage(options["bnb_4bit_quant_storage"], getattr(torch, dtype))
+        lines += [] if note is None else [note]
     if "optim" in options:
         _training(options, given, state, values, lines)
     revision = options["model_revision"]
@@ -149,7 +154,7 @@ def decide(options: Any, given: Collection[str], manifest: Manifest | None = Non
         quant_storage=storage,
         save_level=_recorded_level(options, manifest),
         values=MappingProxyType(values),
-        session=MappingProxyType(_recorded_micro_batches(options, manifest, lines)),
+        session=MappingProxyType(_of_this_session(options, manifest, lines)),
         lines=tuple(lines),
     )
 
@@ -254,9 +259,16 @@ def _recorded_level(options: Any, manifest: Manifest | None) -> int | None:
     return manifest.decided.get("save_level")
 
 
-def _recorded_micro_batches(options: Any, manifest: Manifest | None, lines: list[str]) -> dict[str, int]:
+def _of_this_session(options: Any, manifest: Manifest | None, lines: list[str]) -> dict[str, Any]:
+    """What a resumed session does otherwise: the evaluation at the start was done, and micro-batches may be smaller."""
+    if manifest is None:
+        return {}
+    return {"eval_on_start": False, **_recorded_micro_batches(options, manifest, lines)}
+
+
+def _recorded_micro_batches(options: Any, manifest: Manifest, lines: list[str]) -> dict[str, int]:
     """The micro-batches that the checkpoint's run was brought down to, unless the user changed them."""
-    if manifest is None or any(options[key] != manifest.config.get(key) for key, _ in _MICRO_BATCHES):
+    if any(options[key] != manifest.config.get(key) for key, _ in _MICRO_BATCHES):
         return {}
     found = {key: manifest.data_position.get(name) for key, name in _MICRO_BATCHES}
     rows, batches = found.values()

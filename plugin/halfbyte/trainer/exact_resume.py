@@ -67,7 +67,6 @@ class ExactResume(Mixin):
         if (checkpoint := self._checkpoint()) is not None:
             self._restore_counters(checkpoint)
             self._find_best(state)
-            args.eval_on_start = False  # it was done when the run began
             self._exact_nothing_left = state.global_step >= state.max_steps
         self._lay_out_buckets()
 

@@ -10,6 +10,7 @@ class LoRAPlus(Mixin):
     """Makes the optimizer with B's learning rate a multiple of A's, where the plugin says so."""
 
     loraplus_lr_ratio: float | None = None
+    optimizer: Any
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Return the Trainer's optimizer, or that of LoRA+ (arXiv 2402.12354)."""
