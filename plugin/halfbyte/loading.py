@@ -16,6 +16,7 @@ from halfbyte import adapters, data, distributed, quantization
 from halfbyte.distributed import fsdp2
 from halfbyte.errors import UserError
 from halfbyte.quantization import Coverage
+from halfbyte.task import by_peft_type
 
 if TYPE_CHECKING:
     from halfbyte.plugin import QLoRAPlugin
@@ -146,7 +147,7 @@ def _load_base(
         device=decisions.device,
         revision=decisions.revision,
         trust_remote_code=trust_remote_code,
-        task_type=plugin.lora_task_type,
+        task=by_peft_type(plugin.lora_task_type),
         **options,
     )
     if fsdp2.requested():
