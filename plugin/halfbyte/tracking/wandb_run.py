@@ -25,7 +25,7 @@ _FINISH_TIMEOUT = 60.0
 
 
 def check_wandb(report_to: str | Iterable[str] | None) -> None:
-    """Raise :class:`UserError` if ``report_to`` names wandb and no run could start: prompts for nothing, connects nowhere.
+    """Raise :class:`UserError` if ``report_to`` names wandb and no run could start; prompts and connects nowhere.
 
     That is so without a login, unless W&B is offline or disabled.
     """
