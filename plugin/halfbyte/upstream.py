@@ -127,7 +127,7 @@ PATCHES = (
         "quantization/load.py:load_base",
         "a base that was loaded from the store",
         "transformers 5.24",
-        "what is trained on the base must name the base, not the store's entry; the setter of `name_or_path` is not saved",
+        "what is trained on the base must name the base, not the store's entry",
     ),
     Patch(
         "peft.utils.other.TrainableTokensWrapper.bias",
