@@ -6,7 +6,7 @@ DEV := build hatchling hypothesis mypy pytest pytest-xdist ruff types-PyYAML
 # One thread a process: tests start several, and two processes on shared threads are slower than on their own.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test lint test-distributed test-faults bench clean
+.PHONY: setup demo quick test lint test-distributed test-faults bench clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,9 @@ $(VENV)/.deepspeed: $(VENV)/.installed
 
 demo: setup
 	$(BIN)/halfbyte demo
+
+quick: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m quick
 
 test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not distributed and not faults"

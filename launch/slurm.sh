@@ -1,6 +1,6 @@
 #!/bin/bash
 # One launcher on each node, one rank on each GPU: sbatch launch/slurm.sh sft --config FILE [--key value ...]
-# Change the numbers below, or give them to sbatch. Submit from the repository's root.
+# Change the numbers below, or pass them to sbatch. Submit from the repository's root.
 #SBATCH --job-name=halfbyte
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -10,14 +10,15 @@
 set -euo pipefail
 
 GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-8}
-# Read whole, then the first taken: behind `| head`, scontrol may die of a closed pipe and end the job.
+# Read all hosts, then take the first: behind `| head`, a closed pipe may end scontrol, and with it the job.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MAIN_ADDRESS=${hosts%%$'\n'*}
 export GPUS_PER_NODE MAIN_ADDRESS
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
-# --kill-on-bad-exit: a node that fails ends the others at once. Expanded on each node: SLURM_NODEID differs.
+# --kill-on-bad-exit: a node that fails ends the others at once. The command is expanded on each node, since
+# SLURM_NODEID differs.
 srun --kill-on-bad-exit=1 bash -c '
     exec accelerate launch --config_file launch/multi_node.yaml \
         --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * GPUS_PER_NODE))" \

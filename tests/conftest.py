@@ -18,10 +18,15 @@ os.environ.update(
 import pytest
 import torch
 
+from tests.tiers import is_quick
+
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_quick(item.nodeid) and not {"distributed", "faults"} & set(item.keywords):
+            item.add_marker(pytest.mark.quick)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

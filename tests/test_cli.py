@@ -17,7 +17,10 @@ Fail = Callable[[str], None]
 
 @pytest.fixture
 def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fail:
-    """``failing(code)``: install a recipe named ``failing`` whose config class runs ``code`` when it is made."""
+    """``failing(code)``: install a recipe ``failing`` whose config class runs ``code`` when it is made.
+
+    It has an option ``batch_size``, which halfbyte's own recipes refuse.
+    """
 
     def install(code: str) -> None:
         lines = [
@@ -26,6 +29,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fail:
             "from trl import SFTConfig, SFTTrainer",
             "@dataclasses.dataclass",
             "class Config(SFTConfig):",
+            "    batch_size: int = 1",
             "    def __post_init__(self):",
             f"        {code}",
             "recipe = Recipe(config=Config, trainer=SFTTrainer, summary='fails')",
@@ -37,6 +41,11 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fail:
         monkeypatch.delitem(sys.modules, "failing", raising=False)
 
     return install
+
+
+def places(directory: Path) -> list[str]:
+    """A base, which is not read before the failing class is made, and where the run would be written."""
+    return ["--model_name_or_path", str(directory), "--output_dir", str(directory / "run")]
 
 
 def test_help_names_the_commands_and_the_exit_codes(capsys) -> None:
@@ -79,7 +88,7 @@ def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
     [
         (["stf"], "did you mean 'sft'"),
         (["--config", "x.yaml"], "the recipe comes first"),
-        (["merge"], "not part of this version"),
+        (["merge"], "reserved for future releases"),
         (["cache", "clear"], "is no command"),
         (["sft", "--config", "no-such.yaml"], "no-such.yaml"),
     ],
@@ -107,17 +116,25 @@ def test_a_package_that_takes_a_command_name_breaks_the_listing(tmp_path: Path, 
 
 def test_an_interrupt_ends_with_130(failing: Fail, capsys, tmp_path: Path) -> None:
     failing("raise KeyboardInterrupt")
-    assert main(["failing", "--output_dir", str(tmp_path / "run")]) == 130
+    assert main(["failing", *places(tmp_path)]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert not (tmp_path / "run").exists()
 
 
 def test_an_error_nobody_foresaw_ends_with_1(failing: Fail, capsys, tmp_path: Path) -> None:
     failing("raise ZeroDivisionError('nobody foresaw this')")
-    assert main(["failing", "--output_dir", str(tmp_path / "run")]) == 1
+    assert main(["failing", *places(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "error: ZeroDivisionError: nobody foresaw this\n(--debug shows the traceback)" in error
     assert "Traceback" not in error
+
+
+def test_a_third_party_recipe_has_options_that_ours_refuse(failing: Fail, capsys, tmp_path: Path) -> None:
+    failing("raise ZeroDivisionError(f'batch_size={self.batch_size}')")
+    assert main(["failing", "--batch_size", "3", *places(tmp_path)]) == 1
+    assert "batch_size=3" in capsys.readouterr().err
+    assert main(["sft", "--batch_size", "3", *places(tmp_path)]) == 2
+    assert "--batch_size: unknown option; write per_device_train_batch_size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["first", "after the recipe", "last"])
@@ -136,7 +153,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys, place: str) -> Non
 
 def test_debug_with_a_value_is_trl_s_own_option(failing: Fail, capsys, tmp_path: Path) -> None:
     failing("raise ZeroDivisionError(f'debug={self.debug}')")
-    options = ["--debug", "underflow_overflow", "--output_dir", str(tmp_path / "run")]
+    options = ["--debug", "underflow_overflow", *places(tmp_path)]
     assert main(["failing", *options]) == 1
     error = capsys.readouterr().err
     assert "debug=underflow_overflow" in error

@@ -11,6 +11,7 @@ import torch
 
 from halfbyte import QLoRAPlugin
 from halfbyte.cli import main
+from halfbyte.quantization import measure_coverage
 from tests import tiny
 from tests.benchmarks.gpu import FIT_32B, FIT_70B, Part
 
@@ -24,12 +25,9 @@ def test_the_base_is_packed_on_the_device(model_dir: ModelDir) -> None:
     packed = [p for p in model.parameters() if p.dtype == torch.uint8]
     assert packed
     assert all(p.is_cuda for p in model.parameters())
-    assert plugin.coverage is not None
-    assert plugin.coverage.four_bit_share == 1.0
-    if torch.cuda.get_device_capability() >= (8, 0):
-        assert plugin.compute_dtype(torch.device("cuda")) == torch.bfloat16
-    else:
-        assert plugin.compute_dtype(torch.device("cuda")) == torch.float16
+    assert measure_coverage(model.get_base_model()).four_bit_share == 1.0
+    expected = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    assert model.get_input_embeddings().weight.dtype == expected
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo"])

@@ -16,7 +16,7 @@ from tests import tiny
 
 
 @pytest.mark.parametrize(
-    ("asked", "used"),
+    ("requested", "used"),
     [
         ("paged_adamw_32bit", "adamw_torch"),
         ("paged_adamw_8bit", "adamw_8bit"),
@@ -24,12 +24,12 @@ from tests import tiny
         ("paged_ademamix_32bit", "ademamix"),
     ],
 )
-def test_paged_optimizers_are_replaced_off_cuda_and_said(asked: str, used: str) -> None:
-    name, line = optimizers.resolve(asked, "cpu")
+def test_paged_optimizers_are_replaced_off_cuda_and_printed(requested: str, used: str) -> None:
+    name, line = optimizers.resolve(requested, "cpu")
     assert name == used
-    assert asked in line
+    assert requested in line
     assert used in line
-    assert optimizers.resolve(asked, "cuda") == (asked, None)
+    assert optimizers.resolve(requested, "cuda") == (requested, None)
 
 
 def test_every_other_upstream_name_is_left_alone() -> None:
@@ -39,7 +39,7 @@ def test_every_other_upstream_name_is_left_alone() -> None:
         assert (line is None) == (not name.value.startswith("paged_"))
 
 
-# What the packages of pyproject.toml can make on a CPU; the others want a package or a device of their own.
+# Optimizers that the packages of pyproject.toml provide on a CPU; the others require a package or a device.
 TRAINABLE = [
     *("adamw_torch", "adamw_torch_fused", "adafactor", "ademamix", "sgd", "adagrad", "rmsprop"),
     *("adamw_8bit", "adamw_bnb_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit"),

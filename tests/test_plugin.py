@@ -82,8 +82,7 @@ def test_any_trl_trainer_trains_the_adapters_alone(model_dir: ModelDir, tmp_path
         assert any("score" in n and not torch.equal(start[n], end[n]) for n in start)
     assert {weight.dtype for weight in end.values()} == {torch.float32}
     assert all(torch.equal(weight, base[n]) for n, weight in frozen(trainer.model).items())
-    assert qlora.coverage is not None
-    assert qlora.coverage.four_bit_share == 1.0
+    assert trainer.report.coverage.four_bit_share == 1.0
 
 
 def test_the_seed_decides_where_a_fresh_adapter_starts(model_dir: ModelDir, tmp_path: Path) -> None:

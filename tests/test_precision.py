@@ -19,7 +19,9 @@ def decided(monkeypatch: pytest.MonkeyPatch, best: torch.dtype, device: torch.de
         prog="halfbyte sft",
         defaults=run.training_defaults(SFTConfig),
     )
-    resolve.decide_precision(settings, device, {})
+    values: dict = {}
+    resolve._precision(settings, settings.given.keys(), device, {}, values)
+    settings = settings.with_values(**values)
     return settings["dtype"], settings["bf16"], settings["fp16"]
 
 

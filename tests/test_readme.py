@@ -14,8 +14,9 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from halfbyte import adapters, demo, run
+from halfbyte import adapters, run
 from halfbyte import recipe as recipes
+from halfbyte.commands import demo
 from halfbyte.config import RunArguments, Settings, read
 from halfbyte.config.fields import fields_of
 from halfbyte.data import PreferencePairs, Text

@@ -248,7 +248,7 @@ MISTAKES = {
     ),
     "not a checkpoint": (
         [*WHOLE, "--resume_from_checkpoint", "{rows}"],
-        "is not a checkpoint to rely on: it has no manifest.json",
+        "failed verification: it has no manifest.json",
     ),
 }
 

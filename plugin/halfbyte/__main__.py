@@ -1,4 +1,4 @@
-"""``python -m halfbyte``, the form that ``accelerate launch -m`` wants."""
+"""``python -m halfbyte``, the form that ``accelerate launch -m`` runs."""
 
 import sys
 

@@ -7,21 +7,31 @@ class UserError(ValueError):
     """Invalid input: what is wrong, where, and what to do, in at most ten lines.
 
     The command line prints it without a traceback and exits with status 2. ``option`` is the key at fault as the
-    user writes it: where it was given in a YAML file, the command line puts the file and line before it.
+    user writes it: where it was given in a YAML file, ``place`` puts the file and line before it.
     ``split`` and ``row`` are the place in a data set, rows counted from 1.
     """
 
     def __init__(
-        self, what: str, *, option: str | None = None, split: str | None = None, row: int | None = None
+        self,
+        what: str,
+        *,
+        option: str | None = None,
+        split: str | None = None,
+        row: int | None = None,
+        place: str | None = None,
     ) -> None:
         super().__init__(what)
         self.what, self.option, self.split, self.row = what, option, split, row
-        self.place: str | None = None
+        self.place = place
 
     def __str__(self) -> str:
         rows = None if self.row is None else f"{self.split or 'data'} row {self.row}"
         head = self.place or self.option
         return ": ".join(part for part in (head, rows or self.split, self.what) if part)
+
+
+class FailedElsewhereError(UserError):
+    """This rank succeeded; another one failed, and reports the failure itself."""
 
 
 class Halted(RuntimeError):  # noqa: N818 - like Stopped, an end and not always a failure

@@ -1,4 +1,4 @@
-"""Optimizers for adapters: paged on CUDA, their named equivalents elsewhere, LoRA+ where asked."""
+"""Optimizers for adapters: paged on CUDA, their named equivalents on other devices, LoRA+ where requested."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from halfbyte.errors import UserError
+from halfbyte.wording import first_line
 
 DEFAULT = "paged_adamw_32bit"
 _ANY_STEPS = 10_000
@@ -27,7 +28,7 @@ _OFF_CUDA = {
 
 
 def resolve(optim: str, device_type: str) -> tuple[str, str | None]:
-    """Return the optimizer to use on this device, and the line to print if it is not the one asked for."""
+    """Return the optimizer to use on this device, and the line to print if it is not the requested one."""
     substitute = _OFF_CUDA.get(optim) if device_type != "cuda" else None
     if substitute is None:
         return optim, None
@@ -37,20 +38,21 @@ def resolve(optim: str, device_type: str) -> tuple[str, str | None]:
     )
 
 
-def check(trainer: Trainer) -> None:
-    """Raise :class:`UserError` if the optimizer or its schedule cannot be made: before the run begins, that is."""
-    args = trainer.args
+def check(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise :class:`UserError` if the optimizer of ``args`` or its schedule cannot be built; before the run begins."""
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
     except (ImportError, ValueError) as error:
         name = getattr(args.optim, "value", args.optim)
-        raise UserError(f"optim: {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name}: {first_line(error)}", option="optim") from error
     nothing = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
         get_scheduler(args.lr_scheduler_type, nothing, 1, _ANY_STEPS, args.lr_scheduler_kwargs)
     except (ValueError, TypeError) as error:
         name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        raise UserError(f"lr_scheduler_type: {name}: {error}; see lr_scheduler_kwargs") from error
+        raise UserError(
+            f"{name}: {first_line(error)}; see lr_scheduler_kwargs", option="lr_scheduler_type"
+        ) from error
 
 
 def create(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -61,10 +63,11 @@ def create(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.o
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
 
 
-def use_loraplus(trainer: Trainer, ratio: float) -> None:
-    """Give ``trainer`` its optimizer with B's learning rate ``ratio`` times A's (LoRA+, arXiv 2402.12354)."""
-    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-    model = trainer.model
-    assert isinstance(model, PeftModel)
-    options: dict[str, Any] = {**kwargs, "weight_decay": trainer.args.weight_decay}
-    trainer.optimizer = create_loraplus_optimizer(model, cls, loraplus_lr_ratio=ratio, **options)
+def loraplus(args: TrainingArguments, model: PeftModel, ratio: float) -> torch.optim.Optimizer:
+    """Return the optimizer of ``args`` over ``model``, with B's learning rate ``ratio`` times A's.
+
+    LoRA+, arXiv 2402.12354.
+    """
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    options: dict[str, Any] = {**kwargs, "weight_decay": args.weight_decay}
+    return create_loraplus_optimizer(model, cls, loraplus_lr_ratio=ratio, **options)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from halfbyte import commands
 from halfbyte.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,10 +19,8 @@ if TYPE_CHECKING:
 
 GROUP = "halfbyte.recipes"
 
-# Names the command line keeps for itself, present and announced.
-COMMANDS = frozenset(
-    ("cache", "demo", "doctor", "merge", "plan", "plot", "quantize", "recipes", "report", "runs", "verify")
-)
+# Names that the command line keeps for itself, those reserved for future releases included.
+COMMANDS = frozenset(commands.TABLE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,117 +1,282 @@
-"""What a configuration leaves open: decided by this machine, by the launcher and by what the run starts from."""
+"""Every decision of a run, taken once: device, dtype, strategy, optimizer, trackers, and what is started from.
 
-from collections.abc import Mapping
+The command line and ``QLoRAPlugin.trainer`` both ask :func:`decide`; nothing later overrides what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 
-from halfbyte import adapters, distributed, optimizers, tracking
+from halfbyte import adapters, distributed, optimizers, quantization, tracking
+from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.config import Settings
-from halfbyte.distributed import zero3
+from halfbyte.distributed import Strategy, fsdp2, zero3
 from halfbyte.errors import UserError
-from halfbyte.plugin import QLoRAPlugin
 from halfbyte.resilience.watch import record_flights
 
+if TYPE_CHECKING:
+    from halfbyte.plugin import QLoRAPlugin
 
-def decide(settings: Settings, recorded: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
-    """Settle what depends on this machine: device, precision, optimizer, trackers. Return lines to print.
+# Training arguments a QLoRA run wants other than upstream's, for any TRL config class.
+DEFAULTS: dict[str, Any] = {
+    "optim": optimizers.DEFAULT,
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    # Adapters take part in every step; looking for unused ones breaks non-reentrant checkpointing under DDP.
+    "ddp_find_unused_parameters": False,
+    "report_to": "wandb",
+}
+# Micro-batches, which `on_oom: accumulate` may have made smaller.
+_MICRO_BATCHES = (
+    ("per_device_train_batch_size", "rows_per_batch"),
+    ("gradient_accumulation_steps", "batches_per_step"),
+)
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-    ``recorded`` are the options of the checkpoint that the run goes on from: its precision is taken over.
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """What a run is, once the machine, the launcher, a checkpoint and an adapter have had their say.
+
+    ``values`` are options as they are decided, where they differ from what was given; ``session`` those that hold
+    for this session only and are not recorded (the micro-batches of a run that once ran out of memory). ``lines``
+    are to be printed. ``save_level`` is the one that a resumed run takes over.
     """
+
+    device: torch.device
+    strategy: Strategy
+    dtype: str
+    base: str
+    revision: str
+    adapter: str | None
+    quant_storage: str | None = None
+    save_level: int | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    session: Mapping[str, Any] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+
+
+def join(settings: Settings) -> PartialState:
+    """Start the process group as ``settings`` say, once."""
+    distributed.refuse_unsupported()
+    record_flights()
+    on_cpu = bool(settings["use_cpu"]) or ("use_cpu" not in settings.given and not torch.cuda.is_available())
+    options: dict[str, Any] = {"timeout": timedelta(seconds=settings["ddp_timeout"])}
+    if on_cpu:
+        options["backend"] = settings["ddp_backend"]
+    return PartialState(cpu=on_cpu, **options)
+
+
+def for_run(settings: Settings, manifest: Manifest | None) -> Decisions:
+    """Decide for the command line; ``manifest`` is that of the checkpoint that the run resumes from."""
     for key in ("fsdp", "fsdp_config", "deepspeed"):
         if key in settings.given:
             raise UserError(
-                f"{key}: how processes share the work is the launcher's to say; take it out, and launch with a file "
-                f"of launch/ (see README.md, Support)"
+                "how processes share the work is decided by the launcher; take it out, and launch with a file of "
+                "launch/ (see launch/README.md)",
+                option=key,
             )
     if settings["auto_find_batch_size"]:
         raise UserError(
-            "auto_find_batch_size: it begins the run anew with a smaller batch; write `on_oom: accumulate`, which "
-            "keeps the batch"
+            "it restarts the run with a smaller batch; write `on_oom: accumulate`, which keeps the batch",
+            option="auto_find_batch_size",
         )
-    state = join_the_others(settings)
-    lines = [decide_precision(settings, state.device, recorded), *_take_over_adapter(settings)]
+    found = decide(settings, settings.given.keys(), manifest)
+    if "use_cpu" in settings.given or torch.cuda.is_available():
+        return found
+    return replace(found, values=MappingProxyType({**found.values, "use_cpu": True}))
+
+
+def for_arguments(plugin: QLoRAPlugin, args: Any, model: str | None) -> Decisions:
+    """Decide for ``QLoRAPlugin.trainer``: every training argument counts as given."""
+    given = {"bf16", "fp16", "use_cpu", "report_to", *_chosen(plugin)}
+    return decide(_options(plugin, args, model), given)
+
+
+def for_loop(plugin: QLoRAPlugin, model: str | None) -> Decisions:
+    """Decide for a loop of one's own, which has no training arguments."""
+    return decide(_options(plugin, None, model), {"report_to", *_chosen(plugin)})
+
+
+def decide(options: Any, given: Collection[str], manifest: Manifest | None = None) -> Decisions:
+    """Settle what ``options`` leave open; ``given`` names those that the user wrote, which are kept or refused.
+
+    ``options`` is a mapping, by option name. Raises :class:`UserError`, with the option at fault.
+    """
+    state = PartialState()
+    recorded = manifest.config if manifest is not None else _NOTHING
+    strategy = distributed.strategy_in_use(on_cpu="use_cpu" in given and bool(options["use_cpu"]))
+    values: dict[str, Any] = {}
+    lines: list[str] = []
+    dtype, line = _precision(options, given, state.device, recorded, values)
+    lines.append(line)
+    base, adapter = adapters.resolve(options["model_name_or_path"], options["adapter_name_or_path"])
+    if adapter is not None and options["use_peft"]:
+        lines.append(_take_over_adapter(options, given, adapter, values))
+    if strategy.name in distributed.SHARDED:
+        distributed.check_quantized(strategy.name, options["load_in_4bit"])
+        if "optim" in options:
+            distributed.check_optimizer(_name(options["optim"]))
     if zero3.requested():
-        for key in {"bf16", "fp16"} - settings.given.keys():
-            settings.override(key, False)
-        zero3.refuse_precision(settings["dtype"], bf16=settings["bf16"], fp16=settings["fp16"])
-    optim, line = optimizers.resolve(settings["optim"], state.device.type)
+        merged = {key: values.get(key, options[key]) for key in ("bf16", "fp16") if key in options}
+        zero3.refuse_precision(dtype, bf16=bool(merged.get("bf16")), fp16=bool(merged.get("fp16")))
+        zero3.refuse_loraplus(options["loraplus_lr_ratio"])
+    storage = None
+    if options["load_in_4bit"] and fsdp2.requested():
+        storage, line = fsdp2.quantization_storage(options["bnb_4bit_quant_storage"], getattr(torch, dtype))
+        lines += [] if line is None else [line]
+    if "optim" in options:
+        _training(options, given, state, values, lines)
+    revision = options["model_revision"]
+    if revision == "main" and adapter is not None:
+        revision = adapters.revision_of(adapter)
+    return Decisions(
+        device=state.device,
+        strategy=strategy,
+        dtype=dtype,
+        base=base,
+        revision=revision,
+        adapter=adapter,
+        quant_storage=storage,
+        save_level=_recorded_level(options, manifest),
+        values=MappingProxyType(values),
+        session=MappingProxyType(_recorded_micro_batches(options, manifest, lines)),
+        lines=tuple(lines),
+    )
+
+
+def _precision(
+    options: Any,
+    given: Collection[str],
+    device: torch.device,
+    recorded: Mapping[str, Any],
+    values: dict[str, Any],
+) -> tuple[str, str]:
+    """Make ``dtype``, ``bf16`` and ``fp16`` agree: what was given rules, and the device's best fills in."""
+    if "dtype" in recorded and not {"dtype", "bf16", "fp16"} & set(given):
+        values.update({key: recorded[key] for key in ("dtype", "bf16", "fp16")})
+        return recorded["dtype"], f"compute dtype: {recorded['dtype']} (as in the checkpoint)"
+    bf16, fp16 = ("bf16" in given and options["bf16"]), ("fp16" in given and options["fp16"])
+    if "dtype" in given and options["dtype"] not in (None, "auto"):
+        dtype, why = options["dtype"], "as given"
+        autocast = "bfloat16" if bf16 else "float16" if fp16 else dtype
+        if autocast != dtype:
+            why += f"; the base computes in {autocast} under autocast, as the arguments say"
+    elif bf16:
+        dtype, why = "bfloat16", "from bf16: true"
+    elif fp16:
+        dtype, why = "float16", "from fp16: true"
+    elif "bf16" in given and options["bf16"] is False:
+        dtype, why = "float32", "from bf16: false"
+        best = _best_dtype(device)
+        why += "" if best == dtype else f"; {best} would be faster on this {device.type}"
+    else:
+        dtype, why = _best_dtype(device), f"chosen for this {device.type}"
+    values["dtype"] = dtype
+    sixteen = {"bf16": dtype == "bfloat16", "fp16": dtype == "float16" and device.type == "cuda"}
+    if zero3.requested():
+        sixteen = dict.fromkeys(sixteen, False)  # DeepSpeed would cast the float32 adapters
+    if "bf16" not in given and "fp16" not in given:
+        values.update(sixteen)
+    elif "bf16" not in given:
+        values["bf16"] = False if fp16 else sixteen["bf16"]
+    distributed.refuse_precision(dtype, why)
+    return dtype, f"compute dtype: {dtype} ({why})"
+
+
+def _best_dtype(device: torch.device) -> str:
+    """The dtype that ``device`` is fast and safe in; rank 0 decides for all."""
+    return str(distributed.agree(quantization.choose_compute_dtype(device))).removeprefix("torch.")
+
+
+def _take_over_adapter(options: Any, given: Collection[str], adapter: str, values: dict[str, Any]) -> str:
+    """Set the options that a saved adapter has decided to what it was made with."""
+    theirs = adapters.options_of(adapter, {key: options[key] for key in given if key in options})
+    values.update(theirs)
+    return f"adapter: {adapter}, rank {theirs['lora_r']}, alpha {theirs['lora_alpha']}, as it was made"
+
+
+def _training(
+    options: Any, given: Collection[str], state: PartialState, values: dict[str, Any], lines: list[str]
+) -> None:
+    """Settle what a Trainer's arguments must have for 4-bit training."""
+    optim, line = optimizers.resolve(_name(options["optim"]), state.device.type)
     if line is not None:
-        settings.override("optim", optim)
+        values["optim"] = optim
         lines.append(line)
-    if "report_to" not in settings.given and (missing := tracking.wandb_missing()) is not None:
-        settings.set_default("report_to", "none")
+    if options["ddp_find_unused_parameters"] is None and options["use_peft"]:
+        values["ddp_find_unused_parameters"] = False
+        if state.num_processes > 1:
+            lines.append("ddp_find_unused_parameters: false, since adapters take part in every step")
+    checkpointing = {"use_reentrant": False, **(options["gradient_checkpointing_kwargs"] or {})}
+    if options["gradient_checkpointing"]:
+        values["gradient_checkpointing_kwargs"] = checkpointing
+        if checkpointing["use_reentrant"] and state.num_processes > 1:
+            raise UserError(
+                "use_reentrant: true fails under DDP with adapters (a parameter is marked ready twice); take it out",
+                option="gradient_checkpointing_kwargs",
+            )
+    if options["use_liger_kernel"] and not is_liger_kernel_available():
+        raise UserError(
+            "liger-kernel is not installed; `pip install liger-kernel`, or take it out",
+            option="use_liger_kernel",
+        )
+    if "report_to" not in given and (missing := tracking.wandb_missing()) is not None:
+        values["report_to"] = "none"
         lines.append(
             f"wandb: {missing}, so nothing is reported; `wandb login` or WANDB_MODE=offline turns it on"
         )
-    _check_reports(settings["report_to"])
-    return lines
+    _check_trackers(values.get("report_to", options["report_to"]))
 
 
-def _check_reports(report_to: str | list[str] | None) -> None:
+def _check_trackers(report_to: str | list[str] | None) -> None:
     names = [report_to] if isinstance(report_to, str) else report_to or []
     if missing := sorted(set(names) - {"none", "all", *get_available_reporting_integrations()}):
-        raise UserError(f"report_to: {', '.join(missing)}: not installed here; install it, or leave it out")
+        raise UserError(
+            f"{', '.join(missing)}: not installed here; install it, or leave it out", option="report_to"
+        )
     tracking.check_wandb(names)
 
 
-def join_the_others(settings: Settings) -> PartialState:
-    """Start the process group, once."""
-    if not torch.cuda.is_available():
-        settings.set_default("use_cpu", True)
-    on_cpu = bool(settings["use_cpu"])
-    record_flights()
-    return PartialState(cpu=on_cpu, **_process_group(settings, on_cpu))
+def _recorded_level(options: Any, manifest: Manifest | None) -> int | None:
+    """The save level that was decided for the same ``memory_budget``, to resume with."""
+    if manifest is None or manifest.config.get("memory_budget") != options["memory_budget"]:
+        return None
+    return manifest.decided.get("save_level")
 
 
-def _process_group(settings: Settings, on_cpu: bool) -> dict[str, Any]:
-    timeout = timedelta(seconds=settings["ddp_timeout"])
-    return {"timeout": timeout, **({"backend": settings["ddp_backend"]} if on_cpu else {})}
+def _recorded_micro_batches(options: Any, manifest: Manifest | None, lines: list[str]) -> dict[str, int]:
+    """The micro-batches that the checkpoint's run was brought down to, unless the user changed them."""
+    if manifest is None or any(options[key] != manifest.config.get(key) for key, _ in _MICRO_BATCHES):
+        return {}
+    found = {key: manifest.data_position.get(name) for key, name in _MICRO_BATCHES}
+    rows, batches = found.values()
+    if rows is None or batches is None or rows == options["per_device_train_batch_size"]:
+        return {}
+    lines.append(f"resume: micro-batches of {rows}, {batches} a step, as when memory ran out")
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batches}
 
 
-def decide_precision(settings: Settings, device: torch.device, recorded: Mapping[str, Any]) -> str:
-    """Make ``dtype``, ``bf16`` and ``fp16`` agree: what was given rules, and the device's best fills in."""
-    given = settings.given
-    if "dtype" in recorded and not {"dtype", "bf16", "fp16"} & given.keys():
-        for key in ("dtype", "bf16", "fp16"):
-            settings.override(key, recorded[key])
-        return f"compute dtype: {recorded['dtype']} (as in the checkpoint)"
-    if "dtype" in given and settings["dtype"] not in (None, "auto"):
-        dtype, why = settings["dtype"], "as given"
-    elif settings["bf16"] and "bf16" in given:
-        dtype, why = "bfloat16", "from bf16: true"
-    elif settings["fp16"] and "fp16" in given:
-        dtype, why = "float16", "from fp16: true"
-    elif "bf16" in given and settings["bf16"] is False:
-        dtype, why = "float32", "from bf16: false"
-    else:
-        dtype, why = (
-            str(QLoRAPlugin().compute_dtype(device)).removeprefix("torch."),
-            f"chosen for this {device.type}",
-        )
-    settings.override("dtype", dtype)
-    if "bf16" not in given and "fp16" not in given:
-        settings.override("bf16", dtype == "bfloat16")
-        settings.override("fp16", dtype == "float16" and device.type == "cuda")
-    elif "bf16" not in given:
-        settings.override("bf16", False if settings["fp16"] else dtype == "bfloat16")
-    distributed.refuse_precision(dtype, why)
-    return f"compute dtype: {dtype} ({why})"
+def _options(plugin: QLoRAPlugin, args: Any, model: str | None) -> dict[str, Any]:
+    found = {each.name: getattr(args, each.name) for each in fields(args)} if args is not None else {}
+    found |= {each.name: getattr(plugin, each.name) for each in fields(plugin)}
+    return {**found, "model_name_or_path": model or plugin.model_name_or_path}
 
 
-def _take_over_adapter(settings: Settings) -> list[str]:
-    """Set the options that a saved adapter has decided to what it was made with."""
-    names = settings["model_name_or_path"], settings["adapter_name_or_path"]
-    if not settings["use_peft"] or names == (None, None):
-        return []
-    _, adapter = adapters.resolve(*names)
-    if adapter is None:
-        return []
-    theirs = adapters.options_of(adapter, {key: settings[key] for key in settings.given if key in settings})
-    for key, value in theirs.items():
-        settings.override(key, value)
-    return [f"adapter: {adapter}, rank {theirs['lora_r']}, alpha {theirs['lora_alpha']}, as it was made"]
+def _chosen(plugin: QLoRAPlugin) -> set[str]:
+    """The options of ``plugin`` that differ from their defaults."""
+    defaults = vars(type(plugin)())
+    return {each.name for each in fields(plugin) if getattr(plugin, each.name) != defaults[each.name]}
+
+
+def _name(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))

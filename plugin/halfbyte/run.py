@@ -1,12 +1,11 @@
-"""Run one recipe: read the configuration, build, train, finish.
+"""One run, top to bottom: settings, decisions, data, trainer, train, finish.
 
-Everything that can fail on what the user wrote fails before the output directory is touched.
+Everything that can fail on invalid input fails before the output directory is touched.
 """
 
-import os
-import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,84 +17,93 @@ from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 from trl import DatasetMixtureConfig
 
-from halfbyte import arguments, config, data, distributed, fast, resolve, tracking
+from halfbyte import config, data, distributed, fast, loading, quantization, resolve
+from halfbyte.bound import build_trainer
 from halfbyte.checkpoint import changes, manifest
 from halfbyte.checkpoint.output import claim, left_as_it_was, save_final
 from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.config import RunArguments, Settings
+from halfbyte.data import RunData
 from halfbyte.errors import Stopped, UserError
+from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe
-from halfbyte.resilience import memory, signals
+from halfbyte.resilience.memory import advice
+from halfbyte.resilience.signals import Signals
 from halfbyte.resilience.watch import watch
-from halfbyte.trainer import accumulation, exact_resume, saving
-from halfbyte.trainer import finite as guards
-from halfbyte.trainer.invariants import watch_invariants
+from halfbyte.resolve import Decisions
+from halfbyte.tracking import RunRecord, Tracker, next_command, resume_command
+from halfbyte.trainer.base import Conduct
+from halfbyte.trainer.upstream import without_pickled_arguments
+from halfbyte.wording import say
 
 _UPSTREAM = ("trl", "transformers")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One parsed run: the instances that the configuration made, and the configuration itself."""
+class Inputs:
+    """What a run reads: the rows with their tokenizer, the base, and a fingerprint of each."""
 
-    name: str
-    recipe: Recipe
-    script: RunArguments
-    training: Any
-    plugin: QLoRAPlugin
-    mixture: DatasetMixtureConfig
-    settings: Settings
-    resolved: dict[str, Any]
-    resume: Resume
-    resume_command: str
+    rows: RunData
+    base: Mapping[str, Any]
+    fingerprints: Mapping[str, Any]
 
 
-def main(name: str, recipe: Recipe, argv: list[str]) -> int:
-    """Train ``recipe`` as ``argv`` says and return the exit code."""
-    settings = config.read(
-        argv,
-        (RunArguments, recipe.config, QLoRAPlugin, DatasetMixtureConfig),
-        prog=f"halfbyte {name}",
-        summary=recipe.summary,
-        defaults=training_defaults(recipe.config),
-    )
+def main(name: str, recipe: Recipe, argv: list[str], written: config.Written | None = None) -> int:
+    """Train ``recipe`` with the settings of ``argv``, which is ``written`` once collected; return the exit code."""
+    settings = read(name, recipe, argv if written is None else written)
     try:
-        _run(name, recipe, argv, settings)
+        train(name, recipe, argv, settings)
     except UserError as error:
-        key, colon, what = str(error).partition(":")
-        if not colon or key not in settings.given:
-            raise
-        raise UserError(f"{settings.at(key)}:{what}") from error
+        settings.placed(error)
+        raise
     if torch.distributed.is_initialized():
         # Only when all went well: a rank that failed leaves without waiting for the others.
         torch.distributed.destroy_process_group()
     return 0
 
 
-def _run(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> None:
-    _quieten()
-    distributed.refuse_unsupported()
-    on_cpu = bool("use_cpu" in settings.given and settings["use_cpu"])
-    resolve.join_the_others(settings)
-    resume = find(settings["output_dir"], settings["resume_from_checkpoint"])
-    lines = resolve.decide(settings, resume.recorded)
-    script, training, plugin, mixture = settings.build()
-    strategy = distributed.strategy_in_force(on_cpu=on_cpu)
-    _hide_hub_token(training)
-    run = Run(
-        name,
-        recipe,
-        script,
-        training,
-        plugin,
-        mixture,
-        settings,
-        settings.resolved(),
-        resume,
-        resume_command(name, argv),
+def read(name: str, recipe: Recipe, written: list[str] | config.Written) -> Settings:
+    """The settings that the command line, collected or not, gives to ``recipe``."""
+    return config.read(
+        written,
+        (RunArguments, recipe.config, QLoRAPlugin, DatasetMixtureConfig),
+        prog=f"halfbyte {name}",
+        summary=recipe.summary,
+        defaults=training_defaults(recipe.config),
     )
-    _train(run, strategy, lines)
+
+
+def train(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> None:
+    """Run ``recipe`` with ``settings`` from the first decision to the last file; on every rank."""
+    _quieten()
+    settings.check(QLoRAPlugin)  # before what depends on the machine
+    resolve.join(settings)
+    resume = find(settings["output_dir"], settings["resume_from_checkpoint"])
+    decisions = resolve.for_run(settings, resume.manifest)
+    options = Options.decided(settings, decisions)
+    output = options.args.output_dir
+    overwrite = options.script.overwrite_output_dir and resume.path is None
+    resume.require_usable(output, overwrite=overwrite)
+    allowed = _allowed_changes(options)
+    changed = resume.changes(_identity(options, decisions), allowed)
+    inputs = _read(recipe, options, decisions)
+    changed += resume.changes(inputs.fingerprints, allowed)
+
+    tracker = _tracker(name, recipe, argv, options, decisions, resume)
+    signals = Signals(tracker.abandon)
+    conduct = _conduct(options, inputs, resume, tracker, signals)
+    with distributed.on_every_rank("building the trainer"), left_as_it_was(output):
+        trainer = build_trainer(name, recipe, options, decisions, inputs.rows, conduct)
+    tracker.record.update(**_described(options, inputs, decisions, trainer))
+    moved = claim(output, resume, overwrite=overwrite)
+    say(*decisions.lines, *resume.lines, *changed, *moved, *_found(options, inputs, trainer))
+
+    with signals, _ending_together(), tracker, _out_of_memory_advised(trainer):
+        watch(trainer, options.args.ddp_timeout, on_failure=tracker.fail)
+        trainer.train(resume_from_checkpoint=resume.path)
+        _finish(trainer, tracker.record)
+    _push(trainer, options)
 
 
 def training_defaults(cls: type) -> dict[str, Any]:
@@ -105,172 +113,132 @@ def training_defaults(cls: type) -> dict[str, Any]:
         owner = next((base for base in cls.__mro__ if field in vars(base).get("__annotations__", {})), cls)
         return owner.__module__.partition(".")[0]
 
-    return {field: value for field, value in arguments.DEFAULTS.items() if declares(field) in _UPSTREAM}
+    return {field: value for field, value in resolve.DEFAULTS.items() if declares(field) in _UPSTREAM}
 
 
-def _train(run: Run, strategy: distributed.Strategy, lines: list[str]) -> None:
-    is_main = PartialState().is_main_process
-    training, plugin = run.training, run.plugin
-    resume, allowed = run.resume, run.script.allow_config_change
-    changes.check_keys(allowed, run.resolved)
-    overwrite = run.script.overwrite_output_dir and resume.path is None
-    if (problem := distributed.agree(resume.problem(training.output_dir, overwrite=overwrite))) is not None:
-        raise UserError(problem)
-    lines = [*lines, *resume.lines, *_changed(run, {**run.resolved, "world_size": strategy.world_size})]
+def _allowed_changes(options: Options) -> list[str] | None:
+    allowed = options.script.allow_config_change
+    changes.check_keys(allowed, options.settings.resolved())
+    return allowed
+
+
+def _identity(options: Options, decisions: Decisions) -> dict[str, Any]:
+    """The options that a resume compares, and the number of processes."""
+    return {**options.settings.resolved(), "world_size": decisions.strategy.world_size}
+
+
+def _read(recipe: Recipe, options: Options, decisions: Decisions) -> Inputs:
+    """Read the tokenizer and the rows, and take the fingerprints of what the options only name."""
     with distributed.on_every_rank("preparing the data"):
-        tokenizer, added_token_ids = plugin.tokenizer(training)
-        rows = data.load(run.script, run.mixture, training, run.recipe.data, tokenizer)
-        base = plugin.base_record()
-        inputs = {
+        tokenizer, added_token_ids = loading.load_tokenizer(options.plugin, decisions, options.args)
+        rows = data.load(
+            options.script, options.mixture, options.args, recipe.data, tokenizer, added_token_ids
+        )
+        sha = quantization.fingerprint(decisions.base, decisions.revision)
+        fingerprints = {
             "data": rows.report.as_dict()["sha"],
-            "base": base["sha"],
+            "base": sha,
             "chat_template": manifest.text_hash(tokenizer.chat_template),
         }
-        lines = [*lines, *_changed(run, inputs)]
-    plugin.recorded_level = resume.save_level(plugin.memory_budget)
-    with distributed.on_every_rank("building the trainer"), left_as_it_was(training.output_dir):
-        trainer = _build(run, rows, tokenizer, added_token_ids)
-        if run.recipe.data is not None:
-            data.check_labels(trainer, rows.report)
-        if run.script.on_oom == "accumulate":
-            accumulation.refuse(trainer)
-    if is_main:
-        moved = claim(training.output_dir, overwrite=overwrite)
-        if moved is not None:
-            lines = [*lines, f"the earlier run in {training.output_dir} is now in {moved}"]
-        lines = [*lines, *resume.prepare(training.output_dir)]
-        if plugin.load_in_4bit and plugin.coverage is not None:
-            lines = [*lines, plugin.coverage.line()]
-        print(*lines, *rows.report.lines(), sep="\n", flush=True)
-    PartialState().wait_for_everyone()
+        base = {"name": decisions.base, "revision": decisions.revision, "sha": sha}
+        return Inputs(rows, base, fingerprints)
 
-    record = tracking.RunRecord(training.output_dir, recipe=run.name)
-    record.update(
-        config=run.resolved,
-        base=plugin.base_record(),
-        data=rows.report.as_dict(),
-        fast=plugin.fast_path.as_dict(),
-        strategy={**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
-    )
+
+def _tracker(
+    name: str, recipe: Recipe, argv: list[str], options: Options, decisions: Decisions, resume: Resume
+) -> Tracker:
+    """The tracker of this run; a resumed one continues under the id of the run before it."""
+    record = RunRecord(options.args.output_dir, recipe=name)
     if resume.manifest is not None:
         record.update(run_id=resume.manifest.run_id, resumed_from=resume.path)
-        for line in changes.other_versions(resume.manifest, record["versions"]) if is_main else ():
-            print(line, flush=True)
-    decided = {"save_level": plugin.fast_path.level}
-    facts = saving.RunFacts(record["run_id"], run.resolved, inputs, record["versions"], decided)
-    saving.keep(trainer, facts)
-    exact_resume.make_exact(trainer, Path(resume.path) if resume.path is not None else None)
-    tracker = tracking.track(trainer, record)
-    watch_invariants(trainer, on_begin=lambda facts: record.update(strategy=facts))
-    watch(trainer, training.ddp_timeout, on_failure=lambda: tracker.finish("failed"))
-    finite = guards.guard(trainer, run.script.on_nonfinite)
+        say(*changes.other_versions(resume.manifest, record["versions"]))
+    adapter = options.plugin.use_peft
+    return Tracker(
+        record,
+        main=PartialState().is_main_process,
+        bar=not options.args.disable_tqdm,
+        next_command=next_command(recipe.next, options.args.output_dir, decisions.base, adapter=adapter),
+        resume_command=resume_command(name, argv),
+    )
 
-    micro_batches: list[dict[str, int]] = []
 
-    def smaller(split: dict[str, int]) -> None:
-        micro_batches.append(split)
-        record.update(micro_batches=micro_batches)
+def _conduct(options: Options, inputs: Inputs, resume: Resume, tracker: Tracker, signals: Signals) -> Conduct:
+    return Conduct(
+        tracker=tracker,
+        signals=signals,
+        config=options.settings.resolved(),
+        inputs=inputs.fingerprints,
+        checkpoint=Path(resume.path) if resume.path is not None else None,
+        manifest=resume.manifest,
+        on_nonfinite=options.script.on_nonfinite,
+        on_oom=options.script.on_oom,
+    )
 
-    accumulation.take_over(trainer, resume.manifest, run.resolved, smaller)
-    if run.script.on_oom == "accumulate":
-        accumulation.accumulate(trainer, smaller)
 
-    def abandon(signum: int) -> None:
-        tracker.abandon("interrupted", run.resume_command)
+def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: Trainer) -> dict[str, Any]:
+    """What run.json says before the first step."""
+    strategy, conduct = decisions.strategy, trainer.conduct
+    found = {
+        "config": conduct.config,
+        "base": {**inputs.base, **trainer.report.coverage.as_dict()},
+        "data": inputs.rows.report.as_dict(),
+        "fast": trainer.report.fusion.as_dict(),
+        "strategy": {**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
+    }
+    if decisions.session:
+        found["micro_batches"] = [{"from_step": conduct.manifest.step + 1, **decisions.session}]
+    return found
 
-    with signals.stopping(trainer, abandon):
-        try:
-            with memory.advised(trainer):
-                trainer.train(resume_from_checkpoint=resume.path)
-                if trainer.eval_dataset is not None and not _evaluated_last(trainer):
-                    trainer.evaluate()
-            files = save_final(trainer, training.output_dir, distributed.gathered_adapters(trainer.model))
-            record.update(files=manifest.listing(Path(training.output_dir), files))
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt | Stopped)
-            tracker.finish("interrupted" if interrupted else "failed", run.resume_command)
-            if isinstance(error, Stopped):
-                PartialState().wait_for_everyone()  # a launcher ends all ranks as soon as one has ended
-            raise
+
+def _found(options: Options, inputs: Inputs, trainer: Trainer) -> list[str]:
+    """Lines about the base, the data and the step, to print before the first of them."""
+    coverage = [trainer.report.coverage.line()] if options.plugin.load_in_4bit else []
+    return [*coverage, *inputs.rows.report.lines(), trainer.report.fusion.line()]
+
+
+@contextmanager
+def _ending_together() -> Iterator[None]:
+    """Have ranks that stopped leave together: a launcher ends all of them as soon as one has ended."""
+    try:
+        yield
+    except Stopped:
+        PartialState().wait_for_everyone()
+        raise
+
+
+@contextmanager
+def _out_of_memory_advised(trainer: Trainer) -> Iterator[None]:
+    """Add to an out-of-memory error the step, the batch and what to change; the run still ends by it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        step = trainer.state.global_step + 1
+        raise torch.OutOfMemoryError(advice(trainer.args, step, str(error))) from error
+
+
+def _finish(trainer: Trainer, record: RunRecord) -> None:
+    """Evaluate once more where the last step was not, and write the final weights."""
+    if trainer.eval_dataset is not None and not _evaluated_last(trainer):
+        trainer.evaluate()
+    output = trainer.args.output_dir
+    files = save_final(trainer, output, distributed.gathered_adapters(trainer.model))
+    record.update(files=manifest.listing(Path(output), files))
     if reasons := fast.fell_back(trainer.model):
         record.update(fast={"fell_back": reasons})
-    if finite.skipped:
-        record.update(skipped_steps=finite.skipped)
-    tracker.finish("completed", _next_command(run))
-    if training.push_to_hub:
-        with saving.without_pickled_arguments():
-            trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    if trainer.skipped_steps:
+        record.update(skipped_steps=trainer.skipped_steps)
 
 
-def resume_command(name: str, argv: list[str]) -> str:
-    """The command that continues this run from its newest checkpoint, without the secrets of ``argv``."""
-    kept: list[str] = []
-    words = iter(argv)
-    for word in words:
-        option, equals, value = word.partition("=")
-        if option in ("--resume_from_checkpoint", "--overwrite_output_dir"):
-            if not equals and option == "--resume_from_checkpoint":
-                next(words, None)
-            continue
-        if equals:
-            word = f"{option}={tracking.redact(value, option)}"
-        elif kept and kept[-1].startswith("--") and not word.startswith("--"):
-            word = str(tracking.redact(word, kept[-1]))
-        kept.append(word)
-    launcher = distributed.launch_command([name, *argv])
-    return shlex.join([*(launcher or ["halfbyte"]), name, *kept, "--resume_from_checkpoint", "auto"])
-
-
-def _changed(run: Run, now: Mapping[str, Any]) -> list[str]:
-    """Refuse what is not as it was when the checkpoint was written, unless the user allows it."""
-    resume = run.resume
-    if resume.manifest is None:
-        return []
-    return changes.refuse(resume.manifest, now, run.script.allow_config_change, str(resume.path))
-
-
-def _build(run: Run, rows: data.RunData, tokenizer: Any, added_token_ids: list[int]) -> Trainer:
-    """The recipe's trainer; what upstream refuses while it is made is the user's to mend."""
-    recipe = run.recipe
-    try:
-        if recipe.build is not None:
-            return recipe.build(run.training, run.plugin, rows)
-        assert recipe.trainer is not None
-        return run.plugin.trainer(
-            data.counted(recipe.trainer, rows.report),
-            args=run.training,
-            train_dataset=rows.train,
-            eval_dataset=rows.eval,
-            processing_class=tokenizer,
-            added_token_ids=added_token_ids,
-        )
-    except UserError:
-        raise
-    except (ValueError, NotImplementedError, ImportError, ConnectionError) as error:
-        raise run.settings.refusal(error, run.name) from error
+def _push(trainer: Trainer, options: Options) -> None:
+    if options.args.push_to_hub:
+        with without_pickled_arguments():
+            trainer.push_to_hub(dataset_name=options.script.dataset_name)
 
 
 def _evaluated_last(trainer: Trainer) -> bool:
     """Whether the last step of the run has an evaluation in the log."""
     rows = [row for row in trainer.state.log_history if any(key.startswith("eval_") for key in row)]
     return bool(rows) and rows[-1]["step"] == trainer.state.global_step and trainer.state.global_step > 0
-
-
-def _next_command(run: Run) -> str | None:
-    if run.recipe.next is None:
-        return None
-    option = "adapter_name_or_path" if run.plugin.use_peft else "model_name_or_path"
-    return run.recipe.next.format(
-        output_dir=run.training.output_dir,
-        model=run.plugin.resolve()[0],
-        start=f"--{option} {run.training.output_dir}",
-    )
-
-
-def _hide_hub_token(training: Any) -> None:
-    """Move the token to where huggingface_hub looks for it: checkpoints pickle the arguments as they are."""
-    if training.hub_token is not None:
-        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
 
 
 def _quieten() -> None:

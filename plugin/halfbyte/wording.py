@@ -38,14 +38,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean x?"``, or nothing where no known name is near."""
-    near = nearest(name, known)
-    return f"; did you mean {near}?" if near else ""
+def suggestion(name: str, known: Iterable[str], most: int = 1) -> str:
+    """``"; did you mean x?"`` with at most ``most`` names, or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=most)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """``text`` in at most ``width`` characters, cut with an ellipsis."""
+    """``text`` in at most ``width`` printable characters, cut with an ellipsis."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 

@@ -115,7 +115,7 @@ class Stepper:
             dtype=self.variant.dtype, lora_dropout=case.dropout, memory_budget=self.variant.memory_budget
         )
         trainer = plugin.trainer(SFTTrainer, model=str(model), args=SFTConfig(**options), train_dataset=rows)
-        self.path = plugin.fast_path.line()
+        self.path = trainer.report.fusion.line()
         return trainer
 
     def _trl(self, case: Case, model: Path, rows: Dataset, options: dict[str, Any]) -> Trainer:

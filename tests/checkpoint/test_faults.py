@@ -23,24 +23,24 @@ def test_every_state_that_a_kill_can_leave_is_resumed_from(
 
     A killed process leaves what the copies hold: what it had written is in the kernel's hands.
     """
-    output, copies, save = tmp_path / "run", tmp_path / "copies", saving.Saver.save
+    output, copies, save = tmp_path / "run", tmp_path / "copies", saving.AtomicSaves._save_checkpoint
     saving_now = False
 
     def copy(event: str, path: str) -> None:
         if saving_now:
             shutil.copytree(output, copies / f"{len(list(copies.iterdir())):03d}")
 
-    def watched(self: saving.Saver, *args: object) -> None:
+    def watched(self: saving.AtomicSaves, *args: object, **kwargs: object) -> None:
         nonlocal saving_now
-        saving_now = self._trainer.state.global_step == 4
+        saving_now = self.state.global_step == 4
         try:
-            save(self, *args)
+            save(self, *args, **kwargs)
         finally:
             saving_now = False
 
     copies.mkdir()
     at_each_touch(copy)
-    monkeypatch.setattr(saving.Saver, "save", watched)
+    monkeypatch.setattr(saving.AtomicSaves, "_save_checkpoint", watched)
     assert run("sft", [*finished.options(output), "--save_total_limit", "1"]) == 0
     monkeypatch.undo()
     states = sorted(copies.iterdir())

@@ -74,7 +74,7 @@ def test_every_damage_is_named(sealed: Path, name: str, damage: str) -> None:
 def test_a_file_that_was_not_saved_is_named(sealed: Path, where: str) -> None:
     (sealed / where).parent.mkdir(exist_ok=True)
     (sealed / where).write_bytes(b"")
-    assert manifest.check(sealed)[1] == [f"{where} is not in the manifest; take it away"]
+    assert manifest.check(sealed)[1] == [f"{where} is not in the manifest; remove it"]
 
 
 def test_what_file_systems_leave_behind_is_passed_over(sealed: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import wandb
 
+from halfbyte import resolve
 from halfbyte.checkpoint import changes, history, manifest
 from halfbyte.checkpoint.resume import find
 from halfbyte.errors import UserError
@@ -119,18 +120,18 @@ OPTIONS = {"learning_rate": 1e-4, "seed": 42, "output_dir": "a", "logging_steps"
 
 def test_options_that_do_not_matter_pass() -> None:
     now = {**OPTIONS, "output_dir": "b", "logging_steps": 5, "hub_token": "x", "world_size": 1}
-    assert changes.refuse(recorded(config=changes.relevant(OPTIONS)), now, None, "checkpoint-3") == []
+    assert changes.compare(recorded(config=changes.relevant(OPTIONS)), "checkpoint-3", None, now) == []
     assert changes.config_hash(OPTIONS) == changes.config_hash({**OPTIONS, "save_steps": 7})
 
 
 def test_options_that_matter_are_refused_with_a_diff_and_can_be_allowed() -> None:
     then, now = recorded(config=OPTIONS), {**OPTIONS, "learning_rate": 2e-4, "seed": 1, "world_size": 2}
     with pytest.raises(UserError) as caught:
-        changes.refuse(then, now, ["seed"], "checkpoint-3")
+        changes.compare(then, "checkpoint-3", ["seed"], now)
     assert "learning_rate: 0.0001 -> 0.0002" in str(caught.value)
     assert "--allow_config_change learning_rate world_size" in str(caught.value)
     assert "seed" not in str(caught.value)
-    told = changes.refuse(then, now, ["seed", "learning_rate", "world_size"], "checkpoint-3")
+    told = changes.compare(then, "checkpoint-3", ["seed", "learning_rate", "world_size"], now)
     assert told[0] == "changed by allow_config_change: learning_rate: 0.0001 -> 0.0002"
     assert len(told) == 3
 
@@ -239,8 +240,9 @@ def test_the_save_level_of_the_checkpoint_is_kept(finished: Finished, parts, tmp
     made = manifest.read(newest)
     assert made.decided == {"save_level": 3}
     manifest.write(newest, replace(made, decided={"save_level": 1}))
-    assert find(str(output), "auto").save_level("auto") == 1
-    assert find(str(output), "auto").save_level("min") is None
+    found = find(str(output), "auto").manifest
+    assert resolve._recorded_level({"memory_budget": "auto"}, found) == 1
+    assert resolve._recorded_level({"memory_budget": "min"}, found) is None
     assert run("sft", finished.options(output), "--resume_from_checkpoint", "auto") == 0
     fast = json.loads((output / "run.json").read_text())["fast"]
     assert fast["level"] == fast["memory"]["level"] == 1

@@ -1,4 +1,4 @@
-"""`halfbyte verify`: what is usable is said, and the exit code tells damage from a mistake."""
+"""`halfbyte verify`: what is usable is printed, and the exit code separates damage from invalid input."""
 
 import json
 import subprocess
@@ -31,16 +31,16 @@ def test_a_whole_run(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "checkpoint-10: ok",
         "checkpoint-5: ok",
         "final weights: ok",
-        "a resume goes on from checkpoint-10",
+        "a resume starts from checkpoint-10",
     ]
 
 
 def test_a_damaged_checkpoint(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (output / "checkpoint-10" / "weights").write_bytes(b"w" * 4)
     assert main(["verify", str(output)]) == 1
-    told = capsys.readouterr().out
-    assert "checkpoint-10: damaged\n  weights has 4 bytes instead of 10\n" in told
-    assert "a resume goes on from checkpoint-5" in told
+    printed = capsys.readouterr().out
+    assert "checkpoint-10: damaged\n  weights has 4 bytes instead of 10\n" in printed
+    assert "a resume starts from checkpoint-5" in printed
     assert main(["verify", str(output / "checkpoint-10")]) == 1
     assert main(["verify", str(output / "checkpoint-5")]) == 0
 
@@ -52,20 +52,20 @@ def test_damaged_final_weights(output: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "printed"),
     [({"finite": False}, "its weights are not finite"), ({"resumable": False}, "weights only")],
 )
-def test_a_checkpoint_that_is_whole_and_no_good(output: Path, capsys, given: dict, told: str) -> None:
+def test_a_checkpoint_that_is_whole_but_not_usable(output: Path, capsys, given: dict, printed: str) -> None:
     for name in ("checkpoint-5", "checkpoint-10"):
         (output / name / "manifest.json").unlink()
         manifest.write(output / name, recorded(**given))
     main(["verify", str(output)])
     out = capsys.readouterr().out
-    assert told in out
+    assert printed in out
     assert "no checkpoint can be resumed from" in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["--json"], ["no-such-directory"]])
+@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["--json"], [".", "--json"], ["no-such-directory"]])
 def test_a_mistake_ends_with_2(arguments: list[str]) -> None:
     assert main(["verify", *arguments]) == 2
 

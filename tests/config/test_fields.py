@@ -166,13 +166,13 @@ def test_every_range_holds_for_some_field_and_every_default() -> None:
     assert set(COUNTS) <= set(known)
 
 
-def test_types_that_only_strangers_use(tmp_path: Path) -> None:
+def test_types_that_only_third_parties_use(tmp_path: Path) -> None:
     class Colour(Enum):
         RED = 1
         BLUE = 2
 
     @dataclasses.dataclass
-    class Stranger:
+    class ThirdParty:
         colour: Colour = Colour.RED
         mode: Literal["fast", "exact"] = "fast"
         path: Path | str = "here"
@@ -184,9 +184,9 @@ def test_types_that_only_strangers_use(tmp_path: Path) -> None:
     file.write_text(
         "colour: 2\nmode: exact\npath: there\nfolder: x/y\ntable: {a: 1e-3}\npairs: [[1, 2], [3]]\n"
     )
-    settings = read(["--config", str(file)], [Stranger], prog="x")
+    settings = read(["--config", str(file)], [ThirdParty], prog="x")
     (built,) = settings.build()
-    assert built == Stranger(Colour.BLUE, "exact", "there", Path("x/y"), {"a": 0.001}, [[1, 2], [3]])
+    assert built == ThirdParty(Colour.BLUE, "exact", "there", Path("x/y"), {"a": 0.001}, [[1, 2], [3]])
     assert settings.resolved()["colour"] == 2
     assert settings.resolved()["folder"] == "x/y"
 

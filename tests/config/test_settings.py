@@ -1,286 +1,34 @@
-"""What the settings resolve to, what is refused with which words, and that nothing else ever comes out."""
+"""Settings are immutable, build the dataclasses they describe, and lay an error to the option at fault."""
 
 import json
 import os
 import warnings
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
-from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, SFTConfig
+from trl import GRPOConfig, KTOConfig
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 
-from halfbyte.config import RunArguments, Settings, read
-from halfbyte.config.sources import MAX_BYTES, MAX_DEPTH
+from halfbyte.config import RunArguments
+from halfbyte.config.settings import names_option
 from halfbyte.errors import UserError
+from tests.config.reading import DPO, FourBit, parse, refusal
 
 
-@dataclass
-class FourBit(ModelConfig):
-    load_in_4bit: bool = field(default=True)
-    use_peft: bool = field(default=True)
-
-
-CLASSES = (RunArguments, SFTConfig, FourBit, DatasetMixtureConfig)
-DPO = (RunArguments, DPOConfig, FourBit, DatasetMixtureConfig)
-
-
-def parse(*argv: str, classes: tuple[type, ...] = CLASSES, **options: object) -> Settings:
-    return read(list(argv), classes, prog="halfbyte sft", **options)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """``config(text, *argv)``: the settings of a file ``run.yaml`` in the current directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def get(text: str | bytes, *argv: str, classes: tuple[type, ...] = CLASSES) -> Settings:
-        Path("run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-        return parse("--config", "run.yaml", *argv, classes=classes)
-
-    return get
-
-
-def refusal(call, *arguments: object, **options: object) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    text = str(caught.value)
-    assert len(text.splitlines()) <= 10
-    return text
-
-
-def test_command_line_over_yaml_over_default(config) -> None:
-    text = "# a comment\nlearning_rate: 2e-4\nlora_r: 8\noutput_dir: out\n"
-    got = config(
-        text, "--lora_r=4", "--lora-alpha", "8", "--packing", "--lora_target_modules", "q_proj", "v_proj"
-    )
-    assert (got["learning_rate"], got["lora_r"], got["lora_alpha"], got["packing"]) == (2e-4, 4, 8, True)
-    assert got["lora_target_modules"] == ["q_proj", "v_proj"]
-    assert str(got.given["learning_rate"]) == "run.yaml:2"
-    assert str(got.given["lora_r"]) == "--lora_r"
-    assert "lora_dropout" not in got.given
-    assert got.at("output_dir") == "run.yaml:4: output_dir"
-    assert (got.at("lora_r"), got.at("seed")) == ("--lora_r", "seed")
-
-
-@pytest.mark.parametrize(
-    ("text", "key", "value"),
-    [
-        ("learning_rate: 2e-4", "learning_rate", 2e-4),
-        ("learning_rate: '2e-4'", "learning_rate", 2e-4),
-        ("eval_strategy: no", "eval_strategy", "no"),
-        ("report_to: none", "report_to", "none"),
-        ("report_to: [wandb, tensorboard]", "report_to", ["wandb", "tensorboard"]),
-        ("run_name: 1.10", "run_name", "1.10"),
-        ("run_name: off", "run_name", "off"),
-        ("packing: off", "packing", False),
-        ("packing: Yes", "packing", True),
-        ("max_length:", "max_length", None),
-        ("max_length: none", "max_length", None),
-        ("save_steps: 500", "save_steps", 500),
-        ("save_steps: 0.1", "save_steps", 0.1),
-        ("num_train_epochs: 3", "num_train_epochs", 3.0),
-        ("max_steps: -1", "max_steps", -1),
-        ("resume_from_checkpoint: true", "resume_from_checkpoint", "true"),
-        ("trackio_static_space_id: false", "trackio_static_space_id", False),
-        ("fsdp: true", "fsdp", True),
-        ("deepspeed: auto.json", "deepspeed", "auto.json"),
-        ("pad_to_multiple_of: 64", "pad_to_multiple_of", 64),
-        ("lora_target_modules: all-linear", "lora_target_modules", ["all-linear"]),
-        ("lora_target_modules: '[qv]_proj'", "lora_target_modules", ["[qv]_proj"]),
-        ("lora_target_modules: '[\"q\", \"v\"]'", "lora_target_modules", ["q", "v"]),
-        ("model_init_kwargs: {a: 2e-4, b: no, c: '1', d: [1, ~]}", "model_init_kwargs",
-         {"a": 2e-4, "b": False, "c": "1", "d": [1, None]}),
-        ("test_split_size: 100", "test_split_size", 100),
-        ("seed: 1_000", "seed", 1000),
-    ],
-)  # fmt: skip
-def test_values(config, text: str, key: str, value: object) -> None:
-    got = config(text)[key]
-    assert got == value
-    assert type(got) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("lora_r: true", "lora_r: must be a whole number"),
-        ("max_steps: 3.7", "max_steps: must be a whole number"),
-        ("max_steps: 1e3", "max_steps: must be a whole number"),
-        ("seed: 010", "seed: must be a whole number"),
-        ("seed: 99999999999999999999", "below 2^63"),
-        ("learning_rate: [1, 2]", "learning_rate: must be a number, is a list of 2"),
-        ("learning_rate: {a: 1}", "learning_rate: must be a number, is a mapping"),
-        ("learning_rate:", "learning_rate: must be a number, is null"),
-        ("learning_rate: fast", "learning_rate: must be a number, is 'fast'"),
-        ("packing: 3", "packing: must be true or false"),
-        ("packing_strategy: nope", "write one of bfd, bfd_split, wrapped"),
-        ("optim: paged_adamw", "write paged_adamw_8bit or paged_adamw_32bit"),
-        ("lr_scheduler_type: cosin", "nearest: cosine"),
-        ("eval_strategy: always", "write one of no, steps, epoch"),
-        ("save_strategy: never", "write one of no, steps, epoch, best"),
-        ("hub_strategy: x", "every_save"),
-        ("dtype: bf16", "write one of auto, bfloat16"),
-        ("report_to: wandbb", "write wandb"),
-        ("report_to:", "write none or wandb"),
-        ("debug: everything", "underflow_overflow"),
-        ("pad_to_multiple_of: many", "write one of auto, or a whole number"),
-        ("liger_kernel_config: words", "must be a mapping"),
-        ("model_init_kwargs: words", "must be a mapping"),
-        ("model_init_kwargs: {a: .nan}", "model_init_kwargs.a: must be a finite number"),
-        ("datasets: rows", "must be a mapping"),
-        ("datasets:\n  - path: a\n    fraction: much", "run.yaml:3: datasets[0].fraction: must be a number"),
-        ("datasets:\n  - path: a\n  - pth: b", "run.yaml:3: datasets[1]: unknown key 'pth' (nearest: path)"),
-        ("datasets:\n  - split: a", "run.yaml:2: datasets[0]: path is missing"),
-        ("datasets:\n  - path: a\n    path: b", "run.yaml:3: path: given twice (first at run.yaml:2)"),
-        ("learning_rat: 1", "did you mean learning_rate?"),
-        ("learning-rate: 1", "write learning_rate"),
-        ("lora: 1", "unknown option"),
-        ("warmup_ratio: 0.03", "write warmup_steps"),
-        ("config: other.yaml", "cannot name another"),
-        ("env: {A: b}", "on the command line"),
-        ("num_processes: 2", "accelerate launch --num_processes N"),
-        ("mixed_precision: bf16", "accelerate launch"),
-        ("accelerate_config: fsdp2", "accelerate launch"),
-        ("1: 2", "1: unknown option"),
-        ("<<: {seed: 1}", "<<: unknown option"),
-        ("? [a, b]\n: 1", "a key must be a name"),
-        ("seed: 1\nlora_r: 2\nseed: 1", "run.yaml:3: seed: given twice (first at run.yaml:1)"),
-        ("- seed", "this is a list"),
-        ("seed", "this is a single value"),
-        ("a: b: c", "run.yaml:1: not valid YAML"),
-        ("a: [1\n", "not valid YAML"),
-        ("seed: &x 1\ndata_seed: *x", "run.yaml:2: aliases (*name) are not supported"),
-        ("seed: !!python/object:os.system 1", "tags are not supported"),
-        ("seed: 1\n---\nseed: 2", "not valid YAML"),
-        ('run_name: "\\U99999999"', "not valid YAML"),
-        ("a: " + "[" * 5000, f"nested more than {MAX_DEPTH} levels"),
-        ("model_init_kwargs: '" + '{"a":' * 5000 + "'", "not valid JSON"),
-        (b"seed: 1\nrun_name: \xff", "run.yaml:2: not UTF-8"),
-        (b"run_name: \x00", "not valid YAML"),
-        (b"#" * (MAX_BYTES + 1), "a configuration is a short YAML file"),
-    ],
-    ids=lambda value: str(value)[:30],
-)  # fmt: skip
-def test_refused_in_yaml(config, text: str | bytes, words: str) -> None:
-    message = refusal(config, text)
-    assert words in message
-    assert message.startswith("run.yaml:")
-    assert os.listdir() == ["run.yaml"]
-
-
-@pytest.mark.parametrize(
-    ("key", "bad", "good"),
-    [
-        ("learning_rate", "0 -1 nan .inf -.inf 1e999", "1e-9"),
-        ("per_device_train_batch_size", "0 -1", "1"),
-        ("per_device_eval_batch_size", "0", "1"),
-        ("gradient_accumulation_steps", "0", "1"),
-        ("num_train_epochs", "0 -1 inf", "0.5"),
-        ("max_steps", "0 -2", "-1 1"),
-        ("lora_r", "0 -8", "1"),
-        ("lora_alpha", "0", "1"),
-        ("lora_dropout", "1 -0.1 nan", "0 0.99"),
-        ("warmup_steps", "-1 -0.1", "0 0.03 10"),
-        ("weight_decay", "-0.1", "0"),
-        ("max_grad_norm", "-1", "0"),
-        ("max_length", "0 -1", "1"),
-        ("logging_steps", "0", "0.1"),
-        ("save_steps", "0", "0.1"),
-        ("eval_steps", "0", "0.1"),
-        ("save_total_limit", "0", "1"),
-        ("seed", "-1 4294967296", "0 4294967295"),
-        ("adam_beta1", "1 -0.1", "0"),
-        ("adam_beta2", "1", "0.99"),
-        ("adam_epsilon", "0", "1e-8"),
-        ("label_smoothing_factor", "1 -0.1", "0.1"),
-        ("test_split_size", "0 -1 1.5", "0.1 1 100"),
-    ],
-)
-def test_ranges(config, key: str, bad: str, good: str) -> None:
-    for text in bad.split():
-        assert f"run.yaml:1: {key}: must be" in refusal(config, f"{key}: {text}")
-        assert refusal(parse, f"--{key}", text).startswith(f"--{key}: must be")
-    for text in good.split():
-        assert config(f"{key}: {text}")[key] == float(text)
-
-
-def test_ranges_follow_the_class(config) -> None:
-    for text in ("0", "-0.1"):
-        assert "beta: must be greater than 0" in refusal(config, f"beta: {text}", classes=DPO)
-    assert config("beta: 0", classes=(GRPOConfig, ModelConfig))["beta"] == 0
-    assert "beta: must be at least 0" in refusal(config, "beta: -1", classes=(GRPOConfig, ModelConfig))
-    assert "label_smoothing: must be" in refusal(config, "label_smoothing: 0.5", classes=DPO)
-    assert "loss_type" in refusal(config, "loss_type: [sigmoid, sigmoidal]", classes=DPO)
-    assert config("loss_type: ipo", classes=DPO)["loss_type"] == ["ipo"]
-    assert "reverse_kl" in refusal(config, "f_divergence_type: kl", classes=DPO)
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--learning_rat", "1"], "--learning_rat: unknown option; did you mean learning_rate?"),
-        (["--learning", "1"], "--learning: unknown option"),
-        (["--seed"], "--seed: needs a value"),
-        (["--seed", "1", "2"], "--seed: must be a whole number, is a list of 2"),
-        (["--seed", "1", "--seed", "1"], "--seed: given twice"),
-        (["--seed=1", "2"], "'2': belongs to no option"),
-        (["run.yaml"], "'run.yaml': belongs to no option"),
-        (["-c", "run.yaml"], "'-c': belongs to no option"),
-        (["--"], "belongs to no option"),
-        (["--config"], "--config: takes the path"),
-        (["--config="], "--config: takes the path"),
-        (["--config", "a", "b"], "--config: takes the path"),
-        (["--config", "a", "--config=b"], "--config: given twice"),
-        (["--config", "missing.yaml"], "cannot read 'missing.yaml': No such file"),
-        (["--config", "."], "cannot read '.': Is a directory"),
-        (["--config", "a\0b"], "cannot read"),
-        (["--num_processes", "2"], "-m halfbyte sft"),
-        (["--env", "A=b"], "environment variables"),
-        (["--model_init_kwargs", '{"a": 1, "a": 2}'], "'a' is given twice"),
-        (["--model_init_kwargs", '{"a": NaN}'], "--model_init_kwargs.a: must be a finite number"),
-        (["--model_init_kwargs", "[1]"], "must be a mapping"),
-        (
-            ["--datasets", '{"path": "a"}', '{"path": 1, "split": null}'],
-            "--datasets[1].split: must be text, is null",
-        ),
-        (["--report_to"], "--report_to: needs a value"),
-    ],
-)
-def test_refused_on_the_command_line(argv: list[str], words: str) -> None:
-    assert words in refusal(parse, *argv)
-
-
-def test_flags() -> None:
-    assert parse("--packing", "--no_gradient_checkpointing", "--no-logging_nan_inf_filter")["packing"] is True
-    assert parse("--no_gradient_checkpointing")["gradient_checkpointing"] is False
-    assert parse("--packing", "false")["packing"] is False
-    assert parse("--fsdp")["fsdp"] is True
-    assert "unknown option" in refusal(parse, "--no_seed")
-
-
-def test_all_mistakes_are_named_in_order_and_counted(config) -> None:
-    message = refusal(config, "lora_r: 0\nnope: 1\nlora_r: 2\nseed: x\n", "--max_steps", "a")
-    assert [line.split(" ")[0] for line in message.splitlines()] == [
-        "run.yaml:1:", "run.yaml:2:", "run.yaml:3:", "run.yaml:4:", "--max_steps:",
-    ]  # fmt: skip
-    many = refusal(config, "".join(f"nope{i}: {i}\n" for i in range(30)))
-    assert many.splitlines()[-1] == "... and 21 more"
-    assert len(refusal(config, "x" * 5000 + ": 1\nseed: " + "y" * 5000)) < 500
-
-
-@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "\ufeffseed: 42\n", "{}\n"])
-def test_files_that_say_nothing(config, text: str) -> None:
-    assert config(text).resolved() == parse().resolved()
-
-
-def test_defaults_set_default_and_override() -> None:
+def test_later_decisions_make_new_settings() -> None:
     got = parse("--lora_r", "8", defaults={"learning_rate": 2e-4, "lora_r": 32})
     assert (got["learning_rate"], got["lora_r"]) == (2e-4, 8)
-    got.set_default("lora_r", 64)
-    got.set_default("optim", "adamw_torch")
-    got.override("lora_alpha", 128)
-    assert (got["lora_r"], got["optim"], got["lora_alpha"]) == (8, "adamw_torch", 128)
+    decided = got.with_defaults(lora_r=64, optim="adamw_torch").with_values(lora_alpha=128)
+    assert (decided["lora_r"], decided["optim"], decided["lora_alpha"]) == (8, "adamw_torch", 128)
+    assert decided.resolved()["optim"] == "adamw_torch"
+    assert (got["optim"], got["lora_alpha"]) == (parse()["optim"], parse()["lora_alpha"])
+    assert decided.given == got.given
+    assert (decided.at("lora_r"), decided.at("optim")) == ("--lora_r", "optim")
+    with pytest.raises(TypeError):
+        got.given["optim"] = got.given["lora_r"]  # type: ignore[index]
+    for unknown in (got.with_values, got.with_defaults):
+        with pytest.raises(AssertionError, match="no field is named nope"):
+            unknown(nope=1)
     with pytest.raises(AssertionError):
         parse(defaults={"nope": 1})
 
@@ -296,23 +44,6 @@ def test_both_spellings_of_checkpointing_take_effect(config, key: str, value: bo
         training = got.build()[1]
     assert training.gradient_checkpointing is training.activation_checkpointing is value
     assert not os.path.exists("out")
-
-
-def test_checkpointing_spellings_that_differ(config) -> None:
-    message = refusal(config, "gradient_checkpointing: true\nactivation_checkpointing: false")
-    assert message.startswith(
-        "run.yaml:2: activation_checkpointing: differs from gradient_checkpointing (run.yaml:1)"
-    )
-    same = config("gradient_checkpointing: false\nactivation_checkpointing: false")
-    assert same["gradient_checkpointing"] is False
-
-
-def test_rules_between_fields(config) -> None:
-    assert config("load_in_8bit: true")["load_in_4bit"] is False
-    assert config("use_peft: false\nload_in_4bit: false")["use_peft"] is False
-    assert "keep one" in refusal(config, "load_in_8bit: true\nload_in_4bit: true")
-    assert refusal(config, "use_peft: false").startswith("run.yaml:1: use_peft: a 4-bit base")
-    assert parse("--load_in_8bit", classes=(SFTConfig, ModelConfig))["load_in_4bit"] is False
 
 
 def test_build_gives_each_class_its_own(config) -> None:
@@ -351,7 +82,7 @@ def test_build_names_the_keys_upstream_refuses(config) -> None:
 
 
 @pytest.mark.parametrize("owner", [GRPOConfig, KTOConfig])
-def test_a_strangers_class_builds(owner: type) -> None:
+def test_a_third_party_class_builds(owner: type) -> None:
     got = parse(
         "--use_cpu",
         "--bf16=false",
@@ -361,12 +92,75 @@ def test_a_strangers_class_builds(owner: type) -> None:
     assert got.build()[1].max_steps == 2
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for word in ("--help", "-h"):
-        with pytest.raises(SystemExit) as caught:
-            parse("--seed", "x", word, summary="Supervised fine-tuning")
-        assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("Supervised fine-tuning\n\nusage: halfbyte sft --config FILE")
-    for name in ("--packing_strategy", "--lora_r", "--overwrite_output_dir", "--datasets"):
-        assert name in printed
+def test_an_error_is_put_where_its_option_was_written(config) -> None:
+    got = config("output_dir: out\nlora_r: 8\n", "--optim", "adamw_torch")
+    for option, head in [
+        ("lora_r", "run.yaml:2: lora_r: "),
+        ("optim", "--optim: "),
+        ("seed", "seed: "),
+        ("--launch", "--launch: "),
+        (None, ""),
+    ]:
+        error = UserError("8 is wrong: again", option=option)
+        assert got.placed(error) is error
+        assert str(error) == f"{head}8 is wrong: again"
+    row = got.placed(UserError("no text", option="lora_r", split="train", row=3))
+    assert str(row) == "run.yaml:2: lora_r: train row 3: no text"
+
+
+def test_a_class_that_refuses_its_own_option_is_believed(config) -> None:
+    @dataclass
+    class Own:
+        fast: str = "auto"
+        lora_r: int = 8
+
+        def __post_init__(self) -> None:
+            raise UserError("not with this lora_r", option="fast")
+
+    got = config("fast: none\nlora_r: 4", classes=(Own,))
+    assert refusal(got.build) == "run.yaml:1: fast: not with this lora_r"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "named"),
+    [
+        ("fast", "there is no fast version of this tokenizer", False),
+        ("fast", "fast and beta are words", False),
+        ("beta", "a beta release", False),
+        ("seed", "seed the generator first", False),
+        ("dtype", "expected dtype float but got half", False),
+        ("optim", "optimizer and optim differ", False),
+        ("debug", "run with debug on", False),
+        ("project", "the project was not found", False),
+        ("seed", "seed == 3 failed", False),
+        ("seed", "data_seed=3 failed", False),
+        ("seed", "write --data-seed or --seed-all", False),
+        ("max_length", "max_length_of is missing", False),
+        ("fast", "'faster' is not 'fast ' or it's", False),
+        ("fast", "`fast` must be true", True),
+        ("fast", "``fast`` must be true", True),
+        ("seed", "got an unexpected keyword argument 'seed'", True),
+        ("optim", 'the option "optim" is unknown', True),
+        ("dtype", "pass --dtype, or nothing", True),
+        ("beta", "DPO with beta=0 is undefined", True),
+        ("beta", "`beta=0` is undefined", True),
+        ("max_length", "max_length must be set", True),
+        ("max_length", "args.max_length (3) is too small", True),
+        ("fp16", "At most one of fp16 and bf16 can be True", True),
+        ("loss_weights", "Length of loss_weights list (1) must match", True),
+        ("max_length", "use --max_length 3", True),
+    ],
+)
+def test_what_names_an_option(key: str, text: str, named: bool) -> None:
+    assert names_option(text, key) is named
+
+
+def test_an_upstream_error_is_laid_to_the_options_it_names(config) -> None:
+    got = config("seed: 3\nmax_length: 7\noutput_dir: out\n")
+    assert str(got.refusal(ValueError("seed it\nwith max_length"), "sft")) == (
+        "run.yaml:2: max_length: seed it with max_length"
+    )
+    one = got.refusal(ValueError("bad `seed`"), "sft")
+    assert (str(one), one.option) == ("run.yaml:1: seed: bad `seed`", "seed")
+    assert str(got.refusal(ValueError("no fast seed"), "sft")) == "sft: no fast seed"
+    assert got.refusal(ValueError("`seed` and max_length"), "sft").option is None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from halfbyte import demo
+from halfbyte.commands import demo as command
 from halfbyte.demo import base, corpus, stages, summary
 from halfbyte.errors import UserError
 
@@ -89,7 +90,7 @@ def test_earlier_demo_is_moved_aside(failing: list[str], tmp_path: Path) -> None
 @pytest.mark.parametrize("argv", [["--output", "x"], ["--steps", "3"], ["stray"]])
 def test_unknown_options_are_refused(argv: list[str]) -> None:
     with pytest.raises(UserError, match="--output_dir DIR"):
-        demo.main(argv)
+        command.main(argv)
 
 
 def test_a_file_is_no_output_dir(tmp_path: Path) -> None:
@@ -101,4 +102,4 @@ def test_a_file_is_no_output_dir(tmp_path: Path) -> None:
 def test_not_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without `accelerate launch`"):
-        demo.main([])
+        command.main([])

@@ -1,4 +1,4 @@
-"""One process that is a rank of many: collectives do nothing, so that how things are divided can be looked at."""
+"""One process that is a rank of many: collectives do nothing, which shows how tensors are sharded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

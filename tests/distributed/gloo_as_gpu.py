@@ -1,6 +1,6 @@
-"""``halfbyte`` with CPU ranks that are divided as GPUs are, over gloo.
+"""``halfbyte`` with CPU ranks that are sharded as GPUs are, over gloo.
 
-Launched in place of ``-m halfbyte``. On CPUs accelerate otherwise trains with DDP when FSDP was asked for
+Launched in place of ``-m halfbyte``. On CPUs accelerate otherwise trains with DDP when FSDP was requested
 (accelerate/state.py), which halfbyte refuses, and DeepSpeed compiles collectives of its own at the first launch
 (deepspeed/comm/torch.py), which takes a compiler and minutes.
 """
@@ -15,7 +15,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 
 
 def install() -> None:
-    """Call a process group of CPU ranks MULTI_GPU, which accelerate turns into FSDP where asked."""
+    """Call a process group of CPU ranks MULTI_GPU, which accelerate turns into FSDP where requested."""
     stock = PartialState.__init__
 
     def init(self: Any, cpu: bool = False, **kwargs: Any) -> None:
@@ -33,7 +33,7 @@ def install_for_deepspeed() -> None:
     backend.build_shm_op = lambda: None
     stock = DeepSpeedPlugin.__post_init__
 
-    def divide_all(self: Any) -> None:
+    def shard_all(self: Any) -> None:
         stock(self)
         self.hf_ds_config.config["zero_optimization"].update(
             stage3_param_persistence_threshold=0,
@@ -42,7 +42,7 @@ def install_for_deepspeed() -> None:
             stage3_max_reuse_distance=0,
         )
 
-    DeepSpeedPlugin.__post_init__ = divide_all
+    DeepSpeedPlugin.__post_init__ = shard_all
 
 
 if __name__ == "__main__":

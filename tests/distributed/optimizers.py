@@ -1,4 +1,4 @@
-"""The SFT recipe with a bitsandbytes optimizer on any device, as a stranger's package.
+"""The SFT recipe with a bitsandbytes optimizer on any device, as a third-party package.
 
 Off CUDA halfbyte puts torch's AdamW in the place of a paged optimizer; this trainer does not ask it.
 """

@@ -1,4 +1,4 @@
-"""Runs under the strategies that divide the base, on CPUs, against one process on the same global batches."""
+"""Runs under the strategies that shard the base, on CPUs, against one process on the same global batches."""
 
 import importlib.util
 import json
@@ -53,7 +53,7 @@ class Finished:
 def start(
     strategy: str, processes: int, *words: str, shim: bool = True, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """``accelerate launch --config_file launch/STRATEGY.yaml ... WORDS`` with CPU ranks, divided over the shim."""
+    """``accelerate launch --config_file launch/STRATEGY.yaml ... WORDS`` with CPU ranks, sharded by the shim."""
     module = "tests.distributed.gloo_as_gpu" if strategy in ("fsdp2", "zero3") and shim else "halfbyte"
     if strategy == "fsdp2" and shim:
         extra = {**extra, "ACCELERATE_TORCH_DEVICE": "cpu"}
@@ -88,7 +88,7 @@ def train(
         "per_device_train_batch_size": GLOBAL_BATCH // processes,
         "learning_rate": 1e-3,
         "dtype": "float32",
-        "use_cpu": True,  # meant, so that ranks without a GPU are no mistake
+        "use_cpu": True,  # deliberate: ranks without a GPU are accepted
         "max_steps": 6,
         "logging_steps": 1,
         "eval_strategy": "steps",
@@ -125,7 +125,7 @@ def assert_equal(one: Finished, other: Finished, within: float = 1e-5) -> None:
 
 
 def assert_resumed(whole: Finished, resumed: Finished) -> None:
-    """The second went on from the first's step 3 and ended bit for bit as it did."""
+    """The second resumed from the first's step 3 and ended bit for bit as it did."""
     assert furthest(whole.adapter, resumed.adapter) == 0.0
     assert whole.logged()[3:] == resumed.logged()
 

@@ -1,4 +1,4 @@
-"""A rank that raises, dies or stands still ends the whole job soon, with one message and no process left."""
+"""A rank that raises, dies or is stopped ends the whole job soon, with one message and no process left."""
 
 import json
 import os
@@ -125,7 +125,7 @@ def test_a_stopped_rank_is_named(model_dir, tmp_path: Path, rows: str, site: str
 @pytest.mark.parametrize(
     ("launcher", "words"),
     [
-        (["--cpu", "--num_processes", "2"], "asked for 2 processes, but this one trains alone"),
+        (["--cpu", "--num_processes", "2"], "2 processes were requested, but this one trains alone"),
         pytest.param(
             [*CPU, "--mixed_precision", "bf16"],
             "sets mixed_precision bf16, but the run computes in float32",
@@ -133,7 +133,8 @@ def test_a_stopped_rank_is_named(model_dir, tmp_path: Path, rows: str, site: str
         ),
         pytest.param(
             ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"],
-            "2 processes on GPUs were asked for, and this machine shows none; to train on CPUs: accelerate launch",
+            "2 processes on GPUs were requested, and this machine has no visible GPU; to train on CPUs: "
+            "accelerate launch",
             marks=pytest.mark.distributed,
         ),
     ],

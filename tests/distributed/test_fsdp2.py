@@ -1,4 +1,4 @@
-"""FSDP2 for 4-bit models: what is divided, what is refused, and what is bitwise the same after a resume."""
+"""FSDP2 for 4-bit models: what is sharded, what is refused, and what is bitwise the same after a resume."""
 
 import gc
 import inspect
@@ -31,7 +31,7 @@ def load(model_dir: ModelDir, arch: str = "llama") -> Any:
 
 
 def live_packed_bytes() -> int:
-    """Storage of every uint8 matrix that anything still refers to: what is packed, in shards or whole."""
+    """Bytes of every uint8 matrix that is still referenced: packed weights, sharded or whole."""
     gc.collect()
     tensors = [
         t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter, bnb.nn.Params4bit)
@@ -40,11 +40,11 @@ def live_packed_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-# What is divided.
+# What is sharded.
 
 
 @pytest.mark.parametrize(("arch", "world_size"), [("llama", 2), ("qwen3", 3), ("opt", 5)])
-def test_the_base_is_divided(model_dir: ModelDir, arch: str, world_size: int) -> None:
+def test_the_base_is_sharded(model_dir: ModelDir, arch: str, world_size: int) -> None:
     before = live_packed_bytes()
     model = load(model_dir, arch)
     whole_base, (whole, _) = base_bytes(model), packed_bytes(model)
@@ -78,7 +78,7 @@ def test_a_replicated_base_is_an_error() -> None:
 
 
 def test_accelerate_still_replicates_a_4_bit_base(model_dir: ModelDir) -> None:
-    """When this fails, accelerate divides uint8 weights by itself: take `fsdp2.prepare` out, or what it repeats."""
+    """When this fails, accelerate shards uint8 weights by itself: remove `fsdp2.prepare`, or what it repeats."""
     model = load(model_dir)
     with fake_ranks.rank_of(2) as mesh, warnings.catch_warnings(record=True):
         fsdp2._stock_prepare(fake_ranks.accelerator(mesh), model)
@@ -104,7 +104,7 @@ def test_other_models_go_accelerates_own_way(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_bare_cpu_launch_is_refused(tmp_path: Path) -> None:
-    """accelerate would train with DDP here and say nothing."""
+    """accelerate would train with DDP here, without a warning."""
     rows = tiny.write_rows(tmp_path / "rows", tiny.texts(8))
     words = (
         "sft",
@@ -117,7 +117,7 @@ def test_the_bare_cpu_launch_is_refused(tmp_path: Path) -> None:
     )
     done = sharded.start("fsdp2", 2, *words, shim=False)
     assert done.returncode != 0
-    assert done.stderr.count("FSDP2 was asked for, but") == 1
+    assert done.stderr.count("FSDP2 was requested, but the run is using DDP") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -134,13 +134,14 @@ def test_the_bare_cpu_launch_is_refused(tmp_path: Path) -> None:
         (False, "uint8", torch.bfloat16, UserError),
     ],
 )
-def test_packed_weights_are_stored_as_what_is_divided_and_never_cast(
+def test_packed_weights_are_stored_as_what_is_sharded_and_never_cast(
     monkeypatch: pytest.MonkeyPatch, integers: bool, given: str | None, compute: torch.dtype, expected: Any
 ) -> None:
-    monkeypatch.setattr(fsdp2, "divides_integers", lambda: integers)
+    monkeypatch.setattr(fsdp2, "shards_integers", lambda: integers)
     if expected is UserError:
-        with pytest.raises(UserError, match="bnb_4bit_quant_storage"):
+        with pytest.raises(UserError, match="bnb_4bit_quant_storage: ") as error:
             fsdp2.quantization_storage(given, compute)
+        assert error.value.option == "bnb_4bit_quant_storage"
         return
     storage, line = fsdp2.quantization_storage(given, compute)
     assert storage == expected
@@ -156,8 +157,8 @@ def test_a_base_whose_storage_would_be_cast_is_refused() -> None:
         fsdp2.check_base(model, torch.float32)
 
 
-def test_which_torch_divides_integers() -> None:
-    assert [fsdp2.divides_integers(v) for v in ("2.11.0", "2.12.1+cpu", "2.13.0+cpu", "3.0.0")] == [
+def test_which_torch_shards_integers() -> None:
+    assert [fsdp2.shards_integers(v) for v in ("2.11.0", "2.12.1+cpu", "2.13.0+cpu", "3.0.0")] == [
         False,
         False,
         True,

@@ -1,4 +1,4 @@
-"""What the launcher was asked for is read from its environment and from its own command line."""
+"""The requested launch is read from its environment and from its own command line."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every recipe under every strategy that divides the base equals one process: losses, adapters, reloaded figures."""
+"""Every recipe under every strategy that shards the base equals one process: losses, adapters, reloaded figures."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("cell", "strategy", "processes"), CELLS)
-def test_a_divided_base_trains_as_a_whole_one(
+def test_a_sharded_base_trains_as_a_whole_one(
     tmp_path: Path,
     model_dir: Callable[..., Path],
     one_process: Callable[[str], Finished],
@@ -35,11 +35,11 @@ def test_a_divided_base_trains_as_a_whole_one(
     run = sharded.train(tmp_path, recipe, strategy, processes, options)
     sharded.assert_equal(one_process(cell), run)
 
-    told = run.record["strategy"]
-    assert (told["name"], told["world_size"]) == (strategy, processes)
+    recorded = run.record["strategy"]
+    assert (recorded["name"], recorded["world_size"]) == (strategy, processes)
     whole = one_process(cell).record["strategy"]["base_bytes_per_rank"][0]
     # The scales of the packed weights stay whole on every rank: 2 of every 66 bytes, more for a tiny model.
-    assert max(told["base_bytes_per_rank"]) < whole / processes * 1.4
+    assert max(recorded["base_bytes_per_rank"]) < whole / processes * 1.4
 
     last = run.output / "checkpoint-6"
     adapters = {path.parent: load_file(path) for path in last.rglob("adapter_model.safetensors")}
@@ -54,9 +54,9 @@ def test_a_divided_base_trains_as_a_whole_one(
     assert "fell_back" not in fast
     assert recipe == "dpo" or (fast["head"], fast["batches"]) == ("on", "on")
 
-    told = run.record["metrics"]["eval"]
+    recorded = run.record["metrics"]["eval"]
     for key, value in sharded.evaluate(recipe, run, tmp_path / "scratch").items():
-        assert value == pytest.approx(told[key], rel=1e-6, abs=1e-5), key
+        assert value == pytest.approx(recorded[key], rel=1e-6, abs=1e-5), key
 
 
 @pytest.mark.distributed
@@ -85,7 +85,7 @@ def test_other_models_and_options_too(
     arch: str,
     options: dict[str, Any],
 ) -> None:
-    """Among them what no rank count divides: 64 rows over three ranks, with a head tied to the embeddings."""
+    """Among them what is not divisible by the ranks: 64 rows over three ranks, with a head tied to the embeddings."""
     options = {"model_name_or_path": str(model_dir(arch)), **options}
     runs = []
     for count in (1, processes):

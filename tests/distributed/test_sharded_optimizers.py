@@ -1,4 +1,4 @@
-"""bitsandbytes optimizers on divided parameters: every rank's shard moves as that part of the whole would."""
+"""bitsandbytes optimizers on sharded parameters: every rank's shard moves as that part of the whole does."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def whole(optimizer: str, gradients: list[torch.Tensor]) -> torch.Tensor:
     return parameter.detach()
 
 
-def divided(mesh: Any, tensor: torch.Tensor, rank: int) -> DTensor:
+def sharded(mesh: Any, tensor: torch.Tensor, rank: int) -> DTensor:
     chunks = tensor.chunk(mesh.size())
     local = chunks[rank] if rank < len(chunks) else tensor[:0]
     return DTensor.from_local(
@@ -47,12 +47,12 @@ def test_a_shard_moves_as_that_part_of_the_whole(optimizer: str, world_size: int
     shards = []
     for rank in range(world_size):
         with fake_ranks.rank_of(world_size, rank) as mesh:
-            parameter = torch.nn.Parameter(divided(mesh, torch.ones(ROWS, COLUMNS), rank))
+            parameter = torch.nn.Parameter(sharded(mesh, torch.ones(ROWS, COLUMNS), rank))
             made = OPTIMIZERS[optimizer]([parameter])
             step_on_shards(made)
             step_on_shards(made)  # as often as the model is prepared
             for gradient in gradients:
-                parameter.grad = divided(mesh, gradient, rank)
+                parameter.grad = sharded(mesh, gradient, rank)
                 made.step()
             shards.append(parameter.detach().to_local())
             states = [v for v in made.state[parameter].values() if getattr(v, "dim", lambda: 0)()]
@@ -83,8 +83,9 @@ def test_32_bit_optimizers_are_allowed(optim: str) -> None:
     ],
 )
 def test_others_are_refused_with_the_alternative(optim: str, instead: str) -> None:
-    with pytest.raises(UserError, match=optim) as error:
+    with pytest.raises(UserError, match=f"optim: {optim}: ") as error:
         check_optimizer(optim)
+    assert error.value.option == "optim"
     assert instead in str(error.value)
 
 

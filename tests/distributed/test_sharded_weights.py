@@ -1,4 +1,4 @@
-"""Adapters that are wrong on a divided base are refused, whether they are fresh or loaded."""
+"""Adapters that are not supported on a sharded base are refused, fresh or loaded; shards and whole tensors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ ROWS, DORA = LoraConfig(trainable_token_indices=[7]), LoraConfig(use_dora=True)
 
 
 @pytest.mark.parametrize(
-    ("asked", "config", "named"),
+    ("requested", "config", "named"),
     [
         (FSDP2, ROWS, r"additional_special_tokens: .*launch/ddp\.yaml"),
         (ZERO3, ROWS, r"additional_special_tokens: .*launch/ddp\.yaml"),
@@ -23,10 +23,10 @@ ROWS, DORA = LoraConfig(trainable_token_indices=[7]), LoraConfig(use_dora=True)
     ],
 )
 def test_wrong_adapters_are_refused(
-    monkeypatch: pytest.MonkeyPatch, asked: str, config: LoraConfig, named: str
+    monkeypatch: pytest.MonkeyPatch, requested: str, config: LoraConfig, named: str
 ) -> None:
     check_adapters([config])
-    monkeypatch.setenv(asked, "true")
+    monkeypatch.setenv(requested, "true")
     check_adapters([LoraConfig()])
     with pytest.raises(UserError, match=named):
         check_adapters([LoraConfig(), config])
@@ -37,7 +37,7 @@ def test_dora_is_right_under_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
     check_adapters([DORA])
 
 
-def test_a_loaded_adapter_is_looked_at_too(
+def test_a_loaded_adapter_is_checked_too(
     model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = str(model_dir("llama"))

@@ -1,4 +1,4 @@
-"""What is in force is held to what was asked for, and every refusal says what to write."""
+"""The strategy in use is compared with the requested one, and every refusal says what to write."""
 
 import importlib.util
 from pathlib import Path
@@ -13,7 +13,7 @@ from halfbyte.distributed.strategy import (
     difference,
     refuse_precision,
     refuse_unsupported,
-    strategy_in_force,
+    strategy_in_use,
 )
 from halfbyte.errors import UserError
 
@@ -22,19 +22,19 @@ ONE, TWO = Strategy("single", 1, "cpu"), Strategy("ddp", 2, "cpu")
 
 
 @pytest.mark.parametrize(
-    ("request_", "force", "words"),
+    ("request_", "in_use", "words"),
     [
-        (Request("ddp", 2, launcher="accelerate", use_cpu=True), ONE, "2 processes, but this one trains alone"),
+        (Request("ddp", 2, launcher="accelerate", use_cpu=True), ONE, "2 processes were requested, but this one"),
         (Request("ddp", 2, launcher="torchrun"), ONE, "started 2 processes, but 1 train together"),
         (Request("ddp", 4, launcher="torchrun"), TWO, "started 4 processes, but 2 train together"),
         (Request("ddp", 2, launcher="srun"), ONE, "srun started 2 tasks"),
-        (Request("fsdp2", 2), TWO, "FSDP2 was asked for, but DDP is in force"),
-        (Request("zero3", 1), ONE, "ZeRO-3 was asked for, but one process is in force"),
-        (Request("ddp", 2, use_cpu=False, launcher="accelerate"), TWO, "this machine shows none"),
+        (Request("fsdp2", 2), TWO, "FSDP2 was requested, but the run is using DDP"),
+        (Request("zero3", 1), ONE, "ZeRO-3 was requested, but the run is using one process"),
+        (Request("ddp", 2, use_cpu=False, launcher="accelerate"), TWO, "this machine has no visible GPU"),
     ],
 )  # fmt: skip
-def test_a_difference_is_named_with_the_mend(request_: Request, force: Strategy, words: str) -> None:
-    problem = difference(request_, force, cpu_wanted=False)
+def test_a_difference_is_named_with_what_to_write(request_: Request, in_use: Strategy, words: str) -> None:
+    problem = difference(request_, in_use, cpu_requested=False)
     assert problem is not None
     assert words in problem
     assert "launch/" in problem
@@ -42,7 +42,7 @@ def test_a_difference_is_named_with_the_mend(request_: Request, force: Strategy,
 
 
 @pytest.mark.parametrize(
-    ("request_", "force"),
+    ("request_", "in_use"),
     [
         (Request(), ONE),
         (Request("ddp", 1, launcher="torchrun"), ONE),
@@ -53,23 +53,25 @@ def test_a_difference_is_named_with_the_mend(request_: Request, force: Strategy,
         (Request("single", 1, use_cpu=False, launcher="accelerate"), ONE),
     ],
 )
-def test_what_was_asked_for_runs(request_: Request, force: Strategy) -> None:
-    assert difference(request_, force, cpu_wanted=False) is None
+def test_what_was_requested_runs(request_: Request, in_use: Strategy) -> None:
+    assert difference(request_, in_use, cpu_requested=False) is None
 
 
-def test_cpus_are_no_mistake_when_the_run_asks_for_them() -> None:
-    assert difference(Request("ddp", 2, use_cpu=False, launcher="accelerate"), TWO, cpu_wanted=True) is None
+def test_cpus_are_accepted_when_the_run_requests_them() -> None:
+    assert (
+        difference(Request("ddp", 2, use_cpu=False, launcher="accelerate"), TWO, cpu_requested=True) is None
+    )
 
 
 def test_several_machines_get_their_own_file() -> None:
-    problem = difference(Request("ddp", 2, machines=2, launcher="accelerate"), ONE, cpu_wanted=False)
+    problem = difference(Request("ddp", 2, machines=2, launcher="accelerate"), ONE, cpu_requested=False)
     assert problem is not None
     assert "launch/multi_node.yaml" in problem
 
 
 def test_two_unsynchronised_trainers_are_stopped() -> None:
     with pytest.raises(UserError, match="started 2 processes, but 1 train together"):
-        strategy_in_force(environment={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
+        strategy_in_use(environment={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_a_launch_runs_or_is_refused_as_the_table_says(strategy: str) -> None:
 
 def test_every_refused_strategy_is_launched_here() -> None:
     refused = {name for name in support.STRATEGIES if not support.find(name).supported}
-    assert refused <= {*LAUNCHED, "data_parallel"}, "the last is asked for by no launcher: below"
+    assert refused <= {*LAUNCHED, "data_parallel"}, "no launcher requests the last: below"
 
 
 def test_one_process_that_sees_several_gpus_is_refused() -> None:
@@ -134,7 +136,7 @@ def test_one_process_that_sees_several_gpus_is_refused() -> None:
         strategies._require_one_gpu(8)
 
 
-def test_only_bases_in_4_bits_are_divided() -> None:
+def test_only_bases_in_4_bits_are_sharded() -> None:
     strategies.check_quantized("fsdp2", load_in_4bit=True)
     with pytest.raises(UserError, match=r"load_in_4bit: false under fsdp2.*launch/ddp\.yaml"):
         strategies.check_quantized("fsdp2", load_in_4bit=False)
@@ -145,12 +147,12 @@ def test_every_refused_option_has_its_message(
     option: support.Option, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(zero3.importlib.util, "find_spec", lambda name: object())
-    asked = LAUNCHED[option.strategy]
-    refuse_unsupported({**asked, option.variable: option.instead if option.instead != "null" else "None"})
+    requested = LAUNCHED[option.strategy]
+    refuse_unsupported({**requested, option.variable: option.instead if option.instead != "null" else "None"})
     with pytest.raises(
         UserError, match=rf"{option.name}: .*write `{option.name}: {option.instead}`"
     ) as caught:
-        refuse_unsupported({**asked, option.variable: "true"})
+        refuse_unsupported({**requested, option.variable: "true"})
     assert option.reason in str(caught.value)
     assert (ROOT / "launch" / f"{option.strategy}.yaml").is_file()
     assert support.refused_option(option.strategy, {option.name: True}) is not None, "as a launch file has it"

@@ -14,13 +14,13 @@ from tests.distributed import sharded
 from tests.distributed.optimizers import ENTRY_POINTS
 
 ModelDir = Callable[..., Path]
-ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+REQUESTED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
 def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero3.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"halfbyte\[deepspeed\]"):
-        strategy.refuse_unsupported(ASKED)
+        strategy.refuse_unsupported(REQUESTED)
 
 
 @pytest.mark.parametrize(
@@ -31,10 +31,11 @@ def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
         ("float16", {"bf16": False, "fp16": False}, "dtype: float32"),
     ],
 )
-def test_deepspeed_may_not_round_the_adapters(dtype: str, options: dict[str, bool], named: str) -> None:
+def test_deepspeed_must_not_round_the_adapters(dtype: str, options: dict[str, bool], named: str) -> None:
     zero3.refuse_precision("bfloat16", bf16=False, fp16=False)
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=named) as error:
         zero3.refuse_precision(dtype, **options)
+    assert error.value.option == next((name for name, on in options.items() if on), "dtype")
 
 
 def test_loraplus_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The doctor says what is wrong with a machine, and what a launch file would run on it."""
+"""The doctor reports what is wrong with a machine, and what a launch file would run on it."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_the_shipped_files_run_what_they_say(name: str, gpus: int, runs: str) ->
         ({"distributed_type": "MULTI_GPU", "num_processes": 2}, 0, "2 GPUs are needed"),
         ({"distributed_type": "MULTI_GPU", "num_processes": 8}, 4, "--num_processes 4"),
         ({"distributed_type": "MULTI_GPU", "num_processes": 3, "num_machines": 2}, 8, "do not divide"),
-        ({"distributed_type": "FSDP", "num_processes": 2}, 2, "FSDP1 is refused"),
+        ({"distributed_type": "FSDP", "num_processes": 2}, 2, "FSDP1 is not supported"),
         (
             {
                 "distributed_type": "FSDP",
@@ -60,12 +60,12 @@ def test_the_shipped_files_run_what_they_say(name: str, gpus: int, runs: str) ->
         (
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "ds.json"}},
             1,
-            "with a configuration file of its own is refused",
+            "with a configuration file of its own is not supported",
         ),
         (
             {"distributed_type": "MULTI_GPU", "num_processes": 2, "num_procs": 2},
             2,
-            "accelerate knows no num_procs",
+            "accelerate has no option num_procs",
         ),
         ({"num_processes": 1}, 1, "`distributed_type` is missing"),
         (
@@ -80,7 +80,7 @@ def test_the_shipped_files_run_what_they_say(name: str, gpus: int, runs: str) ->
         ),
     ],
 )
-def test_what_would_go_wrong_is_said(tmp_path: Path, config: dict, gpus: int, words: str) -> None:
+def test_what_would_go_wrong_is_reported(tmp_path: Path, config: dict, gpus: int, words: str) -> None:
     assert any(words in problem for problem in inspect(written(tmp_path, **config), gpus).problems)
 
 
@@ -89,14 +89,14 @@ def test_a_launch_that_would_not_run_as_it_says_is_exit_1(
 ) -> None:
     wrong = written(tmp_path, distributed_type="MULTI_CPU", num_processes=2, use_cpu=True)
     assert main(["doctor", "--json", "--launch", str(wrong)]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["ok"] is False
-    assert "MULTI_GPU" in told["launch"]["problems"][0]
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False
+    assert "MULTI_GPU" in report["launch"]["problems"][0]
 
 
 def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--launch", str(LAUNCH / "cpu.yaml")]) == 0
-    told = capsys.readouterr().out
+    report = capsys.readouterr().out
     for name in (
         "torch",
         "trl",
@@ -106,8 +106,8 @@ def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
         "wandb",
         "free memory",
     ):
-        assert f"ok     {name} " in told
-    assert "DDP, 2 processes, on CPUs" in told
+        assert f"ok     {name} " in report
+    assert "DDP, 2 processes, on CPUs" in report
 
 
 def test_a_cache_that_cannot_be_written_and_an_old_version_are_wrong(

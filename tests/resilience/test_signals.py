@@ -94,7 +94,7 @@ def child(code: str) -> subprocess.Popen[str]:
         "import os, signal, sys, time\nfrom types import SimpleNamespace\n"
         "from halfbyte.resilience import signals\n"
         "said = lambda number: print('abandoned', number, flush=True)\n"
-        f"watch = signals.Watch(said)\nwatch.start()\n{code}"
+        f"watch = signals.Signals(said)\nwatch.__enter__()\n{code}"
     )
     return subprocess.Popen(
         [sys.executable, "-c", text], text=True, stdout=subprocess.PIPE, env=launch.environment()
@@ -128,8 +128,8 @@ def test_a_second_signal_stops_at_once_and_an_echo_does_not() -> None:
 def test_a_forked_worker_does_not_answer_for_its_parent() -> None:
     code = (
         "pid = os.fork()\n"
-        "if pid == 0:\n    signals._watch = watch; os._exit(0)\n"
-        "os.waitpid(pid, 0)\nsignals._watch = watch\n"
+        "if pid == 0:\n    os._exit(0)\n"
+        "os.waitpid(pid, 0)\n"
         "pid = os.fork()\n"
         "if pid == 0:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.2); os._exit(7)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), watch.received, flush=True); os._exit(0)\n"

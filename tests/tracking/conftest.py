@@ -11,7 +11,11 @@ import wandb
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from halfbyte.tracking import RunRecord, track
+from halfbyte.resilience.signals import Signals
+from halfbyte.tracking import RunRecord, Tracker
+from halfbyte.trainer.base import Conduct
+from halfbyte.trainer.compose import compose
+from halfbyte.trainer.run_directory import RunDirectory
 from tests import tiny
 
 CANARY = "CANARY"
@@ -66,7 +70,6 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., P
             report_to=["wandb"],
         )
         rows = Dataset.from_list(tiny.texts(8))
-        trainer = SFTTrainer(model=str(model_dir("llama")), args=args, train_dataset=rows, eval_dataset=rows)
         record = RunRecord(directory, "sft")
         record.update(
             config=CONFIG,
@@ -74,7 +77,11 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., P
             data={"rows": 8},
             strategy={"name": "single", "world_size": 1},
         )
-        tracker = track(trainer, record)
+        tracker = Tracker(record, bar=False)
+        conduct = Conduct(tracker=tracker, signals=Signals(lambda _: None), config={}, inputs={})
+        trainer = compose(SFTTrainer, (RunDirectory,))(
+            model=str(model_dir("llama")), args=args, train_dataset=rows, eval_dataset=rows, conduct=conduct
+        )
         assert not (directory / "run.json").exists()
         callbacks = list(trainer.callback_handler.callbacks)
         captured = io.StringIO()

@@ -1,7 +1,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
@@ -77,10 +76,7 @@ def test_plain_lines_and_summary(tracked: TrackedRun) -> None:
 
 
 def _tracker(directory: Path, main: bool = True) -> Tracker:
-    args = SimpleNamespace(disable_tqdm=True)
-    return Tracker(
-        SimpleNamespace(is_world_process_zero=lambda: main, args=args), RunRecord(directory, "sft")
-    )
+    return Tracker(RunRecord(directory, "sft"), main=main, bar=False)
 
 
 def test_plots_that_fail_are_said_once_and_stop_nothing(

@@ -13,7 +13,12 @@ SCRIPT = """
 import sys
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
-from halfbyte.tracking import RunRecord, track
+from accelerate import PartialState
+from halfbyte.resilience.signals import Signals
+from halfbyte.tracking import RunRecord, Tracker
+from halfbyte.trainer.base import Conduct
+from halfbyte.trainer.compose import compose
+from halfbyte.trainer.run_directory import RunDirectory
 from tests import tiny
 
 model, directory = sys.argv[1:]
@@ -21,10 +26,13 @@ args = SFTConfig(
     output_dir=directory, max_steps=2, per_device_train_batch_size=1, logging_steps=1, save_steps=1,
     use_cpu=True, bf16=False, report_to=[], ddp_find_unused_parameters=False,
 )
-trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(tiny.texts(8)))
-tracker = track(trainer, RunRecord(directory, "sft"))
-trainer.train()
-tracker.finish("completed")
+tracker = Tracker(RunRecord(directory, "sft"), main=PartialState().is_main_process)
+conduct = Conduct(tracker=tracker, signals=Signals(lambda _: None), config={}, inputs={})
+trainer = compose(SFTTrainer, (RunDirectory,))(
+    model=model, args=args, train_dataset=Dataset.from_list(tiny.texts(8)), conduct=conduct
+)
+with tracker:
+    trainer.train()
 """
 
 

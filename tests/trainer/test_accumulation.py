@@ -12,6 +12,7 @@ from halfbyte import run as running
 from halfbyte.checkpoint import manifest
 from halfbyte.errors import Halted, UserError
 from halfbyte.trainer import accumulation
+from halfbyte.trainer.compose import compose
 from tests.checkpoint import saboteur
 from tests.checkpoint.runs import assert_equal, read_rows
 
@@ -60,7 +61,7 @@ def test_it_goes_on_as_a_run_begun_with_less(
     )
     told = capsys.readouterr().err
     assert f"step {step}: out of memory on rank 0 (CUDA out of memory. Tried to allocate 2.00 GiB.)" in told
-    assert told.count("done again with") == 2
+    assert told.count("repeated with") == 2
     assert run(saboteur_options(**{**SMALL, **BRIEF, **LINEAR, "output_dir": tmp_path / "small"})) == 0
     close(tmp_path / "run", tmp_path / "small")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -113,11 +114,12 @@ def test_what_it_cannot_do_is_refused(saboteur_options, tmp_path: Path) -> None:
 def test_a_trainer_that_makes_its_own_batches_is_refused() -> None:
     from trl import GRPOTrainer
 
-    trainer = GRPOTrainer.__new__(GRPOTrainer)
+    composed = compose(GRPOTrainer, (accumulation.AccumulateOnOutOfMemory,))
+    trainer = composed.__new__(composed)
     trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
     trainer.args = None
     with pytest.raises(UserError, match="GRPOTrainer makes its batches itself"):
-        accumulation.refuse(trainer)
+        trainer._refuse()
 
 
 @pytest.mark.faults

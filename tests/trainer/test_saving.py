@@ -81,7 +81,7 @@ def test_rotation_keeps_the_best_and_the_newest(finished: Finished, tmp_path: Pa
 def test_rotation_keeps_the_last_that_is_good(finished: Finished, tmp_path: Path, monkeypatch) -> None:
     """Checkpoints with weights that are not finite push nothing out."""
     verdicts = iter([True, False, False])
-    monkeypatch.setattr(saving, "_finite", lambda trainer: next(verdicts))
+    monkeypatch.setattr(saving.AtomicSaves, "_trained_weights_are_finite", lambda trainer: next(verdicts))
     output = tmp_path / "run"
     assert run("sft", [*finished.options(output), "--save_total_limit", "1"]) == 0
     assert names(output) == {"checkpoint-2", "checkpoint-6"}
@@ -91,13 +91,13 @@ def test_rotation_keeps_the_last_that_is_good(finished: Finished, tmp_path: Path
 @contextmanager
 def full(at: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A disk that is full from step 4 on: checked before, at torch's writer, or at the kernel's."""
-    make_room, upstream = saving.Saver._make_room, torch.save
+    make_room, upstream = saving.AtomicSaves._make_room, torch.save
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def step_4(self: saving.Saver) -> bool:
-        return self._trainer.state.global_step == 4
+    def step_4(self: saving.AtomicSaves) -> bool:
+        return self.state.global_step == 4
 
-    def begin(self: saving.Saver, needed: int) -> None:
+    def begin(self: saving.AtomicSaves, needed: int) -> None:
         if step_4(self) and at == "checked":
             usage = shutil.disk_usage("/")._replace(free=2 * needed - 1)
             monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -111,7 +111,7 @@ def full(at: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         upstream(value, path, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(saving.Saver, "_make_room", begin)
+        patched.setattr(saving.AtomicSaves, "_make_room", begin)
         patched.setattr(torch, "save", save)
         try:
             yield
@@ -176,14 +176,14 @@ def _mount(*words: str) -> bool:
 
 
 def before_the_save(step: int, do: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    save = saving.Saver.save
+    save = saving.AtomicSaves._save_checkpoint
 
-    def wrapped(self: saving.Saver, *args: object) -> None:
-        if self._trainer.state.global_step == step:
+    def wrapped(self: saving.AtomicSaves, *args: object, **kwargs: object) -> None:
+        if self.state.global_step == step:
             do()
-        save(self, *args)
+        save(self, *args, **kwargs)
 
-    monkeypatch.setattr(saving.Saver, "save", wrapped)
+    monkeypatch.setattr(saving.AtomicSaves, "_save_checkpoint", wrapped)
 
 
 def assert_a_clear_end(told: str, output: Path, reason: str) -> None:

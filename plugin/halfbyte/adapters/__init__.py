@@ -8,9 +8,10 @@ from halfbyte.adapters.fresh import (
     evaluating,
     initialize_eva,
 )
-from halfbyte.adapters.reference import drop_reference_copy, kept_in_float32, whole_reference
+from halfbyte.adapters.reference import drop_reference_copy, restore, trained_values
 from halfbyte.adapters.saved import (
     base_of,
+    check_checkpoint,
     continue_from,
     directory_of,
     options_of,
@@ -25,17 +26,18 @@ __all__ = [
     "REFUSED_INITIALIZATIONS",
     "attach",
     "base_of",
+    "check_checkpoint",
     "check_initialization",
     "continue_from",
     "directory_of",
     "drop_reference_copy",
     "evaluating",
     "initialize_eva",
-    "kept_in_float32",
     "options_of",
     "resolve",
+    "restore",
     "revision_of",
     "same_base",
     "same_template",
-    "whole_reference",
+    "trained_values",
 ]

@@ -1,10 +1,8 @@
-"""Fresh LoRA adapters on a 4-bit base: their start, and what of it is refused.
+"""Fresh LoRA adapters on a 4-bit base: how they are initialized, and which initializations are refused.
 
-Adapter weights are float32 from the first step to the last, so that small updates survive and a resumed
-run can be exact.
+Adapter weights are float32 from the first step to the last: small updates survive, and a resumed run is exact.
 """
 
-import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import UserError
+from halfbyte.wording import suggestion
 
 _REWRITES_BASE = "it rewrites the base weights, which on a 4-bit base means quantizing them a second time"
 _DECOMPOSES_BASE = "it decomposes the base weight, which on a 4-bit base is packed bytes"
@@ -32,19 +31,18 @@ INITIALIZATIONS = ("default", "gaussian", "eva")
 
 
 def check_initialization(name: str | None) -> None:
-    """Raise :class:`UserError` for an initialization that is wrong, or not proven, on a 4-bit base."""
+    """Raise :class:`UserError` for an initialization that is wrong, or not tested, on a 4-bit base."""
     if name is None or name in INITIALIZATIONS:
         return
     family = next((refused for refused in REFUSED_INITIALIZATIONS if name.startswith(refused)), None)
     choice = f"write one of {', '.join(INITIALIZATIONS)}"
     if family is not None:
         raise UserError(
-            f"init_lora_weights: {name!r} is refused: {REFUSED_INITIALIZATIONS[family]}; {choice}"
+            f"{name!r} is refused: {REFUSED_INITIALIZATIONS[family]}; {choice}", option="init_lora_weights"
         )
-    near = difflib.get_close_matches(name, INITIALIZATIONS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(
-        f"init_lora_weights: {name!r} is not an initialization proven on a 4-bit base; {hint}{choice}"
+        f"{name!r} is not an initialization tested on a 4-bit base{suggestion(name, INITIALIZATIONS)}; {choice}",
+        option="init_lora_weights",
     )
 
 
@@ -55,17 +53,17 @@ def attach(
     initialization: str | None = None,
     added_token_ids: Iterable[int] = (),
 ) -> PeftModel:
-    """Put a fresh LoRA adapter on ``model``; the logits do not change.
+    """Add a fresh LoRA adapter to ``model``; the logits do not change.
 
-    ``added_token_ids`` are vocabulary rows that are new: their embeddings, and output rows where the head
-    is not tied to them, are trained in full.
+    ``added_token_ids`` are new vocabulary rows: their embeddings ``[H]``, and their rows of the head where it is
+    not tied to the embeddings, are trained in full.
 
-    Raises :class:`UserError` if a target matches no layer, or if the output head is a target: TRL's fused
-    head reads its weight directly, so that an adapter there would silently not train.
+    Raises :class:`UserError` if a target matches no layer, or if the output head is a target: TRL's fused head
+    reads the head's weight directly, so an adapter there would silently not train.
     """
     check_initialization(initialization)
     if initialization == "eva":
-        # rho=1 keeps one rank for all layers: ranks that depend on data would differ between processes.
+        # rho=1 keeps one rank r for all layers: ranks that depend on data would differ between processes.
         config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
     elif initialization == "gaussian":
         config.init_lora_weights = "gaussian"
@@ -73,20 +71,22 @@ def attach(
     added = sorted(added_token_ids)
     if added:
         config.trainable_token_indices = _rows_to_train(model, added)
-    # EVA's A is set later from data; until then PEFT leaves it as it is, and B is zero.
+    # EVA sets A later, from data; until then B is zero and A is PEFT's default.
     peft_model = get_peft_model(model, config)
     _check_head(peft_model)
     return show_head_bias(to_float32(peft_model))
 
 
 def initialize_eva(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-    """Set every A from the leading directions of its layer's inputs on ``batches`` (EVA, arXiv 2410.07170).
+    """Set every A ``[r, H]`` to the leading directions of its layer's inputs on ``batches`` (EVA, arXiv 2410.07170).
 
     B stays zero, so the logits do not change. The same batches give the same weights on every rank.
+
+    Raises :class:`UserError` if there are no batches.
     """
 
     class Loader:
-        """What PEFT wants of a dataloader: that it can be walked more than once."""
+        """What PEFT requires of a dataloader: it can be iterated more than once."""
 
         def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
             return iter(inputs)
@@ -97,7 +97,7 @@ def initialize_eva(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]])
     wanted = ("input_ids", "attention_mask", "position_ids")
     inputs = [{k: v.to(model.device) for k, v in batch.items() if k in wanted} for batch in batches]
     if not inputs:
-        raise UserError("init_lora_weights: 'eva' needs training rows to initialize from, and there are none")
+        raise UserError("'eva' requires training rows, and there are none", option="init_lora_weights")
     for batch in inputs:
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
     with evaluating(model), torch.random.fork_rng():
@@ -118,7 +118,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Every target must match a layer: PEFT raises only if all of them together match nothing."""
+    """Raise if any target matches no layer: PEFT raises only if no target matches."""
     targets = config.target_modules
     if not isinstance(targets, (list, set)):
         return
@@ -127,26 +127,25 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     for target in sorted(targets):
         matched = [name for name in names if name == target or name.endswith(f".{target}")]
         if head is not None and any(model.get_submodule(name) is head for name in matched):
-            raise UserError(_head_message(target, model))
+            raise _head_refused(f"{target} is the output head", model)
         if not matched and target != "all-linear":
             leaves = _linear_leaves(model)
-            near = difflib.get_close_matches(target, leaves, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(
-                f"lora_target_modules: {target!r} matches no layer; {hint}linear layers: {', '.join(leaves)}"
+                f"{target!r} matches no layer{suggestion(target, leaves)}; linear layers: {', '.join(leaves)}",
+                option="lora_target_modules",
             )
 
 
 def _check_head(model: PeftModel) -> None:
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise UserError(_head_message("the output head", model))
+        raise _head_refused("the pattern matches the output head", model)
 
 
-def _head_message(target: str, model: nn.Module) -> str:
-    leaves = ", ".join(_linear_leaves(model))
-    return (
-        f"lora_target_modules: {target} is the output head, where an adapter would silently not train "
-        f"(the loss reads the head's weight directly); take it out; linear layers: {leaves}"
+def _head_refused(what: str, model: nn.Module) -> UserError:
+    return UserError(
+        f"{what}, where an adapter would silently not train (the loss reads the head's weight directly); "
+        f"remove it; linear layers: {', '.join(_linear_leaves(model))}",
+        option="lora_target_modules",
     )
 
 
@@ -163,7 +162,7 @@ def _linear_leaves(model: nn.Module) -> list[str]:
 
 
 def _rows_to_train(model: PreTrainedModel, added: list[int]) -> dict[str, list[int]]:
-    """Which modules hold the rows of ``added``: the embedding, and the head where it is not tied to it."""
+    """The modules that hold the rows ``added``: the embedding, and the head where it is not tied to it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     rows = {names[id(embedding)]: added}
@@ -173,7 +172,7 @@ def _rows_to_train(model: PreTrainedModel, added: list[int]) -> dict[str, list[i
 
 
 def to_float32(model: PeftModel) -> PeftModel:
-    """Bring every trained weight of ``model`` to float32, in place."""
+    """Cast every trainable parameter of ``model`` to float32, in place, and return it."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -181,13 +180,13 @@ def to_float32(model: PeftModel) -> PeftModel:
 
 
 def show_head_bias(model: PeftModel) -> PeftModel:
-    """Let the head's bias be read where PEFT wraps the head to train rows of it.
+    """Expose the head's bias ``[V]`` where PEFT wraps the head to train rows of it, and return ``model``.
 
-    TRL's fused head reads ``weight`` and ``bias`` (trainer/utils.py:1633); PEFT 0.21's wrapper passes on
-    the weight only.
+    TRL's fused head reads ``weight`` and ``bias`` (trainer/utils.py:1633); PEFT 0.21's wrapper exposes the weight
+    only.
     """
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
-        # Not through nn.Module, which would register the parameter a second time.
+        # Not through nn.Module.__setattr__, which would register the parameter a second time.
         object.__setattr__(head, "bias", head.original_module.bias)
     return model

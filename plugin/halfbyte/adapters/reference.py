@@ -1,58 +1,42 @@
-"""What TRL's trainers do to the adapters they are given, and how it is kept from changing them."""
+"""What TRL's constructors do to adapters: the values to keep, and the reference adapter."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
-from peft import LoraConfig, PeftModel
+import torch
+from peft import PeftModel
 from torch import nn
 
+_POLICY, _REFERENCE = "default", "ref"  # TRL's names for the two adapters
 
-@contextmanager
-def kept_in_float32(model: nn.Module) -> Iterator[None]:
-    """Undo what a block does to the values of trainable parameters.
 
-    TRL 1.16 rounds the adapters of a quantized model to bfloat16 while it constructs a trainer
-    (trainer/sft_trainer.py:908, trainer/dpo_trainer.py:726); their float32 values come back afterwards.
+def trained_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the values of the trainable parameters of ``model`` by name, sharing their storage."""
+    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+
+
+def restore(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give the parameters of ``model`` the dtype and ``values`` from :func:`trained_values`, in place.
+
+    A reference adapter becomes a frozen copy of all of them. TRL 1.16 copies only parameters that have
+    ``.default.`` in their name (trainer/dpo_trainer.py:691), which leaves out trained embedding rows: their names
+    end in ``.default``.
     """
-    kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        if name in kept:
-            parameter.data = kept[name].to(parameter.device)
-
-
-@contextmanager
-def whole_reference(model: nn.Module) -> Iterator[None]:
-    """Make the reference that TRL's preference trainers copy from an adapter a copy of all of it, and frozen.
-
-    TRL 1.16 copies the parameters that have ``.default.`` in their name (trainer/dpo_trainer.py:690), which
-    passes over trained embedding rows, whose names end in ``.default``.
-    """
-    if not isinstance(model, PeftModel):
-        yield
-        return
-
-    def add_adapter(name: str, config: LoraConfig, *args: Any, **kwargs: Any) -> None:
-        PeftModel.add_adapter(model, name, config, *args, **kwargs)
-        for path, parameter in list(model.named_parameters()):
-            parts = path.split(".")
-            if "default" in parts:
-                copied = ".".join(name if part == "default" else part for part in parts)
-                model.get_parameter(copied).data.copy_(parameter.data)
-                model.get_parameter(copied).requires_grad_(False)
-
-    model.__dict__["add_adapter"] = add_adapter
-    try:
-        yield
-    finally:
-        del model.__dict__["add_adapter"]
+    has_reference = isinstance(model, PeftModel) and _REFERENCE in model.peft_config
+    parameters = dict(model.named_parameters())
+    for name in values.keys() & parameters.keys():
+        parameter = parameters[name]
+        parameter.data = values[name].to(parameter.device)
+        parts = name.split(".")
+        if has_reference and _POLICY in parts:
+            copy = parameters[".".join(_REFERENCE if part == _POLICY else part for part in parts)]
+            copy.data.copy_(parameter.data)
+            copy.requires_grad_(False)
 
 
 def drop_reference_copy(model: nn.Module) -> None:
-    """Take away the frozen copy that TRL's preference trainers make of any adapter they are given.
+    """Delete the frozen copy that TRL's preference trainers make of any adapter they are given.
 
-    A fresh adapter needs none: its reference is the base with the adapter off, which TRL falls back to.
+    A fresh adapter needs none: its reference is the base with adapters disabled, which TRL then uses.
     """
-    if isinstance(model, PeftModel) and "ref" in model.peft_config:
-        model.delete_adapter("ref")
+    if isinstance(model, PeftModel) and _REFERENCE in model.peft_config:
+        model.delete_adapter(_REFERENCE)

@@ -1,7 +1,8 @@
-"""Adapters that were saved before: where they are, what they were trained on and how, and going on from them."""
+"""Saved adapters: where they are, which base and options they were trained with, and how to continue them."""
 
 import functools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.adapters import fresh
+from halfbyte.adapters import fresh, tensors
 from halfbyte.errors import UserError
+from halfbyte.wording import first_line, shorten
 
 _CONFIG = "adapter_config.json"
+_OPTION = "adapter_name_or_path"
 _FILES = [
     _CONFIG,
     "adapter_model.safetensors",
@@ -23,8 +26,8 @@ _FILES = [
     "special_tokens_map.json",
     "*.jinja",
 ]
-# Options that a saved adapter has decided, by PEFT's names for them.
-_DECIDED = {
+# Options that a saved adapter fixes, and PEFT's names for them.
+_FIXED = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
@@ -38,15 +41,20 @@ _DECIDED = {
 
 
 def resolve(model: str | None, adapter: str | None) -> tuple[str, str | None]:
-    """The base to load, and the directory of the adapter to start from, if any.
+    """Return the base to load, and the directory of the adapter to start from, if any.
 
-    An adapter directory given as ``model`` stands for its base and itself. ``adapter`` is a directory or a hub id.
+    An adapter directory given as ``model`` stands for its base and itself. ``adapter`` is a directory or a hub id;
+    ``~`` is the home directory in both.
+
+    Raises :class:`UserError` if there is no model, if two adapters are given, or if ``adapter`` is not found.
     """
+    model, adapter = (None if name is None else os.path.expanduser(name) for name in (model, adapter))
     if model is not None and directory_of(model) is not None:
         if adapter is not None and adapter != model:
             raise UserError(
-                f"model_name_or_path: {model!r} is an adapter directory, and adapter_name_or_path {adapter!r} "
-                f"names another: give one of them"
+                f"{model!r} is an adapter directory, and adapter_name_or_path {adapter!r} names another adapter; "
+                f"give one of them",
+                option="model_name_or_path",
             )
         return base_of(model), model
     if adapter is not None:
@@ -59,7 +67,7 @@ def resolve(model: str | None, adapter: str | None) -> tuple[str, str | None]:
 
 def directory_of(name_or_path: str) -> Path | None:
     """The path if it is a local adapter directory, else None."""
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     return path if (path / _CONFIG).is_file() else None
 
 
@@ -68,7 +76,7 @@ def base_of(adapter: str) -> str:
     base = _config(adapter).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{Path(adapter) / _CONFIG} names no base model; write `model_name_or_path`")
-    return str(base)
+    return os.path.expanduser(str(base))
 
 
 def revision_of(adapter: str) -> str:
@@ -76,43 +84,60 @@ def revision_of(adapter: str) -> str:
     return str(_config(adapter).get("revision") or _recorded_base(adapter).get("revision") or "main")
 
 
-def options_of(adapter: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that ``adapter`` has decided, as they were when it was made.
+def options_of(adapter: str, requested: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that ``adapter`` fixes, as they were when it was made.
 
-    Raises :class:`UserError` if one that is ``asked`` for differs: it would have no effect.
+    Raises :class:`UserError` if a ``requested`` one differs, which would have no effect, or if the weights of
+    ``adapter`` contradict its configuration.
     """
     config = _config(adapter)
-    if asked.get("init_lora_weights") is not None:
+    if requested.get("init_lora_weights") is not None:
         raise UserError(
-            f"init_lora_weights: the adapter {adapter!r} begins with the weights it was saved with; take it out"
+            f"the adapter {adapter!r} starts from the weights it was saved with; remove this option",
+            option="init_lora_weights",
         )
-    found = {option: config.get(name) for option, name in _DECIDED.items()}
+    found = {option: config.get(name) for option, name in _FIXED.items()}
     if isinstance(found["lora_target_modules"], list):
         # Saved, `all-linear` is the path of each layer that it matched.
         names = {path.rpartition(".")[2] for path in found["lora_target_modules"]}
         found["lora_target_modules"] = sorted(names)
     for option, theirs in found.items():
-        wanted = asked.get(option, theirs)
-        if wanted != ["all-linear"] and _plain(wanted) != _plain(theirs):
+        ours = requested.get(option, theirs)
+        if ours != ["all-linear"] and _plain(ours) != _plain(theirs):
             raise UserError(
-                f"{option}: {wanted} is not what the adapter {adapter!r} was made with ({theirs}), and a saved "
-                f"adapter keeps its own; take it out, or start a fresh adapter"
+                f"{ours} is not what the adapter {adapter!r} was made with ({theirs}), and a saved adapter keeps "
+                f"its own; remove this option, or start a fresh adapter",
+                option=option,
             )
     for option in ("lora_target_modules", "lora_exclude_modules"):
         if isinstance(found[option], str):
             found[option] = [found[option]]
+    tensors.check_tensors(adapter, config)
     return found
 
 
 def continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """Put the saved adapter ``adapter`` on ``model``, trainable, in float32."""
-    try:
-        peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load the adapter {adapter!r}: {str(error).splitlines()[0]}") from error
+    """Put the saved adapter ``adapter``, a run's or a checkpoint's directory, on ``model``: trainable, float32.
+
+    Raises :class:`UserError` if its tensors are not exactly those that ``model`` requires.
+    """
+    tensors.check_tensors(adapter, _config(adapter))
+    peft_model = tensors.load(model, adapter)
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):
         raise UserError(f"the adapter {adapter!r} has no trainable weights")
     return fresh.show_head_bias(fresh.to_float32(peft_model))
+
+
+def check_checkpoint(model: PeftModel, checkpoint: str) -> None:
+    """Raise :class:`UserError` if an adapter in the directory ``checkpoint`` does not match ``model``.
+
+    Reads the header of its file alone: the resume itself loads the weights.
+    """
+    for name in model.peft_config:
+        directory = checkpoint if name == "default" else str(Path(checkpoint) / name)
+        if directory_of(directory) is not None:
+            tensors.check_tensors(directory, _config(directory))
+            tensors.check_names(model, directory, name)
 
 
 def same_base(adapter: str, name_or_path: str, revision: str, sha: str | None) -> None:
@@ -130,29 +155,31 @@ def same_base(adapter: str, name_or_path: str, revision: str, sha: str | None) -
     raise UserError(
         f"the adapter {adapter!r} was trained on the base {trained_on!r} ({revision_of(adapter)}), not on "
         f"{name_or_path!r} ({revision}); "
-        f"leave `model_name_or_path` out to take the adapter's own base, or name an adapter of this one"
+        f"remove `model_name_or_path` to use the adapter's own base, or name an adapter of this base"
     )
 
 
-def same_template(adapter: str, tokenizer: PreTrainedTokenizerBase, asked: str | None) -> None:
-    """Raise :class:`UserError` if the template in use is not the one ``adapter`` was trained with."""
-    if asked is None:
+def same_template(adapter: str, tokenizer: PreTrainedTokenizerBase, requested: str | None) -> None:
+    """Raise :class:`UserError` if the chat template in use is not the one ``adapter`` was trained with."""
+    if requested is None:
         return
     trained_with = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).chat_template
     if tokenizer.chat_template != trained_with:
+        theirs = "none" if trained_with is None else repr(shorten(trained_with, 43))
         raise UserError(
-            f"chat_template_path: {asked!r} is not the chat template that the adapter {adapter!r} was trained with "
-            f"({_beginning(trained_with)!r}); leave it out to use the adapter's"
+            f"{requested!r} is not the chat template that the adapter {adapter!r} was trained with ({theirs}); "
+            f"remove this option to use the adapter's",
+            option="chat_template_path",
         )
 
 
 def _located(adapter: str) -> str:
-    """The directory of ``adapter``, from the hub if there is none of that name."""
+    """The directory of ``adapter``, from the hub if there is no local path of that name."""
     if directory_of(adapter) is not None:
         return adapter
     if not Path(adapter).exists():
         return _fetched(adapter)
-    raise UserError(f"adapter_name_or_path: {adapter!r} is not an adapter directory: it has no {_CONFIG}")
+    raise UserError(f"{adapter!r} is not an adapter directory: it has no {_CONFIG}", option=_OPTION)
 
 
 @functools.cache
@@ -161,11 +188,11 @@ def _fetched(adapter: str) -> str:
         directory = snapshot_download(adapter, allow_patterns=_FILES)
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"adapter_name_or_path: {adapter!r} is neither a directory nor an adapter on the hub: "
-            f"{str(error).splitlines()[0]}"
+            f"{adapter!r} is neither a directory nor an adapter on the hub: {first_line(error)}",
+            option=_OPTION,
         ) from error
     if directory_of(directory) is None:
-        raise UserError(f"adapter_name_or_path: {adapter!r} is not an adapter: it has no {_CONFIG}")
+        raise UserError(f"{adapter!r} is not an adapter: it has no {_CONFIG}", option=_OPTION)
     return str(directory)
 
 
@@ -178,7 +205,7 @@ def _config(adapter: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists in any order, nothing, and a list of one are the same, however they are written."""
+    """``value`` in one form: lists sorted, a string as a list of one, anything empty as None."""
     if isinstance(value, str):
         return [value]
     return sorted(value) if isinstance(value, list) else value or None
@@ -192,7 +219,3 @@ def _recorded_base(adapter: str) -> dict[str, Any]:
         return dict(json.loads(run.read_text(encoding="utf-8")).get("base") or {})
     except ValueError:
         return {}
-
-
-def _beginning(template: str | None) -> str:
-    return "none" if template is None else template[:40] + ("..." if len(template) > 40 else "")

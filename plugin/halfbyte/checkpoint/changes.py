@@ -1,6 +1,5 @@
 """Which options decide a run's trajectory, and what a resume may change of them."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -9,9 +8,10 @@ from typing import Any
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.errors import UserError
 from halfbyte.tracking.redaction import redact
+from halfbyte.wording import shorten, suggestion
 
 # Options that leave the weights, the optimizer and the order of the data as they are. Every other option
-# counts, those of a stranger's recipe among them. Evaluation draws no random numbers here: see `exactness`.
+# counts, those of third-party recipes among them. Evaluation draws no random numbers here: see `ExactResume`.
 _HARMLESS_PREFIXES = ("eval_", "hub_", "log_", "logging_", "save_", "trackio_", "dataloader_p")
 _HARMLESS = frozenset(
     {
@@ -72,34 +72,36 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(relevant(config), sort_keys=True).encode()).hexdigest()
 
 
-def refuse(
-    manifest: Manifest, now: Mapping[str, Any], allowed: Sequence[str] | None, where: str
+def compare(
+    manifest: Manifest | None, where: str | None, allowed: Sequence[str] | None, now: Mapping[str, Any]
 ) -> list[str]:
-    """Hold ``now`` against what the checkpoint was made with; return a line for each change that is allowed.
+    """Compare ``now`` with what the checkpoint ``where`` was made with; return a line for each allowed change.
 
     ``now`` holds options, ``world_size``, or fingerprints of the inputs; a key that either side lacks is not
-    compared. Raises :class:`UserError` with the difference when ``allowed`` does not name what changed.
+    compared, and without a ``manifest`` nothing is. Raises :class:`UserError` with the difference when ``allowed``
+    does not name what changed.
     """
+    if manifest is None:
+        return []
     then = {**relevant(manifest.config), "world_size": manifest.world_size, **manifest.inputs}
     now = relevant(now)
     changed = {key: (then[key], now[key]) for key in now.keys() & then.keys() if then[key] != now[key]}
     refused = sorted(changed.keys() - set(allowed or ()))
     if refused:
-        lines = [f"  {key}: {_short(changed[key][0])} -> {_short(changed[key][1])}" for key in refused]
+        lines = [f"  {key}: {_arrow(*changed[key])}" for key in refused]
         if len(lines) > _SHOWN:
             lines = [*lines[:_SHOWN], f"  ... and {len(lines) - _SHOWN} more"]
         raise UserError(
             "\n".join(
                 [
-                    f"{where} was made with other options; going on with these would be another run:",
+                    f"{where} was made with other options; resuming with these would change the run:",
                     *lines,
                     f"write the old values, or allow it: --allow_config_change {' '.join(refused)}",
                 ]
             )
         )
     return [
-        f"changed by allow_config_change: {key}: {_short(then)} -> {_short(new)}"
-        for key, (then, new) in sorted(changed.items())
+        f"changed by allow_config_change: {key}: {_arrow(*values)}" for key, values in sorted(changed.items())
     ]
 
 
@@ -114,15 +116,12 @@ def other_versions(manifest: Manifest, now: Mapping[str, str]) -> list[str]:
 
 
 def check_keys(allowed: Sequence[str] | None, config: Mapping[str, Any]) -> None:
-    """Refuse names in ``allow_config_change`` that nothing goes by."""
+    """Raise :class:`UserError` for a name in ``allow_config_change`` that is not an option."""
     known = {*config, "world_size", "data", "base", "chat_template"}
     for key in allowed or ():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"allow_config_change: {key!r} is no option{hint}")
+            raise UserError(f"{key!r} is not an option{suggestion(key, known)}", option="allow_config_change")
 
 
-def _short(value: Any, width: int = 60) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= width else f"{text[: width - 3]}..."
+def _arrow(then: Any, now: Any) -> str:
+    return f"{shorten(json.dumps(then))} -> {shorten(json.dumps(now))}"

@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from halfbyte.files import next_free, replace_file
+
 METRICS = "metrics.jsonl"
 EARLIER = "_earlier"  # upstream pushes no name that begins with an underscore
 _PREFIX = "checkpoint-"
@@ -37,11 +39,8 @@ def cut(output_dir: Path, step: int | None) -> list[str]:
 
     The whole metrics.jsonl is copied before its later rows are cut, and checkpoints are moved, not deleted.
     """
-    # Brings torch and more, which `halfbyte verify` can do without.
-    from halfbyte.tracking.record import replace_file
-
     lines = []
-    aside = _next(output_dir)
+    aside = next_free(output_dir / EARLIER)
     if step is None:
         for name in _OF_A_RUN:
             if (output_dir / name).exists():
@@ -83,10 +82,3 @@ def _rows_until(log: Path, step: int) -> tuple[list[bytes], int]:
 def _move(path: Path, aside: Path) -> None:
     aside.mkdir(parents=True, exist_ok=True)
     os.replace(path, aside / path.name)
-
-
-def _next(output_dir: Path) -> Path:
-    number = 1
-    while (candidate := output_dir / EARLIER / str(number)).exists():
-        number += 1
-    return candidate

@@ -1,6 +1,6 @@
-"""manifest.json: what a checkpoint holds, by size and sha256, and whether it still holds it.
+"""manifest.json: what a checkpoint holds, by size and sha256, and whether it still does.
 
-Standard library only, so that `halfbyte verify` starts at once.
+Imports no library, so that `halfbyte verify` starts at once.
 """
 
 import hashlib
@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from halfbyte.files import digest, entry, sync, write_file
+
 NAME = "manifest.json"
 FORMAT = 1
-_CHUNK = 1 << 20
 
 Listing = dict[str, dict[str, Any]]
 
@@ -50,21 +51,16 @@ def write(directory: Path, manifest: Manifest) -> None:
     """
     files: Listing = {}
     for name in names(directory):
-        with (directory / name).open("rb") as file:
-            files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": _digest(file)}
-            os.fsync(file.fileno())
+        files[name] = entry(directory / name, durable=True)
     content: dict[str, Any] = {"format": FORMAT, **asdict(manifest), "files": files}
     content["sha256"] = _own_hash(content)
-    with (directory / NAME).open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_file(directory / NAME, json.dumps(content, indent=1).encode())
     for at, _, _ in os.walk(directory):
         sync(Path(at))
 
 
 def read(directory: Path) -> Manifest:
-    """The manifest of ``directory``. Raises ValueError, in words for the user, when it cannot be relied on."""
+    """The manifest of ``directory``. Raises ValueError, in words for the user, when it fails verification."""
     return _read(directory)[0]
 
 
@@ -86,7 +82,7 @@ def check(directory: Path) -> tuple[Manifest | None, list[str]]:
     for name in found:
         if name not in files:
             if not Path(name).name.startswith("."):  # what file systems and file browsers leave behind
-                problems.append(f"{name} is not in the manifest; take it away")
+                problems.append(f"{name} is not in the manifest; remove it")
         elif (problem := deviation(directory / name, files[name])) is not None:
             problems.append(f"{name} {problem}")
     return manifest, problems
@@ -98,8 +94,7 @@ def deviation(path: Path, expected: Mapping[str, Any]) -> str | None:
         size = path.stat().st_size
         if size != expected["size"]:
             return f"has {size} bytes instead of {expected['size']}"
-        with path.open("rb") as file:
-            return None if _digest(file) == expected["sha256"] else "has changed content (sha256)"
+        return None if digest(path) == expected["sha256"] else "has changed content (sha256)"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -108,11 +103,7 @@ def deviation(path: Path, expected: Mapping[str, Any]) -> str | None:
 
 def listing(directory: Path, chosen: list[str]) -> Listing:
     """Size and sha256 of the files ``chosen`` in ``directory``."""
-    found: Listing = {}
-    for name in chosen:
-        with (directory / name).open("rb") as file:
-            found[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": _digest(file)}
-    return found
+    return {name: entry(directory / name) for name in chosen}
 
 
 def text_hash(text: object) -> str | None:
@@ -129,24 +120,15 @@ def names(directory: Path) -> list[str]:
 
 
 def _walk(directory: Path, root: Path) -> Iterator[str]:
-    for entry in os.scandir(directory):
-        path = Path(entry.path)
-        mode = entry.stat(follow_symlinks=False).st_mode
+    for found in os.scandir(directory):
+        path = Path(found.path)
+        mode = found.stat(follow_symlinks=False).st_mode
         if stat.S_ISDIR(mode):
             yield from _walk(path, root)
         elif stat.S_ISREG(mode):
             yield path.relative_to(root).as_posix()
         else:
             raise OSError(f"{path.relative_to(root)} is a link or a device, not a file")
-
-
-def sync(directory: Path) -> None:
-    """Force the entries of ``directory`` to disk."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read(directory: Path) -> tuple[Manifest, Listing]:
@@ -171,13 +153,6 @@ def _read(directory: Path) -> tuple[Manifest, Listing]:
         return Manifest(**content), files
     except (AssertionError, AttributeError, TypeError):
         raise ValueError(f"{NAME} is damaged") from None
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _own_hash(content: Mapping[str, Any]) -> str:

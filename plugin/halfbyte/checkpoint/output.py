@@ -6,43 +6,46 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import Trainer
+
+from halfbyte.checkpoint.resume import Resume
+from halfbyte.files import next_free
 
 _ADAPTER = "default"
 
 
-def claim(output_dir: str, *, overwrite: bool) -> Path | None:
-    """Make ``output_dir``; with ``overwrite`` what it holds is moved aside first and its new place returned."""
-    directory = Path(output_dir)
-    moved = None
-    if overwrite and directory.is_dir() and any(directory.iterdir()):
-        moved = aside(directory)
-        directory.rename(moved)
-    directory.mkdir(parents=True, exist_ok=True)
-    return moved
+def claim(output_dir: str, resume: Resume, *, overwrite: bool) -> list[str]:
+    """Make ``output_dir`` this run's, on rank 0; a barrier. Return lines to print about what was moved.
+
+    With ``overwrite`` what it holds is moved aside first; what lies after the checkpoint of a resume is set aside.
+    """
+    lines: list[str] = []
+    if PartialState().is_main_process:
+        directory = Path(output_dir)
+        if overwrite and directory.is_dir() and any(directory.iterdir()):
+            moved = next_free(directory.parent, f"{directory.name}.")
+            directory.rename(moved)
+            lines.append(f"the earlier run in {output_dir} is now in {moved}")
+        directory.mkdir(parents=True, exist_ok=True)
+        lines += resume.prepare(output_dir)
+    PartialState().wait_for_everyone()
+    return lines
 
 
 @contextlib.contextmanager
 def left_as_it_was(output_dir: str) -> Iterator[None]:
-    """Take ``output_dir`` away again if a block that fails made it: a Trainer does while it is constructed."""
+    """Remove ``output_dir`` again if a block that fails made it: a Trainer does while it is constructed."""
     directory = Path(output_dir)
     there = directory.exists()
     try:
         yield
     except BaseException:
         if not there:
-            with contextlib.suppress(OSError):  # not made, taken away by another rank, or not empty after all
+            with contextlib.suppress(OSError):  # not made, removed by another rank, or not empty after all
                 directory.rmdir()
         raise
-
-
-def aside(directory: Path) -> Path:
-    """The first free name beside ``directory``: name.1, name.2, ..."""
-    number = 1
-    while (candidate := directory.with_name(f"{directory.name}.{number}")).exists():
-        number += 1
-    return candidate
 
 
 def save_final(
@@ -51,7 +54,7 @@ def save_final(
     """Write the trained weights and the tokenizer into ``output_dir``: written aside, then renamed.
 
     An adapter run writes PEFT's format, without the frozen reference adapter of a preference run; a
-    full-parameter run writes the model. ``weights`` are the model's, gathered, where ranks hold parts.
+    full-parameter run writes the model. ``weights`` are the model's, gathered, where ranks hold shards.
     Returns the names of the files; only rank 0 has any.
     """
     names: list[str] = []

@@ -1,6 +1,6 @@
-"""Where a run goes on from: the newest checkpoint that verifies, and what is said of the others."""
+"""Where a run resumes from: the newest checkpoint that verifies, and why others were skipped."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import PartialState
 
 from halfbyte import distributed
-from halfbyte.checkpoint import history, manifest
+from halfbyte.checkpoint import changes, history, manifest
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.errors import UserError
 
@@ -19,7 +19,7 @@ _SHOWN = 6
 class Resume:
     """The decision of rank 0, the same on every rank.
 
-    ``path`` is the checkpoint, None to begin at step 0; ``wanted`` says whether a resume was asked for;
+    ``path`` is the checkpoint, None to begin at step 0; ``wanted`` says whether a resume was requested;
     ``lines`` are to be printed: what was found and what was skipped, and why.
     """
 
@@ -28,36 +28,34 @@ class Resume:
     manifest: Manifest | None = None
     lines: tuple[str, ...] = ()
 
-    @property
-    def recorded(self) -> Mapping[str, Any]:
-        """The options that the checkpoint was made with, those that decide the trajectory."""
-        return self.manifest.config if self.manifest is not None else {}
+    def changes(self, now: Mapping[str, Any], allowed: Sequence[str] | None) -> list[str]:
+        """Compare ``now`` with what the checkpoint was made with; see :func:`halfbyte.checkpoint.changes.compare`."""
+        return changes.compare(self.manifest, self.path, allowed, now)
 
-    def save_level(self, memory_budget: str) -> int | None:
-        """The save level that was decided on for the same ``memory_budget``, to go on with."""
-        if self.manifest is None or self.recorded.get("memory_budget") != memory_budget:
-            return None
-        return self.manifest.decided.get("save_level")
+    def require_usable(self, output_dir: str, *, overwrite: bool) -> None:
+        """Raise :class:`UserError` on every rank if this run may not write into ``output_dir``."""
+        if (problem := distributed.agree(self.problem(output_dir, overwrite=overwrite))) is not None:
+            raise UserError(problem, option="output_dir")
 
     def problem(self, output_dir: str, *, overwrite: bool) -> str | None:
         """Why this run may not write into ``output_dir``, or None."""
         directory = Path(output_dir)
         if directory.exists() and not directory.is_dir():
-            return f"output_dir: {directory} is a file; name a directory"
+            return f"{directory} is a file; name a directory"
         used = directory.is_dir() and any(directory.iterdir())
         if not used or self._inside(directory) or (overwrite and self.path is None):
             return None
         if self.path is not None:
             return (
-                f"output_dir: {directory} is not empty and {self.path} is not in it; choose a new directory for "
+                f"{directory} is not empty and {self.path} is not in it; choose a new directory for "
                 f"this continuation, or continue the run in {directory} with `--resume_from_checkpoint auto`"
             )
         if self.wanted:
             if history.holds_a_run(directory):
                 return None
-            return f"output_dir: {directory} is not empty and holds no run to continue; choose another"
+            return f"{directory} is not empty and holds no run to continue; choose another"
         return (
-            f"output_dir: {directory} is not empty; choose another, continue it with "
+            f"{directory} is not empty; choose another, continue it with "
             f"`--resume_from_checkpoint auto`, or move it aside with `--overwrite_output_dir`"
         )
 
@@ -74,22 +72,22 @@ class Resume:
 
 
 def find(output_dir: str, wanted: str | bool | None) -> Resume:
-    """Decide where to go on from: ``wanted`` is a path, or ``auto`` (TRL's ``true``) for the newest that is good.
+    """Decide where to resume from: ``wanted`` is a path, or ``auto`` (TRL's ``true``) for the newest that verifies.
 
-    Raises :class:`UserError` on every rank: the path named is no good, or there are checkpoints and none is.
+    Raises :class:`UserError` on every rank: the path named fails verification, or there are checkpoints and all fail.
     """
     word = str(wanted).lower()
     if wanted is None or word in ("false", "none", ""):
         return Resume()
-    answer: Resume | str = ""
+    answer: Resume | UserError = Resume()
     if PartialState().is_main_process:
         try:
             answer = _newest(Path(output_dir)) if word in ("true", "auto") else _named(Path(str(wanted)))
         except UserError as error:
-            answer = str(error)
+            answer = error
     answer = distributed.agree(answer)
-    if isinstance(answer, str):
-        raise UserError(answer)
+    if isinstance(answer, UserError):
+        raise answer
     return answer
 
 
@@ -97,8 +95,9 @@ def _named(path: Path) -> Resume:
     found, problems = usable(path)
     if problems:
         raise UserError(
-            f"resume_from_checkpoint: {path} is not a checkpoint to rely on: {_joined(problems)}; "
-            f"`--resume_from_checkpoint auto` looks for the newest that is"
+            f"{path} failed verification: {_joined(problems)}; "
+            f"`--resume_from_checkpoint auto` looks for the newest that passes",
+            option="resume_from_checkpoint",
         )
     return Resume(True, str(path), found, (f"resuming from {path}",))
 
@@ -118,11 +117,12 @@ def _newest(output_dir: Path) -> Resume:
     raise UserError(
         "\n".join(
             [
-                f"resume_from_checkpoint: no checkpoint in {output_dir} can be relied on:",
+                f"no checkpoint in {output_dir} passes verification:",
                 *(f"  {line}" for line in lines),
                 "repair or remove them, or start over with `--overwrite_output_dir` and no resume",
             ]
-        )
+        ),
+        option="resume_from_checkpoint",
     )
 
 

@@ -1,1 +1,52 @@
-"""The commands of `halfbyte`, one module each."""
+"""The commands of ``halfbyte``, one module each, and the one table of their names.
+
+The command line, the names that recipes must not take and the help all read the table. A command's module is
+imported when the command is called.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+from halfbyte.errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A name that the command line keeps for itself; ``reserved``: for a future release."""
+
+    name: str
+    summary: str
+    arguments: str = ""
+    reserved: bool = False
+
+    @property
+    def usage(self) -> str:
+        """How the command is typed."""
+        return f"halfbyte {self.name} {self.arguments}".rstrip()
+
+    def main(self, arguments: list[str]) -> int:
+        """Run the command and return its exit code; raises UserError for a name reserved for a future release."""
+        if self.reserved:
+            raise UserError(
+                f"`halfbyte {self.name}` is reserved for future releases; `halfbyte --help` lists the commands"
+            )
+        code: int = import_module(f"{__name__}.{self.name}").main(arguments)
+        return code
+
+
+TABLE = {
+    command.name: command
+    for command in (
+        Command("recipes", "list the installed recipes", "[--json]"),
+        Command("doctor", "check this machine, and what a launch file would run", "[--launch FILE] [--json]"),
+        Command("cache", "list or remove what is cached on disk", "ls|rm"),
+        Command("verify", "check a run or a checkpoint against its manifest", "DIR"),
+        Command("demo", "the offline quick start: base, sft, dpo", "[--output_dir DIR]"),
+        Command("merge", "write a model that plain transformers loads", reserved=True),
+        Command("plan", "predict memory and time of a run", reserved=True),
+        Command("plot", "redraw the plots of runs", reserved=True),
+        Command("quantize", "write a pre-quantized checkpoint", reserved=True),
+        Command("report", "compare quantization schemes on a model", reserved=True),
+        Command("runs", "compare runs", reserved=True),
+    )
+}

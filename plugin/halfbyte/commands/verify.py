@@ -1,25 +1,23 @@
-"""`halfbyte verify DIR`: hold a run, or one checkpoint, against what was recorded when it was written."""
+"""``halfbyte verify DIR``: check a run, or one checkpoint, against what was recorded when it was written."""
 
 import json
 from pathlib import Path
 
 from halfbyte.checkpoint import manifest
 from halfbyte.checkpoint.history import checkpoints, step_of
+from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
-
-USAGE = "usage: halfbyte verify DIR       DIR is a run's output_dir or one of its checkpoints"
 
 
 def main(arguments: list[str]) -> int:
-    """Print what of DIR is whole; return 1 when something is damaged."""
-    if arguments in (["--help"], ["-h"]):
-        print(USAGE)
-        return 0
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError(USAGE)
-    directory = Path(arguments[0])
+    """Print which parts of DIR are intact; return 1 if one is damaged."""
+    parser = Parser("verify")
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="a run's output_dir or a checkpoint of it"
+    )
+    directory: Path = parser.parse(arguments).directory
     if not directory.is_dir():
-        raise UserError(f"halfbyte verify: {directory} is not a directory")
+        raise UserError(f"{directory} is not a directory", option="halfbyte verify")
     if step_of(directory) is not None or (directory / manifest.NAME).exists():
         return 0 if _checkpoint(directory)[0] else 1
     return _run(directory)
@@ -30,10 +28,11 @@ def _run(directory: Path) -> int:
     listed = _final(directory)
     if not present and listed is None:
         raise UserError(
-            f"halfbyte verify: {directory} is neither a checkpoint (no {manifest.NAME}) nor a run that has saved "
-            f"one (no checkpoint-N, and no list of final files in run.json)"
+            f"{directory} is neither a checkpoint (no {manifest.NAME}) nor a run that has saved "
+            f"one (no checkpoint-N, and no list of final files in run.json)",
+            option="halfbyte verify",
         )
-    told = [(path, *_checkpoint(path)) for path in present]
+    results = [(path, *_checkpoint(path)) for path in present]
     final = True
     if listed is not None:
         problems = [
@@ -41,17 +40,17 @@ def _run(directory: Path) -> int:
             for name, entry in listed.items()
             if (problem := manifest.deviation(directory / name, entry)) is not None
         ]
-        final = _say("final weights", problems)
-    usable = next((path for path, sound, resumable in told if sound and resumable), None)
+        final = _print_result("final weights", problems)
+    usable = next((path for path, sound, resumable in results if sound and resumable), None)
     if usable is not None:
-        print(f"a resume goes on from {usable.name}")
+        print(f"a resume starts from {usable.name}")
     elif present:
         print("no checkpoint can be resumed from")
-    return 0 if final and all(sound for _, sound, _ in told) else 1
+    return 0 if final and all(sound for _, sound, _ in results) else 1
 
 
 def _final(directory: Path) -> manifest.Listing | None:
-    """The files that the finished run listed in run.json, or None if it lists none."""
+    """Return the files that the finished run listed in run.json, or None if it lists none."""
     try:
         listed = json.loads((directory / "run.json").read_text(encoding="utf-8"))["files"]
         assert all(Path(name).name == name and {"size", "sha256"} <= listed[name].keys() for name in listed)
@@ -60,20 +59,20 @@ def _final(directory: Path) -> manifest.Listing | None:
     except KeyError:
         return None
     except (OSError, ValueError, TypeError, AttributeError, AssertionError):
-        raise UserError(f"halfbyte verify: {directory / 'run.json'} is damaged") from None
+        raise UserError(f"{directory / 'run.json'} is damaged", option="halfbyte verify") from None
     return dict(listed) or None
 
 
 def _checkpoint(path: Path) -> tuple[bool, bool]:
-    """Whether ``path`` is sound, and whether it holds what a resume needs."""
+    """Return whether ``path`` is intact, and whether it has what a resume needs."""
     found, problems = manifest.check(path)
     if found is not None and not problems and not found.finite:
         problems = ["its weights are not finite"]
     resumable = found is not None and found.resumable
     note = "" if found is None or resumable else " (weights only: it cannot be resumed from)"
-    return _say(f"{path.name}{note}", problems), resumable
+    return _print_result(f"{path.name}{note}", problems), resumable
 
 
-def _say(name: str, problems: list[str]) -> bool:
+def _print_result(name: str, problems: list[str]) -> bool:
     print(f"{name}: {'damaged' if problems else 'ok'}", *(f"  {problem}" for problem in problems), sep="\n")
     return not problems

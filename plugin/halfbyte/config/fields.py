@@ -1,7 +1,6 @@
-"""The fields of the dataclasses, and the one conversion of what the user wrote to their types."""
+"""The fields of the dataclasses, and the one conversion of written values to their types."""
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -12,14 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from halfbyte.config.limits import COUNTS, choices_for, range_for
-from halfbyte.config.sources import Node, OptionError, parse_json, shorten, shown
+from halfbyte.config.sources import Node, OptionError, parse_json, shown
 from halfbyte.errors import UserError
+from halfbyte.wording import shorten, suggestion
 
 TRUE, FALSE = ("true", "yes", "on", "y", "t", "1"), ("false", "no", "off", "n", "f", "0")
 INTEGER = re.compile(r"[+-]?(0|[1-9](_?[0-9])*)")
 NUMBER = re.compile(r"[+-]?([0-9](_?[0-9])*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 NOT_FINITE = ("nan", "inf", "infinity")
-LISTED = 12  # more values than this are not all named in an error
+LISTED = 12  # an error lists at most this many values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Field:
     choices: tuple[Any, ...]
 
     def convert(self, node: Node) -> Any:
-        """The value of `node` in this field's type; raises OptionError, which says what to write."""
+        """Return the value of `node` in this field's type; raises OptionError, which says what to write."""
         value = _convert(node, self.type, self.choices)
         if self.name in COUNTS and isinstance(value, float) and value >= 1 and value.is_integer():
             value = int(value)
@@ -56,9 +56,7 @@ class Field:
             if isinstance(item, str) and item not in self.choices:
                 others = [member for member in members(self.type) if member in (bool, int, float)]
                 also = f", or {described(Union[tuple(others)])}" if others else ""  # noqa: UP007
-                raise OptionError(
-                    f"{shown(item)} is not a value it takes{_nearest(item, self.choices)}{also}"
-                )
+                raise OptionError(_no_choice(item, self.choices, also))
 
     @property
     def flag(self) -> bool:
@@ -67,7 +65,10 @@ class Field:
 
 
 def fields_of(classes: Iterable[type]) -> dict[str, Field]:
-    """Every option of `classes` by name; a redeclared field keeps the help and choices it inherits."""
+    """Return every option of `classes` by name; a redeclared field keeps the help and choices it inherits.
+
+    Raises UserError for a field whose name the command line reserves.
+    """
     found: dict[str, Field] = {}
     for owner in classes:
         hints = typing.get_type_hints(owner)
@@ -76,7 +77,9 @@ def fields_of(classes: Iterable[type]) -> dict[str, Field]:
                 continue
             name = declared.name
             if name in ("config", "help"):
-                raise UserError(f"{owner.__name__}.{name}: --{name} is reserved; give the field another name")
+                raise UserError(
+                    f"--{name} is reserved; give the field another name", option=f"{owner.__name__}.{name}"
+                )
             metadata: dict[str, Any] = {}
             for base in reversed(owner.__mro__):
                 metadata |= dict(getattr(base, "__dataclass_fields__", {}).get(name, declared).metadata)
@@ -90,7 +93,7 @@ def fields_of(classes: Iterable[type]) -> dict[str, Field]:
 
 
 def _widened(name: str, hint: Any, metadata: dict[str, Any]) -> Any:
-    """The type as upstream uses it: `fsdp` takes a bare flag, `*_kwargs` are never paths."""
+    """Return the type as upstream uses it: `fsdp` takes a bare flag, `*_kwargs` are never paths."""
     if metadata.get("const") is True:
         return bool | hint
     if name.endswith("_kwargs") and dict in _origins(hint):
@@ -99,14 +102,14 @@ def _widened(name: str, hint: Any, metadata: dict[str, Any]) -> Any:
 
 
 def default_of(declared: "dataclasses.Field[Any]") -> Any:
-    """The class's default of a field, None where the class has none."""
+    """Return the class's default of a field, None where it has none."""
     if declared.default_factory is not dataclasses.MISSING:
         return declared.default_factory()
     return None if declared.default is dataclasses.MISSING else declared.default
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the one type itself."""
+    """Return the alternatives of a union, or the one type itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -115,7 +118,7 @@ def _origins(hint: Any) -> list[Any]:
 
 
 def described(hint: Any) -> str:
-    """The type in words, for errors and help."""
+    """Describe the type, for errors and help."""
     names = {
         bool: "true or false",
         int: "a whole number",
@@ -136,13 +139,13 @@ def described(hint: Any) -> str:
     return " or ".join(dict.fromkeys(words))
 
 
-def _nearest(text: str, choices: Sequence[Any]) -> str:
+def _no_choice(text: str, choices: Sequence[Any], also: str = "") -> str:
+    """Describe an unsupported value: all allowed values, or the nearest where there are many."""
     names = [str(choice) for choice in choices]
-    close = difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.5)
+    near = suggestion(text.lower(), names, most=3)
     if len(names) <= LISTED:
-        hint = f" (nearest: {close[0]})" if close else ""
-        return f"{hint}; write one of {', '.join(names)}"
-    return f"; write {' or '.join(close)}" if close else f"; --help lists the {len(names)} names"
+        return f"{shown(text)} is not supported; write one of {', '.join(names)}{also}{near}"
+    return f"{shown(text)} is not supported{near or f'; --help all lists the {len(names)} names'}{also}"
 
 
 def _convert(node: Node, hint: Any, choices: Sequence[Any] = ()) -> Any:
@@ -174,7 +177,7 @@ def _mapping(node: Node, value: dict[str, Node], kinds: dict[Any, Any], hint: An
     known = fields_of([record])
     for key, entry in value.items():
         if key not in known:
-            raise OptionError(f"unknown key {shown(key)}{_nearest(key, tuple(known))}", entry.source)
+            raise OptionError(f"unknown key {shown(key)}{suggestion(key.lower(), known)}", entry.source)
     for item in dataclasses.fields(record):
         if (
             item.init
@@ -217,7 +220,7 @@ def _text(node: Node, text: str, kinds: dict[Any, Any], hint: Any, choices: Sequ
                 if text == str(item.value):
                     return text if str in kinds else item
     if list in kinds and text.startswith("["):
-        # A regular expression such as [qv]_proj may begin so too: text that is no JSON stays text.
+        # A regular expression such as [qv]_proj may begin with [ too: text that is not JSON stays text.
         try:
             return _convert(parse_json(text, node.source), hint, choices)
         except OptionError:
@@ -243,7 +246,7 @@ def _text(node: Node, text: str, kinds: dict[Any, Any], hint: Any, choices: Sequ
         for item in kind
     ]
     if enums := enums or [str(item) for item in typing.get_args(kinds.get(Literal))]:
-        raise OptionError(f"{shown(text)} is not a value it takes{_nearest(text, enums)}")
+        raise OptionError(_no_choice(text, enums))
     raise OptionError(f"must be {described(hint)}, is {shown(text)}")
 
 
@@ -260,7 +263,7 @@ def _number(text: str) -> float:
 
 
 def _untyped(node: Node) -> Any:
-    """A value inside a free mapping: plain text is a truth value, a number or text."""
+    """Convert a value inside a free mapping: plain text is a boolean, a number or text."""
     if isinstance(node.value, list):
         return [_untyped(item) for item in node.value]
     if isinstance(node.value, dict):

@@ -1,13 +1,12 @@
-"""What values are allowed beyond their types: ranges, names, and names other versions used."""
+"""What values are allowed beyond their types: ranges and names."""
 
-import functools
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
 Check = Callable[[float], bool]
 
-# The first rule that the class's own default satisfies applies: GRPO's `beta` is 0 by default, DPO's is not.
+# The first rule that the class's own default satisfies applies: `beta` is 0 by default in GRPO and not in DPO.
 RANGES: tuple[tuple[str, Check, str], ...] = (
     (
         "greater than 0",
@@ -52,7 +51,7 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
 # Declared float upstream, but a whole number counts steps or rows and a fraction is a share.
 COUNTS = ("eval_steps", "logging_steps", "save_steps", "test_split_size", "warmup_steps")
 
-# Names that upstream checks only where it uses them; tests hold each to upstream's own code.
+# Names that upstream checks only where it uses them; tests compare each with upstream's code.
 CHOICES: dict[str, Sequence[str]] = {
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
@@ -63,32 +62,9 @@ DPO_LOSSES = (
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 
-# What configurations written for other versions and libraries say, and what to write here.
-RENAMED = {
-    "batch_size": "write per_device_train_batch_size",
-    "epochs": "write num_train_epochs",
-    "evaluation_strategy": "write eval_strategy",
-    "group_by_length": "write train_sampling_strategy: group_by_length",
-    "learning_rate_scheduler": "write lr_scheduler_type",
-    "logging_dir": "set TENSORBOARD_LOGGING_DIR on the command line",
-    "lora_rank": "write lora_r",
-    "lr": "write learning_rate",
-    "lr_scheduler": "write lr_scheduler_type",
-    "max_prompt_length": "write max_length, which bounds prompt and completion together",
-    "max_seq_length": "write max_length",
-    "no_cuda": "write use_cpu: true",
-    "num_epochs": "write num_train_epochs",
-    "torch_dtype": "write dtype",
-    "warmup_ratio": "write warmup_steps: a number below 1 is a share of all steps",
-}
-
-# The launcher's own options that are not `accelerate launch`'s spelling; the others are asked of accelerate.
-LAUNCHER = ("accelerate_config", "accelerate_config_file", "nproc_per_node", "nnodes", "node_rank")
-NOT_A_LAUNCHER_KEY = ("help", "module", "training_script", "training_script_args", "role", "tee")
-
 
 def range_for(name: str, default: Any) -> tuple[str, Check] | None:
-    """The words and the test of the range that holds for field `name`, or None."""
+    """Return the range of field `name` in words and as a test, or None."""
     for words, check, names in RANGES:
         if name in names.split():
             number = isinstance(default, int | float) and not isinstance(default, bool)
@@ -98,7 +74,7 @@ def range_for(name: str, default: Any) -> tuple[str, Check] | None:
 
 
 def choices_for(owner: type, name: str, metadata: dict[str, Any], members: Sequence[Any]) -> tuple[Any, ...]:
-    """The values field `name` of `owner` may take, from upstream where upstream says; () for any.
+    """Return the values that field `name` of `owner` may take, upstream's where it lists them; () for any.
 
     `members` are the classes its annotation names, of which an Enum is a list of choices.
     """
@@ -116,12 +92,3 @@ def choices_for(owner: type, name: str, metadata: dict[str, Any], members: Seque
 
         return DPO_LOSSES if issubclass(owner, DPOConfig) else ()
     return tuple(CHOICES.get(name, ()))
-
-
-@functools.cache
-def launcher_keys() -> frozenset[str]:
-    """The options of `accelerate launch` and of TRL's launcher, which are not options of a recipe."""
-    from accelerate.commands.launch import launch_command_parser
-
-    names = {action.dest for action in launch_command_parser()._actions}
-    return frozenset(names | set(LAUNCHER)) - set(NOT_A_LAUNCHER_KEY)

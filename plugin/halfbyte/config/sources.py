@@ -1,14 +1,13 @@
-"""What the user wrote, with where: a YAML file and a command line, both read into the same nodes."""
+"""Values before they have a type, each with the line or option where it was written; YAML and JSON read into them."""
 
 import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from halfbyte.errors import UserError
+from halfbyte.wording import shorten
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -32,7 +31,7 @@ class Source:
 
 
 class OptionError(Exception):
-    """One wrong value; `read` collects them into one UserError.
+    """One invalid value; `read` collects them into one UserError.
 
     `path` is where it is within the option's value, such as ``[0].split``, and `source` its own line.
     """
@@ -46,8 +45,8 @@ class OptionError(Exception):
 class Node:
     """A value before it has a type: None, raw text, a list or a mapping of nodes.
 
-    `plain` text was not quoted and may stand for a number, a truth value or nothing; quoted text and the
-    strings of JSON may be converted to the field's type as well, but never to None.
+    `plain` text was not quoted and may be a number, a boolean or null; quoted text and the strings of JSON
+    may be converted to the field's type as well, but never to None.
     """
 
     value: "str | list[Node] | dict[str, Node] | None"
@@ -57,7 +56,7 @@ class Node:
 
 @dataclass
 class Entries:
-    """The keys of one place in the order they were written; a repeated key is a mistake."""
+    """The keys of one file or command line in the order they were written; a repeated key is a mistake."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     mistakes: list[tuple[Source, str]] = field(default_factory=list)
@@ -72,7 +71,7 @@ class Entries:
 
 
 def read_yaml(path: str) -> Entries:
-    """The top-level keys of the flat YAML file at `path`; an empty file has none.
+    """Return the top-level keys of the flat YAML file at `path`; an empty file has none.
 
     Raises UserError for a file that cannot be read, is not UTF-8 or is not a YAML mapping.
     """
@@ -81,7 +80,7 @@ def read_yaml(path: str) -> Entries:
     if root is None or (isinstance(root, yaml.ScalarNode) and root.tag == NULL):
         return entries
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}:1: a list of `key: value` lines is needed, this is a {_kind(root)}")
+        raise UserError(f"must be a list of `key: value` lines, is a {_kind(root)}", place=f"{path}:1")
     _mapping(path, root, entries)
     return entries
 
@@ -92,14 +91,16 @@ def _text(path: str) -> str:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--config: cannot read {path!r}: {reason}; give the path of a YAML file") from error
+        raise UserError(
+            f"cannot read {path!r}: {reason}; give the path of a YAML file", option="--config"
+        ) from error
     if len(data) > MAX_BYTES:
-        raise UserError(f"{path}: more than {MAX_BYTES} bytes; a configuration is a short YAML file")
+        raise UserError(f"more than {MAX_BYTES} bytes; a configuration is a short YAML file", place=path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+        raise UserError("not UTF-8 text; save the file as UTF-8", place=f"{path}:{line}") from error
 
 
 def _compose(path: str, text: str) -> yaml.Node | None:
@@ -110,31 +111,35 @@ def _compose(path: str, text: str) -> yaml.Node | None:
             assert event.start_mark is not None
             line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{path}:{line}: aliases (*name) are not supported; write the value out")
+                raise UserError(
+                    "aliases (*name) are not supported; write the value out", place=f"{path}:{line}"
+                )
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
             if depth > MAX_DEPTH:
                 raise UserError(
-                    f"{path}:{line}: nested more than {MAX_DEPTH} levels deep; a configuration is flat"
+                    f"nested more than {MAX_DEPTH} levels deep; a configuration is flat",
+                    place=f"{path}:{line}",
                 )
             if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
                 raise UserError(
-                    f"{path}:{line}: {shorten(event.tag)}: tags are not supported; write the bare value"
+                    f"{shorten(event.tag)}: tags are not supported; write the bare value",
+                    place=f"{path}:{line}",
                 )
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join((error.problem or error.context or "cannot be parsed").split())
         where = f"{path}:{mark.line + 1}" if mark is not None else path
-        raise UserError(f"{where}: not valid YAML: {problem}; the form is `key: value`") from error
+        raise UserError(f"not valid YAML: {problem}; the form is `key: value`", place=where) from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"not valid YAML: {' '.join(str(error).split())[:200]}", place=path) from error
     except UserError:
         raise
     except (ValueError, OverflowError) as error:  # PyYAML lets chr() and int() fail on wild escapes
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+        raise UserError(f"not valid YAML: {error}", place=path) from error
 
 
 def _mapping(path: str, node: yaml.MappingNode, entries: Entries) -> None:
@@ -143,7 +148,7 @@ def _mapping(path: str, node: yaml.MappingNode, entries: Entries) -> None:
         if isinstance(key, yaml.ScalarNode):
             entries.add(key.value, _node(path, value, source))
         else:
-            entries.mistakes.append((source, f"{source}: a key must be a name, this is a {_kind(key)}"))
+            entries.mistakes.append((source, f"{source}: a key must be a name, is a {_kind(key)}"))
 
 
 def _kind(node: yaml.Node) -> str:
@@ -169,7 +174,7 @@ def _node(path: str, node: yaml.Node, source: Source) -> Node:
 
 
 def parse_json(text: str, source: Source) -> Node:
-    """`text` as JSON with duplicate names, NaN and deep nesting refused; raises OptionError."""
+    """Parse `text` as JSON; raises OptionError, also for duplicate names and deep nesting."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in items]
@@ -199,53 +204,10 @@ def parse_json(text: str, source: Source) -> Node:
 
 
 class _Number(str):
-    """The digits of a JSON number, which are converted by the field's type like any other text."""
-
-
-@dataclass(frozen=True)
-class CommandLine:
-    """A command line before its options are looked up: options with their values, and `--config`."""
-
-    options: list[tuple[str, list[str], Source]]
-    config: str | None
-    help: bool
-
-
-def split(argv: Sequence[str]) -> CommandLine:
-    """Options and values of `argv`; `--key=value` is `--key value`, and `-` within a name is `_`.
-
-    Raises UserError for a word that belongs to no option and for a second or empty `--config`.
-    """
-    if any(word in ("-h", "--help") for word in argv):
-        return CommandLine([], None, True)
-    options: list[tuple[str, list[str], Source]] = []
-    closed = True  # a `--key=value` takes no further words
-    for word in argv:
-        if word.startswith("--") and word != "--":
-            name, equals, value = word[2:].partition("=")
-            source = Source(option=f"--{shorten(name)}")
-            options.append((name.replace("-", "_"), [value] if equals else [], source))
-            closed = bool(equals)
-        elif closed or (word.startswith("-") and not re.fullmatch(r"-[\d.].*", word)):
-            hint = "; a value that begins with - is written --key=VALUE" if word.startswith("-") else ""
-            raise UserError(f"{shown(word)}: belongs to no option; options are written --key value{hint}")
-        else:
-            options[-1][1].append(word)
-    files = [values for name, values, _ in options if name == "config"]
-    if len(files) > 1:
-        raise UserError("--config: given twice; keep one file and give the rest as --key value")
-    if files and (len(files[0]) != 1 or not files[0][0]):
-        raise UserError("--config: takes the path of one YAML file")
-    rest = [option for option in options if option[0] != "config"]
-    return CommandLine(rest, files[0][0] if files else None, False)
+    """The digits of a JSON number, converted to the field's type like any other text."""
 
 
 def shown(value: Any) -> str:
-    """`value` as one short line for an error message."""
+    """Return `value` as one short line for an error message."""
     text = repr(str(value) if isinstance(value, str) else value)
     return shorten(text)
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

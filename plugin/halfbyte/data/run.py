@@ -1,6 +1,6 @@
 """The data of one run: read, recognised, checked and described before any model is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -27,9 +27,18 @@ class RunData:
     train: Any
     eval: Any | None
     report: DataReport
+    tokenizer: Any = None
+    added_token_ids: list[int] = field(default_factory=list)
 
 
-def load(script: Any, mixture: Any, training: Any, format: DataFormat | None, tokenizer: Any) -> RunData:
+def load(
+    script: Any,
+    mixture: Any,
+    training: Any,
+    format: DataFormat | None,
+    tokenizer: Any,
+    added_token_ids: list[int] | None = None,
+) -> RunData:
     """Read what ``dataset_name`` or ``datasets:`` names and check every row.
 
     ``script``, ``mixture`` and ``training`` are TRL's ScriptArguments, DatasetMixtureConfig and trainer
@@ -52,7 +61,7 @@ def load(script: Any, mixture: Any, training: Any, format: DataFormat | None, to
             report.eval = counts
     if tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token:
         report.notes.append(f"padding with the end token {tokenizer.pad_token}: only the padding is masked")
-    return RunData(ready["train"], ready.get("eval"), report)
+    return RunData(ready["train"], ready.get("eval"), report, tokenizer, added_token_ids or [])
 
 
 def _split(

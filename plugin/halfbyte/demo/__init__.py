@@ -1,8 +1,6 @@
 """The offline quick start: a base trained on Python's own library, then SFT, then DPO, on two processes."""
 
-import argparse
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -15,42 +13,26 @@ from rich.console import Console
 
 from halfbyte.demo import base, corpus, stages, summary
 from halfbyte.errors import UserError
+from halfbyte.files import next_free
 
-__all__ = ["main", "run"]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"halfbyte demo: {message}; the only option is --output_dir DIR")
-
-
-def main(argv: list[str]) -> int:
-    """``halfbyte demo [--output_dir DIR]``; returns the exit code."""
-    parser = _Parser(prog="halfbyte demo", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--output_dir", type=Path, default=Path("halfbyte-demo"), metavar="DIR")
-    options = parser.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("halfbyte demo starts its own processes: run it without `accelerate launch`")
-    return run(options.output_dir)
+__all__ = ["run"]
 
 
 def run(output_dir: Path, size: stages.Size | None = None) -> int:
-    """Train base, SFT and DPO into ``output_dir`` and show what they learnt; returns the exit code.
+    """Train base, SFT and DPO into ``output_dir``, print the results and return the exit code.
 
-    What is in ``output_dir`` already is moved aside. The base comes from the cache when it is there.
+    An earlier ``output_dir`` is moved aside. The base comes from the cache if it was trained before.
     """
     started = time.monotonic()
     size = size or stages.Size()
     console = Console()
     directory = output_dir.absolute()
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"--output_dir: {output_dir} is a file; name a directory")
+        raise UserError(f"{output_dir} is a file; name a directory", option="--output_dir")
     console.print("reading Python's standard library", highlight=False)
     source = corpus.collect()
     if directory.is_dir() and any(directory.iterdir()):
-        from halfbyte.checkpoint.output import aside  # brings PEFT along: only when it is needed
-
-        kept = aside(directory)
+        kept = next_free(directory.parent, f"{directory.name}.")
         directory.rename(kept)
         console.print(f"the earlier {directory} is now {kept}", highlight=False, soft_wrap=True)
     directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +85,7 @@ def _places(directory: Path, name: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _terminated_as_exception() -> Iterator[None]:
-    """SIGTERM unwinds, so that the training processes are stopped before this one ends."""
+    """Turn SIGTERM into SystemExit, so that the training processes are stopped before this one ends."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)

@@ -1,32 +1,36 @@
-"""What this process was launched as, and whether 4-bit training is right under it."""
+"""How this process was launched, which strategies 4-bit training supports, and what sharded models need."""
 
 from halfbyte.distributed.launcher import launch_command
-from halfbyte.distributed.ranks import FailedElsewhereError, agree, gather, on_every_rank
+from halfbyte.distributed.ranks import agree, gather, on_every_rank
 from halfbyte.distributed.sharded_optimizers import check_optimizer
-from halfbyte.distributed.sharded_weights import check_adapters, gathered_adapters, save_adapters_whole
+from halfbyte.distributed.sharded_weights import base_bytes, check_adapters, gathered_adapters, packed_bytes
+from halfbyte.distributed.shards import is_sharded, local_shard, whole
 from halfbyte.distributed.strategy import (
     SHARDED,
     Strategy,
     check_quantized,
     refuse_precision,
     refuse_unsupported,
-    strategy_in_force,
+    strategy_in_use,
 )
 
 __all__ = [
     "SHARDED",
-    "FailedElsewhereError",
     "Strategy",
     "agree",
+    "base_bytes",
     "check_adapters",
     "check_optimizer",
     "check_quantized",
     "gather",
     "gathered_adapters",
+    "is_sharded",
     "launch_command",
+    "local_shard",
     "on_every_rank",
+    "packed_bytes",
     "refuse_precision",
     "refuse_unsupported",
-    "save_adapters_whole",
-    "strategy_in_force",
+    "strategy_in_use",
+    "whole",
 ]

@@ -1,7 +1,7 @@
-"""FSDP2 for 4-bit models: the packed weights are divided over the ranks, and only gathered layer by layer.
+"""FSDP2 for 4-bit models: the packed weights are sharded over the ranks, and gathered one layer at a time.
 
-accelerate 1.15 (utils/fsdp_utils.py, ``fsdp2_prepare_model``) leaves 4-bit weights in uint8 storage whole on
-every rank, with a warning. torch divides parameters of any dtype from 2.13 on
+accelerate 1.15 (utils/fsdp_utils.py, ``fsdp2_prepare_model``) replicates 4-bit weights in uint8 storage on every
+rank, with a warning. torch shards parameters of any dtype from 2.13 on
 (torch/distributed/fsdp/_fully_shard/_fsdp_param.py); before that only floating-point ones.
 """
 
@@ -21,28 +21,29 @@ from halfbyte.distributed.launcher import is_on
 from halfbyte.distributed.sharded_optimizers import step_on_shards
 from halfbyte.errors import UserError
 
-# The first torch whose FSDP2 divides parameters that are not floating-point.
-DIVIDES_INTEGERS = (2, 13)
+# The first torch whose FSDP2 shards parameters that are not floating-point.
+SHARDS_INTEGERS = (2, 13)
 
 _stock_prepare = accelerate.accelerator.fsdp2_prepare_model
 
 
 def requested(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher asked for FSDP, of either version."""
+    """Whether the launcher requested FSDP, of either version."""
     return is_on(environment, "ACCELERATE_USE_FSDP")
 
 
 def quantization_storage(given: str | None, compute_dtype: torch.dtype) -> tuple[str | None, str | None]:
-    """The dtype to store packed 4-bit weights in under FSDP2, and the line to print where it is not the usual one.
+    """Return the dtype to store packed 4-bit weights in under FSDP2, and the line to print where it is not the default.
 
-    uint8 where torch divides integers; below torch 2.13 the compute dtype. ``given`` is what the user asked for.
+    None stands for bitsandbytes' default, uint8; below torch 2.13 it is the compute dtype. ``given`` is the user's
+    choice.
 
-    Raises :class:`UserError` if ``given`` cannot be divided, or would be cast, which corrupts packed bytes.
+    Raises :class:`UserError` if ``given`` cannot be sharded, or would be cast, which corrupts packed bytes.
     """
     wanted = str(compute_dtype).removeprefix("torch.")
-    if given is None and not divides_integers():
+    if given is None and not shards_integers():
         return wanted, (
-            f"bnb_4bit_quant_storage: torch {torch.__version__} divides floating-point weights only, so the packed "
+            f"bnb_4bit_quant_storage: torch {torch.__version__} shards floating-point weights only, so the packed "
             f"4-bit weights are stored as {wanted}; from torch 2.13 on they stay uint8"
         )
     _check_storage(given or "uint8", wanted)
@@ -50,26 +51,27 @@ def quantization_storage(given: str | None, compute_dtype: torch.dtype) -> tuple
 
 
 def check_base(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Raise :class:`UserError` if the storage of a loaded base, frozen in its checkpoint, is wrong under FSDP2."""
+    """Raise :class:`UserError` if the storage of a loaded base, fixed by its checkpoint, is wrong under FSDP2."""
     for linear in _linears(model).values():
         _check_storage(*(str(dtype).removeprefix("torch.") for dtype in (linear.weight.dtype, compute_dtype)))
 
 
-def divides_integers(version: str = torch.__version__) -> bool:
-    """Whether this torch's FSDP2 divides parameters that are not floating-point."""
-    return tuple(int(part) for part in version.split(".")[:2]) >= DIVIDES_INTEGERS
+def shards_integers(version: str = torch.__version__) -> bool:
+    """Whether this torch's FSDP2 shards parameters that are not floating-point."""
+    return tuple(int(part) for part in version.split(".")[:2]) >= SHARDS_INTEGERS
 
 
 def install() -> None:
-    """Have accelerate divide 4-bit models with :func:`prepare`; all other models go its own way."""
+    """Have accelerate shard 4-bit models with :func:`prepare`; a process-wide patch. Other models are unaffected."""
     accelerate.accelerator.fsdp2_prepare_model = prepare
 
 
 def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
-    """Divide ``model`` over the ranks in place, its packed 4-bit weights included, and return it.
+    """Shard ``model`` over the ranks in place, its packed 4-bit weights included, and return it.
 
-    Parameters keep their dtype and gradients are reduced in float32, so that a step equals that of one process;
-    accelerate would reduce float32 adapters' gradients, and round the loss, in the compute dtype.
+    Replaces ``accelerate.accelerator.fsdp2_prepare_model``. Parameters keep their dtype and gradients are reduced in
+    float32, so that a step equals that of one process; accelerate would reduce the gradients of float32 adapters,
+    and round the loss, in the compute dtype.
     """
     linears = _linears(model)
     if not linears or isinstance(model, FSDPModule):
@@ -91,7 +93,7 @@ def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
     # Embeddings and head stay with the root, gathered for the whole forward: TRL's fused losses read the head's
     # weight without calling the head, and tied ones must be in one group.
     fully_shard(model, **options)
-    _check_divided(linears)
+    _check_sharded(linears)
     for optimizer in accelerator._optimizers:
         step_on_shards(optimizer.optimizer)
     return model
@@ -102,7 +104,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _unwrap_packed(name: str, linear: Any) -> None:
-    """Make the packed weight a plain parameter; bitsandbytes restores it from ``quant_state`` at each forward."""
+    """Make the packed weight ``[F * H / 2, 1]`` a plain parameter; each forward restores it from ``quant_state``."""
     weight = linear.weight
     state = getattr(weight, "quant_state", None)
     assert state is not None, f"{name}: the 4-bit weight is not quantized yet"
@@ -113,23 +115,24 @@ def _unwrap_packed(name: str, linear: Any) -> None:
     linear.weight = nn.Parameter(weight.detach().as_subclass(torch.Tensor), requires_grad=False)
 
 
-def _check_divided(linears: Mapping[str, Any]) -> None:
+def _check_sharded(linears: Mapping[str, Any]) -> None:
     whole = [name for name, linear in linears.items() if not isinstance(linear.weight, DTensor)]
-    assert not whole, f"FSDP2 left {len(whole)} 4-bit weights whole on every rank, the first {whole[0]}"
+    assert not whole, f"FSDP2 did not shard {len(whole)} 4-bit weights, the first {whole[0]}"
 
 
 def _check_storage(storage: str, compute_dtype: str) -> None:
     is_float = getattr(torch, storage).is_floating_point
     if is_float and storage != compute_dtype:
         raise UserError(
-            f"bnb_4bit_quant_storage: the packed 4-bit weights are stored as {storage} and the run computes in "
-            f"{compute_dtype}; under FSDP2 a cast between the two would corrupt the packed bytes. Write "
-            f"`bnb_4bit_quant_storage: {'uint8' if divides_integers() else compute_dtype}` and load the 16-bit "
-            f"checkpoint, or `dtype: {storage}`"
+            f"the packed 4-bit weights are stored as {storage} and the run computes in {compute_dtype}; under FSDP2 a "
+            f"cast between the two would corrupt the packed bytes. Write "
+            f"`bnb_4bit_quant_storage: {'uint8' if shards_integers() else compute_dtype}` and load the 16-bit "
+            f"checkpoint, or `dtype: {storage}`",
+            option="bnb_4bit_quant_storage",
         )
-    if not is_float and not divides_integers():
+    if not is_float and not shards_integers():
         raise UserError(
-            f"bnb_4bit_quant_storage: torch {torch.__version__} does not divide {storage} weights, so that every rank "
-            f"would hold the whole base; write `bnb_4bit_quant_storage: {compute_dtype}` and load the 16-bit "
-            f"checkpoint, or use torch 2.13"
+            f"torch {torch.__version__} does not shard {storage} weights: every rank would hold the whole base; write "
+            f"`bnb_4bit_quant_storage: {compute_dtype}` and load the 16-bit checkpoint, or use torch 2.13",
+            option="bnb_4bit_quant_storage",
         )

@@ -1,7 +1,7 @@
-"""What the launcher was asked for: read from the environment it left, and from its own command line.
+"""What the launcher was requested to do: read from the environment it set, and from its own command line.
 
-The command line is needed because some launches leave no trace: ``accelerate launch --cpu
---num_processes 2`` starts one process, with an environment that says nothing of a second.
+The command line is needed because some launches set nothing: ``accelerate launch --cpu --num_processes 2`` starts
+one process, whose environment does not mention a second.
 """
 
 import os
@@ -21,7 +21,7 @@ _DISTRIBUTED_TYPES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "M
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. ``use_cpu`` is None where the launcher does not say."""
+    """The requested launch. ``use_cpu`` is None where the launcher does not set it."""
 
     strategy: str = "single"
     processes: int = 1
@@ -32,26 +32,26 @@ class Request:
 
 
 def requested(environment: Mapping[str, str] = os.environ, parent: psutil.Process | None = None) -> Request:
-    """What this process was launched as, whichever of the environment and the command line asks for more."""
+    """Return the requested launch: from the environment or the command line, whichever requests more processes."""
     found = from_environment(environment)
     parent = parent or psutil.Process().parent()
     try:
         words, name, cwd = parent.cmdline(), parent.name(), parent.cwd()
     except (psutil.Error, AttributeError, OSError):
-        return found  # the launcher is gone, or is another user's
+        return found  # the launcher has exited, or belongs to another user
     launched = accelerate_arguments(words)
     if launched is not None:
         written = from_command_line(launched, Path(cwd))
         return found if written is None else _merge(found, written)
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if name == "slurmstepd" and found.processes == 1 and tasks > 1:
-        # srun alone: every task is this same command, and none knows of the others.
+        # srun without a launcher: every task runs this same command, unaware of the others.
         return Request("ddp", tasks, launcher="srun")
     return found
 
 
 def launch_command(own: Sequence[str], parent: psutil.Process | None = None) -> list[str] | None:
-    """The launcher's command line without the words ``own`` of this command, or None without a launcher."""
+    """Return the launcher's command line without the words ``own`` of this command; None without a launcher."""
     parent = parent or psutil.Process().parent()
     try:
         words = parent.cmdline()
@@ -70,7 +70,7 @@ def launch_command(own: Sequence[str], parent: psutil.Process | None = None) -> 
 
 
 def from_environment(environment: Mapping[str, str]) -> Request:
-    """What the variables say that accelerate, torchrun and MPI set for a rank."""
+    """Read the variables that accelerate, torchrun and MPI set for a rank."""
     processes = max(int(environment.get(name) or 1) for name in _WORLD_SIZES)
     local = int(environment.get("LOCAL_WORLD_SIZE") or processes)
     if is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
@@ -95,7 +95,7 @@ def from_environment(environment: Mapping[str, str]) -> Request:
 
 
 def accelerate_arguments(command: Sequence[str]) -> list[str] | None:
-    """The words after ``accelerate launch``, or None if ``command`` is no accelerate launcher."""
+    """Return the words after ``accelerate launch``, or None if ``command`` is not an accelerate launcher."""
     words = list(command)
     if words and Path(words[0]).name.startswith("python"):
         words = words[1:]
@@ -114,7 +114,7 @@ def accelerate_arguments(command: Sequence[str]) -> list[str] | None:
 
 
 def from_command_line(arguments: Sequence[str], directory: Path) -> Request | None:
-    """What ``accelerate launch ARGUMENTS``, called in ``directory``, asks for; None if it is no valid call."""
+    """Parse ``accelerate launch ARGUMENTS``, called in ``directory``; None if the arguments are invalid."""
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command_parser
 
@@ -131,7 +131,7 @@ def from_command_line(arguments: Sequence[str], directory: Path) -> Request | No
 
 
 def from_config(config: Mapping[str, Any], options: Any = None) -> Request:
-    """What an accelerate configuration asks for, under the launcher's own ``options`` if there are any."""
+    """Read an accelerate configuration; the launcher's own ``options`` override it."""
 
     def chosen(name: str, default: Any) -> Any:
         value = getattr(options, name, None)
@@ -165,7 +165,7 @@ def from_config(config: Mapping[str, Any], options: Any = None) -> Request:
 
 
 def _merge(found: Request, written: Request) -> Request:
-    """The environment's request, with what only the command line shows."""
+    """Combine the environment's request with what only the command line shows."""
     silent = found.strategy in ("single", "ddp") and written.strategy not in ("single", "ddp")
     return Request(
         written.strategy if silent or written.processes > found.processes else found.strategy,
@@ -178,10 +178,10 @@ def _merge(found: Request, written: Request) -> Request:
 
 
 def _deepspeed(stage: object, file: object) -> str:
-    """The strategy of a DeepSpeed ``stage``; a configuration ``file`` of DeepSpeed's own replaces all else."""
+    """The strategy of a DeepSpeed ``stage``; a DeepSpeed configuration ``file`` replaces all other options."""
     return f"zero{stage}" if str(file or "none").lower() == "none" else "deepspeed_file"
 
 
 def is_on(environment: Mapping[str, str], name: str) -> bool:
-    """Whether the variable ``name`` is set to what accelerate takes for true."""
+    """Whether the variable ``name`` is set to what accelerate reads as true."""
     return environment.get(name, "false").lower() in ("1", "true", "yes")

@@ -1,4 +1,8 @@
-"""Small agreements between ranks: one decides for all, all report to one, all fail together."""
+"""Agreement between ranks: rank 0 decides for all, all report to all, all fail together.
+
+Keys in the process group's store, for the n-th block of :func:`on_every_rank`: ``halfbyte/n/finished`` counts the
+ranks that succeeded, ``halfbyte/n/failed`` is the first line of a failure.
+"""
 
 import itertools
 import time
@@ -10,15 +14,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import distributed_c10d
 
-from halfbyte.errors import UserError
+from halfbyte.errors import FailedElsewhereError
+from halfbyte.wording import first_line
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.05
 _blocks = itertools.count()  # every rank runs the same blocks in the same order
-
-
-class FailedElsewhereError(UserError):
-    """This rank did nothing wrong: another one failed, and says so itself."""
 
 
 def agree(value: T) -> T:
@@ -37,9 +38,9 @@ def gather(value: T) -> list[T]:
 def on_every_rank(what: str) -> Iterator[None]:
     """Run a block that must succeed on all ranks, or fail on all of them.
 
-    A rank whose own block succeeded raises when another's did not. The ranks tell each other through the
-    process group's store and not by a collective: one that failed may have left others waiting inside the
-    block, and a second collective would then hang with them.
+    A rank whose own block succeeded raises :class:`FailedElsewhereError` when another's did not. The ranks
+    communicate through the process group's store and not by a collective: a rank that failed may have left others
+    waiting inside the block, and a second collective would hang with them.
     """
     if PartialState().num_processes == 1:
         yield
@@ -50,9 +51,9 @@ def on_every_rank(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if store.check([failed]):  # most likely this error is only that the other rank went away
+        if store.check([failed]):  # most likely this error only reports that the other rank exited
             raise _another(what, store.get(failed)) from error
-        store.set(failed, _first_line(error))
+        store.set(failed, first_line(error))
         raise
     store.add(finished, 1)
     while not store.check([failed]):
@@ -64,7 +65,3 @@ def on_every_rank(what: str) -> Iterator[None]:
 
 def _another(what: str, message: bytes) -> FailedElsewhereError:
     return FailedElsewhereError(f"another rank failed while {what}: {message.decode()}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

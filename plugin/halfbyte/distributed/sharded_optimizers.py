@@ -1,7 +1,7 @@
-"""bitsandbytes optimizers on parameters that FSDP2 has divided: each rank steps on its own shard.
+"""bitsandbytes optimizers on parameters that FSDP2 has sharded: each rank steps on its own shard.
 
-bitsandbytes' update kernels do not know DTensors. 32-bit states are kept as DTensors of their parameter's
-layout, so that checkpoints save and load them like torch's own.
+bitsandbytes' update kernels do not support DTensors. 32-bit states are kept as DTensors with their parameter's
+layout, so that checkpoints save and load them like those of torch's optimizers.
 """
 
 from typing import Any
@@ -18,15 +18,15 @@ _STATES = ("state1", "state2")
 
 
 def check_optimizer(optim: str) -> None:
-    """Raise :class:`UserError` for an optimizer, by its name in `optim`, whose state cannot be divided."""
+    """Raise :class:`UserError` for an optimizer, by its name in `optim`, whose state cannot be sharded."""
     if "8bit" in optim or "ademamix" in optim:
-        raise _refusal(f"optim: {optim}", _instead(optim), eight_bit="8bit" in optim)
+        raise _refusal(optim, _instead(optim), eight_bit="8bit" in optim)
 
 
 def step_on_shards(optimizer: Optimizer) -> None:
-    """Make a bitsandbytes optimizer, just created, step on the local shards of its parameters; leave others alone.
+    """Make a newly created bitsandbytes optimizer step on the local shards of its parameters; others are unchanged.
 
-    Raises :class:`UserError` for one whose state cannot be divided.
+    Raises :class:`UserError` for one whose state cannot be sharded.
     """
     if not isinstance(optimizer, Optimizer8bit) or isinstance(optimizer, _OnShards):
         return
@@ -46,15 +46,17 @@ def _instead(optim: str) -> str:
 
 def _refusal(what: str, instead: str, *, eight_bit: bool) -> UserError:
     reason = (
-        "its states are 8 bits in blocks with scales of their own, which do not follow a divided parameter"
+        "its 8-bit states are quantized in blocks, which do not follow a sharded parameter"
         if eight_bit
-        else "its state has another shape than its parameter, and cannot be divided with it"
+        else "its state does not have its parameter's shape, and cannot be sharded with it"
     )
-    return UserError(f"{what}: {reason}; write `optim: {instead}`, or launch with launch/ddp.yaml")
+    return UserError(
+        f"{what}: {reason}; write `optim: {instead}`, or launch with launch/ddp.yaml", option="optim"
+    )
 
 
 class _OnShards(Optimizer8bit):
-    """What replaces, in a bitsandbytes optimizer, the methods that touch parameters and states."""
+    """Replacements for the methods of a bitsandbytes optimizer that touch parameters and states."""
 
     def init_state(self, group: dict[str, Any], p: Any, gindex: int, pindex: int) -> None:
         if not isinstance(p, DTensor):
@@ -74,7 +76,7 @@ class _OnShards(Optimizer8bit):
             return
         state = self.state[p]
         local = torch.nn.Parameter(p.to_local().detach())
-        if local.numel() == 0:  # an uneven division leaves the last ranks without a shard
+        if local.numel() == 0:  # uneven sharding leaves the last ranks without a shard
             state["step"] += 1
             return
         assert isinstance(p.grad, DTensor)
@@ -86,15 +88,15 @@ class _OnShards(Optimizer8bit):
             state["step"] = self.state.pop(local)["step"]
 
     def prefetch_state(self, p: Any) -> None:
-        """Nothing ahead of the step: paged states come in as the kernel touches them."""
+        """Do nothing: paged states are fetched when the kernel touches them."""
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own form: bitsandbytes hides its states from FSDP, which here may gather them."""
+        """Return torch's own form: bitsandbytes hides its states from FSDP, which here may gather them."""
         return Optimizer.state_dict(self)
 
 
 def _like(parameter: DTensor, local: torch.Tensor) -> DTensor:
-    """``local`` as this rank's shard of a tensor of ``parameter``'s shape and layout."""
+    """``local`` as this rank's shard of a DTensor with ``parameter``'s shape and layout."""
     return DTensor.from_local(
         local,
         parameter.device_mesh,

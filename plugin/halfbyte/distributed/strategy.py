@@ -1,4 +1,4 @@
-"""The strategy a run was launched under, held to the one in force: any difference stops the run."""
+"""The requested strategy against the one in use: any difference stops the run."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from halfbyte.distributed.launcher import Request, requested
 from halfbyte.distributed.ranks import on_every_rank
 from halfbyte.errors import UserError
 
-# Strategies that divide the base over the ranks.
+# Strategies that shard the base over the ranks.
 SHARDED = ("fsdp2", "zero3")
 
 _PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
@@ -22,18 +22,19 @@ _PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 
 @dataclass(frozen=True)
 class Strategy:
-    """How many processes train together, and how they share the work."""
+    """The strategy in use: its name, the number of processes that train together, and this rank's device."""
 
     name: str
     world_size: int
     device: str
 
     def as_dict(self) -> dict[str, object]:
+        """Return what run.json records of it."""
         return {"name": self.name, "world_size": self.world_size}
 
 
 def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise :class:`UserError` if the launcher asked for a strategy that is refused whatever else is set."""
+    """Raise :class:`UserError` if the launcher requested a strategy or an option that is always refused."""
     strategy = _known(requested(environment).strategy)
     support.require(strategy)
     if (problem := support.refused_option(strategy, environment)) is not None:
@@ -43,27 +44,28 @@ def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_quantized(strategy: str, load_in_4bit: bool) -> None:
-    """Raise :class:`UserError` if a base that is not in four bits is to be divided."""
+    """Raise :class:`UserError` if a base that is not in 4 bits would be sharded."""
     if not load_in_4bit:
         raise UserError(
-            f"load_in_4bit: false under {strategy}: only 4-bit bases with adapters are proven there; take it out, or "
-            f"launch with DDP: {support.DDP}"
+            f"false under {strategy}: only 4-bit bases with adapters are tested there; remove it, or launch with DDP: "
+            f"{support.DDP}",
+            option="load_in_4bit",
         )
 
 
-def strategy_in_force(*, on_cpu: bool = False, environment: Mapping[str, str] = os.environ) -> Strategy:
+def strategy_in_use(*, on_cpu: bool = False, environment: Mapping[str, str] = os.environ) -> Strategy:
     """Return the strategy of the running process group, on every rank.
 
-    ``on_cpu`` says that the user wrote ``use_cpu: true``. Raises :class:`UserError` on all ranks when what
-    is in force is not what was asked for: then one process trains for two, or each rank trains alone and
-    overwrites the others' results.
+    ``on_cpu`` says that the user wrote ``use_cpu: true``. Raises :class:`UserError` on all ranks when the strategy
+    in use is not the requested one: one process would train in place of two, or each rank would train alone and
+    overwrite the others' results.
     """
     state = PartialState()
     with on_every_rank("checking what was launched"):
         request = requested(environment)
         name = _name(request.strategy, state.distributed_type)
         strategy = Strategy(name, state.num_processes, device_name(state.device))
-        if (problem := difference(request, strategy, on_cpu or _cpu_wanted(state))) is not None:
+        if (problem := difference(request, strategy, on_cpu or _cpu_requested(state))) is not None:
             raise UserError(problem)
         support.require(_known(name))
         if state.distributed_type == DistributedType.NO and state.device.type == "cuda":
@@ -71,34 +73,34 @@ def strategy_in_force(*, on_cpu: bool = False, environment: Mapping[str, str] = 
     return strategy
 
 
-def difference(request: Request, force: Strategy, cpu_wanted: bool) -> str | None:
-    """What was asked for and is not in force, with the command line that gives it; None if all is as asked."""
+def difference(request: Request, in_use: Strategy, cpu_requested: bool) -> str | None:
+    """Return what was requested and is not in use, with the command line that gives it; None if nothing differs."""
     processes = request.processes
-    if force.world_size != processes:
+    if in_use.world_size != processes:
         if request.launcher == "srun":
             return (
                 f"srun started {processes} tasks, but each would train alone: let every node start one launcher, "
                 f"as launch/slurm.sh does"
             )
-        if force.world_size == 1 and request.launcher == "accelerate":
+        if in_use.world_size == 1 and request.launcher == "accelerate":
             return (
-                f"the launcher was asked for {processes} processes, but this one trains alone: accelerate starts "
-                f"one process for `--cpu` and MULTI_CPU, and does not join ranks on CPUs without `use_cpu: true`; "
+                f"{processes} processes were requested, but this one trains alone: accelerate starts one process for "
+                f"`--cpu` and MULTI_CPU, and does not join ranks on CPUs without `use_cpu: true`; "
                 f"instead: {command_line('cpu.yaml', processes, request.machines)}"
             )
         return (
-            f"the launcher started {processes} processes, but {force.world_size} train together: without a GPU "
-            f"a launch needs `use_cpu: true`; instead: {command_line('cpu.yaml', processes, request.machines)}"
+            f"the launcher started {processes} processes, but {in_use.world_size} train together: without a GPU "
+            f"a launch requires `use_cpu: true`; instead: {command_line('cpu.yaml', processes, request.machines)}"
         )
-    if request.strategy not in (force.name, "single", "ddp"):
+    if request.strategy not in (in_use.name, "single", "ddp"):
         name = support.STRATEGIES.get(request.strategy, request.strategy)
         return (
-            f"{name} was asked for, but {support.STRATEGIES[force.name]} is in force: accelerate shards on GPUs "
-            f"only, and says nothing; instead: {command_line('cpu.yaml', processes, request.machines)}"
+            f"{name} was requested, but the run is using {support.STRATEGIES[in_use.name]}: accelerate shards on GPUs "
+            f"only, and prints nothing; instead: {command_line('cpu.yaml', processes, request.machines)}"
         )
-    if request.use_cpu is False and processes > 1 and force.device == "cpu" and not cpu_wanted:
+    if request.use_cpu is False and processes > 1 and in_use.device == "cpu" and not cpu_requested:
         return (
-            f"{processes} processes on GPUs were asked for, and this machine shows none; to train on CPUs: "
+            f"{processes} processes on GPUs were requested, and this machine has no visible GPU; to train on CPUs: "
             f"{command_line('cpu.yaml', processes, request.machines)}"
         )
     return None
@@ -109,15 +111,15 @@ def refuse_precision(dtype: str, why: str, environment: Mapping[str, str] = os.e
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched != "no" and _PRECISIONS.get(launched) != dtype:
         wanted = _PRECISIONS.get(launched)
-        mend = f", or write `dtype: {wanted}`" if wanted else ""
+        advice = f", or write `dtype: {wanted}`" if wanted else ""
         raise UserError(
-            f"the launcher sets mixed_precision {launched}, but the run computes in {dtype} ({why}): "
-            f"give the launcher `--mixed_precision no`{mend}"
+            f"the launcher sets mixed_precision {launched}, but the run computes in {dtype} ({why}); "
+            f"launch with `--mixed_precision no`{advice}"
         )
 
 
 def command_line(file: str, processes: int, machines: int = 1) -> str:
-    """The ``accelerate launch`` line that starts this same command on ``processes``."""
+    """Return the ``accelerate launch`` line that starts this same command on ``processes``."""
     recipe = next((word for word in sys.argv[1:] if not word.startswith("-")), "RECIPE")
     if machines > 1:
         file = "multi_node.yaml"
@@ -127,7 +129,7 @@ def command_line(file: str, processes: int, machines: int = 1) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """A name for people: the GPU's model, or ``cpu``."""
+    """Return the GPU's model, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -136,7 +138,7 @@ def _known(strategy: str) -> str:
 
 
 def _name(request: str, kind: DistributedType) -> str:
-    """The strategy that a process group of ``kind`` will have once the trainer has prepared the model."""
+    """The strategy of a process group of ``kind`` once the trainer has prepared the model."""
     if kind == DistributedType.DEEPSPEED or (request.startswith("zero") and kind != DistributedType.NO):
         return request
     if kind == DistributedType.NO:
@@ -148,13 +150,13 @@ def _name(request: str, kind: DistributedType) -> str:
     return "other"
 
 
-def _cpu_wanted(state: PartialState) -> bool:
-    # A GPU-like process group over CPU ranks is nobody's accident.
+def _cpu_requested(state: PartialState) -> bool:
+    # A GPU-like process group over CPU ranks is deliberate.
     return state.distributed_type != DistributedType.MULTI_CPU
 
 
 def _require_one_gpu(visible: int) -> None:
-    """One process that sees several GPUs would be wrapped in ``nn.DataParallel`` by the trainer."""
+    """Raise if one process sees several GPUs: the trainer would wrap the model in ``nn.DataParallel``."""
     if visible > 1:
         reason = support.find("data_parallel").reason
         raise UserError(

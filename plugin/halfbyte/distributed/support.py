@@ -1,6 +1,6 @@
-"""Every combination of strategy, base storage and optimizer: supported, or refused with its reason.
+"""Every combination of strategy, base storage and optimizer: supported, or refused with the reason.
 
-Refusals at run time and README's two support tables come from the tables here.
+Refusals at run time and the two support tables of the documentation come from the tables here.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ ANY = "any"
 class Combination:
     """One row: under ``strategy``, a base stored as ``storage``, trained with an ``optimizer``.
 
-    ``reason`` is why it is refused, or what makes it right; ``instead`` is what to write, for a refusal.
+    ``reason`` says why it is refused, or what makes it right; ``instead`` is what to write after a refusal.
     """
 
     strategy: str
@@ -35,7 +35,7 @@ class Combination:
 DDP = "accelerate launch --config_file launch/ddp.yaml -m halfbyte ..."
 FSDP2 = "accelerate launch --config_file launch/fsdp2.yaml -m halfbyte ..."
 
-# The names that README shows.
+# The names that the documentation and messages show.
 STRATEGIES = {
     "single": "one process",
     "ddp": "DDP",
@@ -77,7 +77,7 @@ TABLE = (
         "uint8",
         "32-bit",
         True,
-        "torch 2.13 divides the packed weights; the losses equal one process",
+        "torch 2.13 shards the packed weights; the losses equal one process",
     ),
     Combination(
         "fsdp2", "mixed-precision float", "32-bit", True, "below torch 2.13; the losses equal one process"
@@ -85,7 +85,7 @@ TABLE = (
     Combination(
         "zero3", ANY, "8-bit", False, "8-bit optimizer states cannot be sharded", "optim: adamw_torch"
     ),
-    Combination("zero3", ANY, ANY, True, "the packed weights are divided; the losses equal one process"),
+    Combination("zero3", ANY, ANY, True, "the packed weights are sharded; the losses equal one process"),
     Combination("zero1", ANY, ANY, False, "it keeps the whole base on every rank, as DDP does", DDP),
     Combination("zero2", ANY, ANY, False, "it keeps the whole base on every rank, as DDP does", DDP),
     Combination(
@@ -93,20 +93,20 @@ TABLE = (
         ANY,
         ANY,
         False,
-        "what it sets (offloading, 16-bit weights, optimizers) is not proven",
+        "its settings (offloading, 16-bit weights, optimizers) are not tested",
         "`zero_stage: 3`, as in launch/zero3.yaml",
     ),
     Combination("megatron", ANY, ANY, False, "it does not load 4-bit bases", DDP),
     Combination("parallelism", ANY, ANY, False, "packed weights have no rows or columns to split", DDP),
     Combination(
-        "other", ANY, ANY, False, "bitsandbytes' 4-bit training is proven on CUDA and CPUs only", DDP
+        "other", ANY, ANY, False, "bitsandbytes' 4-bit training is tested on CUDA and CPUs only", DDP
     ),
 )
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of the launcher's that is refused under ``strategy``, and the variable that it sets for the ranks."""
+    """A launcher option that is refused under ``strategy``, and the environment variable that it sets on the ranks."""
 
     strategy: str
     name: str
@@ -121,7 +121,7 @@ OPTIONS = (
         "fsdp_offload_params",
         "FSDP_OFFLOAD_PARAMS",
         "false",
-        "CPU offload of 4-bit weights is not proven; divided over the ranks they are small",
+        "CPU offload of 4-bit weights is not tested; sharded over the ranks they are small",
     ),
     Option(
         "fsdp2",
@@ -142,28 +142,28 @@ OPTIONS = (
         "fsdp_ignored_modules",
         "FSDP_IGNORED_MODULES",
         "null",
-        "every module of a 4-bit base is divided",
+        "every module of a 4-bit base is sharded",
     ),
     Option(
         "zero3",
         "offload_param_device",
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
         "none",
-        "offloading a 4-bit model is not proven",
+        "offloading a 4-bit model is not tested",
     ),
     Option(
         "zero3",
         "offload_optimizer_device",
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
         "none",
-        "offloading a 4-bit model is not proven",
+        "offloading a 4-bit model is not tested",
     ),
 )
 _OFF = ("", "0", "false", "no", "none")
 
 
 def refused_option(strategy: str, values: Mapping[str, Any]) -> str | None:
-    """The first option in ``values``, by its name or its variable, that is refused: why, and what to write instead."""
+    """Return why the first refused option in ``values``, by name or variable, is refused, and what to write instead."""
     for option in OPTIONS:
         value = values.get(option.variable, values.get(option.name))
         if option.strategy == strategy and str(value or "").lower() not in _OFF:
@@ -175,7 +175,7 @@ def refused_option(strategy: str, values: Mapping[str, Any]) -> str | None:
 
 
 def find(strategy: str, storage: str = ANY, optimizer: str = ANY) -> Combination:
-    """The row that decides; with ``any`` for what is not known yet, a supported row if there is one."""
+    """Return the row that decides; with ``any`` for what is not known yet, a supported row if there is one."""
     rows = [row for row in TABLE if row.matches(strategy, storage, optimizer)]
     assert rows, f"no row for {strategy}, {storage}, {optimizer}"
     if ANY in (storage, optimizer):
@@ -200,7 +200,7 @@ def require(strategy: str, storage: str = ANY, optimizer: str = ANY) -> None:
 
 
 def markdown() -> str:
-    """README's support tables: combinations, and the launcher's options."""
+    """Return the support tables of the documentation: combinations, and launcher options."""
     lines = ["| Strategy | Base stored as | Optimizer | | Why |", "|---|---|---|---|---|"]
     for row in TABLE:
         verdict = "supported" if row.supported else "refused"

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3 for 4-bit models: what the launcher may ask of it."""
+"""DeepSpeed ZeRO-3 for 4-bit models: what is not supported."""
 
 import importlib.util
 import os
@@ -9,41 +9,44 @@ from halfbyte.errors import UserError
 
 
 def requested(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher asked for DeepSpeed, of any stage."""
+    """Whether the launcher requested DeepSpeed, of any stage."""
     return is_on(environment, "ACCELERATE_USE_DEEPSPEED")
 
 
 def require_installed() -> None:
-    """Raise :class:`UserError` where the optional extra is missing."""
+    """Raise :class:`UserError` if DeepSpeed, an optional extra, is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("DeepSpeed was asked for and is not installed: pip install 'halfbyte[deepspeed]'")
+        raise UserError("DeepSpeed was requested and is not installed: pip install 'halfbyte[deepspeed]'")
 
 
 def refuse_precision(dtype: str | None, *, bf16: bool, fp16: bool) -> None:
-    """Raise :class:`UserError` if DeepSpeed is to run the model in 16 bits itself: it would round the adapters.
+    """Raise :class:`UserError` if DeepSpeed would run the model in 16 bits itself, which rounds the adapters.
 
-    The base computes in its own ``dtype`` without that, and the adapters stay float32. float16 would need
+    Without that the base computes in its own ``dtype``, and the adapters stay float32. float16 would require
     DeepSpeed's loss scaling, which comes with the rounding.
     """
     if dtype == "float16":
         raise UserError(
-            "dtype: float16 is not proven under DeepSpeed; write `dtype: float32`, or use launch/ddp.yaml"
+            "float16 is not tested under DeepSpeed; write `dtype: float32`, or use launch/ddp.yaml",
+            option="dtype",
         )
     if bf16 or fp16:
         name = "bf16" if bf16 else "fp16"
         raise UserError(
-            f"{name}: true under DeepSpeed casts the float32 adapters to 16 bits; write `{name}: false` and choose the "
-            f"base's dtype with `dtype: {'bfloat16' if bf16 else 'float32'}`"
+            f"true under DeepSpeed casts the float32 adapters to 16 bits; write `{name}: false` and choose the base's "
+            f"dtype with `dtype: {'bfloat16' if bf16 else 'float32'}`",
+            option=name,
         )
 
 
 def refuse_loraplus(ratio: float | None) -> None:
-    """Raise :class:`UserError` for LoRA+: it trains under DeepSpeed, but its losses are not those of one process.
+    """Raise :class:`UserError` for LoRA+: it trains under DeepSpeed, but its losses differ from one process.
 
-    0.08 apart after one step of a tiny model, DeepSpeed 0.19.8.
+    By 0.08 after one step of a tiny model, DeepSpeed 0.19.8.
     """
     if ratio is not None:
         raise UserError(
-            f"loraplus_lr_ratio: {ratio}: its learning rates are not followed under DeepSpeed; take it out, or launch "
-            f"with launch/fsdp2.yaml or launch/ddp.yaml"
+            f"{ratio}: DeepSpeed does not apply LoRA+'s learning rates; remove it, or launch with launch/fsdp2.yaml "
+            f"or launch/ddp.yaml",
+            option="loraplus_lr_ratio",
         )

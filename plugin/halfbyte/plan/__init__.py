@@ -1,1 +1,1 @@
-"""Before training: is this machine ready, and what would a launch run on it."""
+"""Before training: is this machine ready, and what would a launch file run on it."""

@@ -1,11 +1,8 @@
-"""``halfbyte doctor``: is this machine ready to train, and what would a launch file run on it."""
+"""What ``halfbyte doctor`` checks: versions, device, quantization backend, dtype, memory, cache, W&B login."""
 
-import argparse
-import json
 import os
 import shutil
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -25,7 +22,7 @@ _LEAST_MEMORY = 2 * _GIB
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: what was found, and for what is wrong, what to do."""
+    """One check: whether it passed, what was found, and what to do where it failed."""
 
     name: str
     ok: bool
@@ -33,36 +30,19 @@ class Check:
     mend: str = ""
 
 
-def main(arguments: list[str]) -> int:
-    """Print the checks; 1 if one failed, or if the launch file would not run as it says."""
-    parser = argparse.ArgumentParser(prog="halfbyte doctor", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--launch", type=Path, help="a file of launch/, or one of your own")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
-    gpus = torch.cuda.device_count()
-    found = checks()
-    launch = inspect(options.launch, gpus) if options.launch else None
-    ok = all(check.ok for check in found) and not (launch and launch.problems)
-    if options.json:
-        told = {
-            "ok": ok,
-            "checks": [asdict(check) for check in found],
-            "launch": asdict(launch) if launch else None,
-        }
-        print(json.dumps(told, indent=2))
-    else:
-        _print(found, launch)
-    return 0 if ok else 1
-
-
 def checks() -> list[Check]:
-    """Look at this machine."""
+    """Check this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [*versions(), _device(device), _backend(device), _dtype(device), _memory(), _cache(), _wandb()]
 
 
+def inspect_launch(path: Path) -> Launch:
+    """Return what the launch file at ``path`` would run on this machine; raises UserError for another kind of file."""
+    return inspect(path, torch.cuda.device_count())
+
+
 def versions() -> list[Check]:
-    """The installed version of everything halfbyte requires, against what it requires."""
+    """Compare the installed version of each requirement with what halfbyte requires."""
     found = []
     for text in metadata.requires("halfbyte") or []:
         requirement = Requirement(text)
@@ -85,7 +65,7 @@ def _device(device: torch.device) -> Check:
 
 
 def _backend(device: torch.device) -> Check:
-    """Quantize a matrix there and back: bitsandbytes imports without a backend that works."""
+    """Quantize and dequantize a matrix: bitsandbytes imports even where its backend does not work."""
     try:
         weights = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64)
         packed, state = bnb.quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
@@ -95,7 +75,7 @@ def _backend(device: torch.device) -> Check:
             "bitsandbytes backend",
             False,
             f"{type(problem).__name__}: {problem}",
-            "python -m bitsandbytes tells more",
+            "`python -m bitsandbytes` shows more",
         )
     return Check("bitsandbytes backend", error < 0.2, f"NF4 on {device.type}, largest error {error:.3f}")
 
@@ -110,7 +90,7 @@ def _memory() -> Check:
         "free memory",
         free > _LEAST_MEMORY,
         f"{free / _GIB:.1f} GiB",
-        "" if free > _LEAST_MEMORY else "free some",
+        "" if free > _LEAST_MEMORY else f"free at least {_LEAST_MEMORY / _GIB:.0f} GiB",
     )
 
 
@@ -119,7 +99,7 @@ def _cache() -> Check:
     place = next(path for path in (root, *root.parents) if path.exists())
     if not os.access(place, os.W_OK):
         return Check(
-            "base cache", False, f"{place} is not writable", "set XDG_CACHE_HOME to a directory that is"
+            "base cache", False, f"{place} is not writable", "set XDG_CACHE_HOME to a writable directory"
         )
     return Check("base cache", True, f"{root}, {shutil.disk_usage(place).free / _GIB:.0f} GiB free")
 
@@ -130,15 +110,3 @@ def _wandb() -> Check:
     except Exception as error:
         return Check("wandb", False, str(error), "wandb login --relogin")
     return Check("wandb", True, "ready" if ready else "no login: runs report to none")
-
-
-def _print(found: list[Check], launch: Launch | None) -> None:
-    width = max(len(check.name) for check in found)
-    for check in found:
-        mend = f"; {check.mend}" if check.mend else ""
-        print(f"{'ok   ' if check.ok else 'WRONG'}  {check.name:<{width}}  {check.found}{mend}")
-    if launch is None:
-        return
-    print(f"{'WRONG' if launch.problems else 'ok   '}  {launch.file}: {launch.runs}")
-    for line in (*launch.problems, *launch.notes):
-        print(f"       {line}", file=sys.stdout)

@@ -12,11 +12,12 @@ from accelerate.commands.config.config_args import ClusterConfig
 from halfbyte.distributed import support
 from halfbyte.distributed.launcher import Request, from_config
 from halfbyte.errors import UserError
+from halfbyte.wording import first_line
 
 
 @dataclass
 class Launch:
-    """What ``file`` would run, the problems that make it wrong here, and what else its reader must know."""
+    """What ``file`` would run, the problems that would stop it on this machine, and notes for its user."""
 
     file: str
     runs: str
@@ -30,15 +31,15 @@ def inspect(path: Path, gpus: int) -> Launch:
     Raises :class:`UserError` if the file is none of these.
     """
     if not path.is_file():
-        raise UserError(f"--launch: no file {path}")
+        raise UserError(f"no file {path}", option="--launch")
     if path.suffix == ".sh":
         return _script(path, gpus)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"--launch: {path} is not YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {first_line(error)}", option="--launch") from error
     if not isinstance(content, dict):
-        raise UserError(f"--launch: {path} holds no configuration of accelerate, Slurm or Kubeflow")
+        raise UserError(f"{path} is not a configuration of accelerate, Slurm or Kubeflow", option="--launch")
     if content.get("kind") == "TrainJob":
         return _train_job(path, content)
     return _accelerate(path, content, gpus)
@@ -49,7 +50,7 @@ def _accelerate(path: Path, config: dict[str, Any], gpus: int) -> Launch:
     request = from_config(config)
     launch = Launch(str(path), "")
     if unknown:
-        launch.problems.append(f"accelerate knows no {', '.join(unknown)}")
+        launch.problems.append(f"accelerate has no option {', '.join(unknown)}")
     if "distributed_type" not in config:
         launch.problems.append("`distributed_type` is missing, which accelerate requires")
     kind = str(config.get("distributed_type", "NO")).upper()
@@ -77,21 +78,23 @@ def _judge(launch: Launch, request: Request, gpus: int) -> None:
     machines = f" on each of {request.machines} machines" if request.machines > 1 else ""
     launch.runs = f"{support.STRATEGIES[name]}, {here} process{'es' if here > 1 else ''}{machines}, {place}"
     if not row.supported:
-        launch.problems.append(f"{support.STRATEGIES[name]} is refused: {row.reason}; instead: {row.instead}")
+        launch.problems.append(
+            f"{support.STRATEGIES[name]} is not supported: {row.reason}; instead: {row.instead}"
+        )
     if request.processes % request.machines:
         launch.problems.append(
             f"{request.processes} processes do not divide among {request.machines} machines"
         )
     if request.use_cpu:
         if name.startswith("fsdp"):
-            launch.problems.append("accelerate shards on GPUs only: with `use_cpu` this would be DDP")
+            launch.problems.append("accelerate shards on GPUs only; with `use_cpu` this would be DDP")
     elif here > max(gpus, 1):
         launch.problems.append(
             f"{here} GPUs are needed on each machine, and this one has {gpus}: --num_processes {max(gpus, 1)}"
             + (", or launch/cpu.yaml" if gpus == 0 else "")
         )
     elif gpus == 0:
-        launch.notes.append("this machine has no GPU: it would train on its CPU")
+        launch.notes.append("this machine has no GPU; it would train on its CPU")
 
 
 def _script(path: Path, gpus: int) -> Launch:
@@ -99,10 +102,10 @@ def _script(path: Path, gpus: int) -> Launch:
     text = path.read_text(encoding="utf-8")
     named = re.search(r"--config_file\s+(\S+)", text)
     if named is None:
-        raise UserError(f"--launch: {path} calls no `accelerate launch --config_file FILE`")
+        raise UserError(f"{path} does not call `accelerate launch --config_file FILE`", option="--launch")
     file = path.parent / Path(named[1]).name
     if not file.is_file():
-        raise UserError(f"--launch: {path} names {named[1]}, which is not beside it")
+        raise UserError(f"{path} names {named[1]}, which is not beside it", option="--launch")
     inner = inspect(file, gpus)
     launch = replace(inner, file=str(path), notes=[])
     if checked.returncode:
@@ -110,10 +113,10 @@ def _script(path: Path, gpus: int) -> Launch:
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
     nodes, per_node = int(directives.get("nodes", 1)), int(directives.get("gpus-per-node", 1))
     if directives.get("ntasks-per-node") != "1":
-        launch.problems.append("a node starts one launcher: #SBATCH --ntasks-per-node=1")
+        launch.problems.append("each node must start one launcher; write #SBATCH --ntasks-per-node=1")
     launch.runs = f"DDP, {per_node} processes on each of {nodes} machines, on GPUs"
     launch.problems = [problem for problem in launch.problems if "GPUs are needed" not in problem]
-    launch.notes.append("the GPUs are the cluster's, and were not looked at")
+    launch.notes.append("the cluster's GPUs were not checked")
     return launch
 
 
@@ -124,8 +127,8 @@ def _train_job(path: Path, job: dict[str, Any]) -> Launch:
     words = [*trainer.get("command", []), *trainer.get("args", [])]
     if words[:3] != ["torchrun", "-m", "halfbyte"]:
         launch.problems.append("spec.trainer must run `torchrun -m halfbyte RECIPE ...`")
-    asked = ((trainer.get("resourcesPerNode") or {}).get("limits") or {}).get("nvidia.com/gpu")
-    if str(asked) != str(per_node):
-        launch.problems.append(f"{per_node} processes a node, but a limit of {asked} GPUs")
-    launch.notes.append("the GPUs are the cluster's, and were not looked at")
+    limit = ((trainer.get("resourcesPerNode") or {}).get("limits") or {}).get("nvidia.com/gpu")
+    if str(limit) != str(per_node):
+        launch.problems.append(f"{per_node} processes a node, but a limit of {limit} GPUs")
+    launch.notes.append("the cluster's GPUs were not checked")
     return launch

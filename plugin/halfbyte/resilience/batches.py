@@ -1,9 +1,13 @@
 """What was in a batch: the numbers of its rows, found again from the sampler, and its text."""
 
+import json
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from halfbyte.files import replace_file
 
 MOST_TOKENS = 4096  # of one sequence that are written down
 
@@ -89,3 +93,23 @@ def describe_batch(batch: Any, tokenizer: Any) -> dict[str, Any]:
             described["labels"] = int((labels != -100).sum())
         sequences.append(described)
     return {"sequences": sequences}
+
+
+def describe_micro_batches(
+    batches: list[Any], losses: list[torch.Tensor], rows: list[list[int]] | None, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Loss, row numbers and text of each micro-batch of a step."""
+    return [
+        {
+            "loss": str(float(loss)),
+            "rows": None if rows is None else rows[number],
+            **describe_batch(batch, tokenizer),
+        }
+        for number, (batch, loss) in enumerate(zip(batches, losses, strict=True))
+    ]
+
+
+def write_batch(path: Path, content: dict[str, Any]) -> Path:
+    """Write ``content`` to ``path`` as JSON and return the path."""
+    replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    return path

@@ -7,17 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import transformers.trainer
 from accelerate.utils import gather_object
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers import ProgressCallback as TqdmCallback
-from transformers.integrations import WandbCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 
+from halfbyte.errors import Stopped
+from halfbyte.files import replace_file
 from halfbyte.tracking.card import model_card
 from halfbyte.tracking.metrics import MetricsLog, Row, Throughput, is_evaluation, read_rows
 from halfbyte.tracking.progress import RunProgress, count, memory, print_summary
-from halfbyte.tracking.record import RunRecord, peak_memory_bytes, replace_file, wandb_id
+from halfbyte.tracking.record import RunRecord, peak_memory_bytes, wandb_id
 from halfbyte.tracking.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
@@ -35,39 +34,28 @@ _COMPARED = (
 )
 
 
-def track(trainer: Trainer, record: RunRecord) -> "Tracker":
-    """Makes a built trainer fill its run directory; on every rank, before `train`.
-
-    Takes the place of the Trainer's own progress bars, its WandbCallback (which sends nested secrets and
-    the command line; ``wandb`` stays in `report_to`, where TRL looks for it) and its model card. Other
-    trackers are left alone.
-    """
-    for callback in (
-        TqdmCallback,
-        PrinterCallback,
-        WandbCallback,
-        transformers.trainer.DEFAULT_PROGRESS_CALLBACK,  # in a notebook, one of its own
-    ):
-        trainer.remove_callback(callback)
-    tracker = Tracker(trainer, record)
-    trainer.add_callback(tracker)
-    trainer.create_model_card = tracker.write_card
-    return tracker
-
-
 class Tracker(TrainerCallback):
     """Rows to metrics.jsonl, W&B and the terminal as they come; run.json, plots and card at each save.
 
-    Works on rank 0 alone, except that every rank says at the end of training how much memory it held.
+    A context manager: leaving it closes the run as completed, failed or interrupted. Works on rank 0 alone (``main``),
+    except that every rank reports at the end of training how much memory it held.
     """
 
-    def __init__(self, trainer: Trainer, record: RunRecord) -> None:
+    def __init__(
+        self,
+        record: RunRecord,
+        *,
+        main: bool = True,
+        bar: bool = True,
+        next_command: str | None = None,
+        resume_command: str | None = None,
+    ) -> None:
         self.record = record
         self.metrics = MetricsLog(record.output_dir / "metrics.jsonl")
-        self._main = trainer.is_world_process_zero()
+        self._main = main
+        self._next_command, self._resume_command = next_command, resume_command
         self._throughput = Throughput()
-        self._trainer = trainer
-        self._progress = RunProgress(bar=not trainer.args.disable_tqdm)
+        self._progress = RunProgress(bar=bar)
         self._wandb: WandbRun | None = None
         self._warned: set[str] = set()
         self._drawn: dict[str, Any] = {}
@@ -76,9 +64,26 @@ class Tracker(TrainerCallback):
         self._drawn_at = time.monotonic()
         self._kept_step: int | None = None  # whose weights the run ends with, where it is not the last
 
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.finish("completed", self._next_command)
+        else:
+            interrupted = isinstance(error, KeyboardInterrupt | Stopped)
+            self.finish("interrupted" if interrupted else "failed", self._resume_command)
+
     # Events of the Trainer, in the order they come.
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        counted_tokens: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not self._main:
             return
         self._total_steps = state.max_steps
@@ -92,7 +97,7 @@ class Tracker(TrainerCallback):
             if self._wandb.url:
                 print(f"wandb: {self._wandb.url}", flush=True)
         self._progress.begin(state.global_step, state.max_steps)
-        self._throughput.begin(self._tokens(getattr(self._trainer, "_total_train_tokens", None), state.epoch))
+        self._throughput.begin(self._tokens(counted_tokens, state.epoch))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
@@ -155,13 +160,10 @@ class Tracker(TrainerCallback):
     # What the run calls.
 
     def finish(self, status: str, next_command: str | None = None) -> None:
-        """Closes the run: run.json, plots, model card, W&B, and the summary with the next command.
+        """Close the run: run.json, plots, model card, W&B, and the summary with the next command.
 
-        Safe on every rank and after a failure; only rank 0 does anything, and only once.
-
-        Args:
-            status: completed, failed or interrupted.
-            next_command: the exact command that goes on from here.
+        Safe on every rank and after a failure; only rank 0 does anything, and only once. ``status`` is completed,
+        failed or interrupted; ``next_command`` is the exact command to run next.
         """
         if not self._main or self._finished:
             return
@@ -182,11 +184,15 @@ class Tracker(TrainerCallback):
         where = self._wandb.finish(0 if status == "completed" else 1) if self._wandb is not None else None
         self._print_summary(plots, where)
 
-    def abandon(self, status: str, next_command: str | None = None) -> None:
-        """Says on disk how the run ended, and no more: for a thread that ends the process at once."""
+    def fail(self) -> None:
+        """Close the run as failed: for a thread that ends a process whose main thread is stuck."""
+        self.finish("failed")
+
+    def abandon(self, signum: int) -> None:
+        """Write to disk that a signal ended the run, and no more: for a thread that ends the process at once."""
         if self._main and not self._finished:
             self._finished = True
-            self.record.update(status=status, next=next_command)
+            self.record.update(status="interrupted", next=self._resume_command)
             self.record.write()
 
     def write_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -220,7 +226,7 @@ class Tracker(TrainerCallback):
         return self._try("the plots", draw) or []
 
     def _try(self, what: str, write: Callable[[], Any]) -> Any:
-        """Pictures and prose never stop training, nor hide how it failed: their failures are said once."""
+        """Plot and model-card failures never stop training, nor hide how it failed: each is reported once."""
         try:
             return write()
         except Exception as error:

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from halfbyte.files import replace_file
 from halfbyte.tracking.metrics import Row
-from halfbyte.tracking.record import replace_file
 
 Points = list[tuple[int, float]]
 Series = dict[tuple[str, str], Points]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from halfbyte.files import replace_file
 from halfbyte.tracking.redaction import redact
 
 _PACKAGES = ("halfbyte", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -46,6 +47,10 @@ class RunRecord:
 
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key that a run may not have, or ``default``."""
+        return self._values.get(key, default)
 
     def update(self, **values: Any) -> None:
         """Sets top-level keys; a mapping is merged, one level deep, into the mapping that is there."""
@@ -116,17 +121,3 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy and torch
         return plain(value.tolist())
     return str(value)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Puts `content` at `path` atomically and durably, creating the directories above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

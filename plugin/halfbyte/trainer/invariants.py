@@ -1,99 +1,85 @@
 """What must be the same on every rank at every step, compared while training runs.
 
-Compared before the first step, after the first and the second, and then every hundredth: a comparison is
-one small all-gather, and under DDP one pass over the adapters.
+A comparison is one small all-gather, and under DDP one reduction over the adapters.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.data_loader import get_sampler
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState
 
-from halfbyte.distributed.sharded_weights import base_bytes, packed_bytes
+from halfbyte.distributed import base_bytes, packed_bytes
+from halfbyte.trainer.base import Mixin
 
 EVERY = 100
 _FIRST = 2
 # Rows of the comparison, before the checksums: what the message calls them.
-_LABELS = "the number of labels they normalise by (is `average_tokens_across_devices` off?)"
+_LABELS = "the number of labels they normalize by (is `average_tokens_across_devices` off?)"
 
 
 class RanksDifferError(RuntimeError):
     """Ranks that train one model have stopped agreeing on what it is or how far it has come."""
 
 
-def watch_invariants(trainer: Trainer, on_begin: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Stop all ranks of ``trainer`` when one differs from the others; on every rank, before ``train``.
+class RankInvariants(Mixin):
+    """Compares step, seeds and label counts of all ranks, and under DDP their trainable parameters too.
 
-    ``on_begin`` is given, once, what was measured of the base: ``base_bytes_per_rank``.
+    Before the first step, after the first and the second, and then every hundredth. All ranks stop when one differs.
     """
-    trainer.add_callback(Invariants(trainer, on_begin))
 
-
-class Invariants(TrainerCallback):
-    """Compares step, seeds and label counts of all ranks, and under DDP their trainable parameters too."""
-
-    def __init__(self, trainer: Trainer, on_begin: Callable[[dict[str, Any]], None] | None) -> None:
-        self._trainer = trainer
-        self._on_begin = on_begin
-        self._labels = 0
-        self._steps = 0
-        self._count_labels(trainer)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._counted_labels: Any = 0
+        self._compared_steps = 0
+        super().__init__(*args, **kwargs)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._steps = 0
-        held = self._check_division()
-        if self._on_begin is not None:
-            self._on_begin({"base_bytes_per_rank": held})
+        super().on_train_begin(args, state, control, **kwargs)
+        self._compared_steps = 0
+        held = self._check_sharding()
+        if self.conduct is not None:
+            self.conduct.tracker.record.update(strategy={"base_bytes_per_rank": held})
         self._compare(state, kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._steps += 1
-        if self._steps == 1:
-            self._check_division()  # nothing that was gathered for the step has stayed
-        if self._steps <= _FIRST or state.global_step % EVERY == 0:
+        super().on_step_end(args, state, control, **kwargs)
+        self._compared_steps += 1
+        if self._compared_steps == 1:
+            self._check_sharding()  # nothing that was gathered for the step has stayed
+        if self._compared_steps <= _FIRST or state.global_step % EVERY == 0:
             self._compare(state, kwargs.get("train_dataloader"))
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the micro-batches of a step, and add up the labels that its loss is divided by."""
+        batches, number = super().get_batch_samples(*args, **kwargs)
+        if number is not None:
+            self._counted_labels = self._counted_labels + number  # a tensor stays one: no wait for the device
+        return batches, number
+
     def _compare(self, state: TrainerState, loader: Any) -> None:
-        if self._trainer.args.world_size == 1:
+        if self.args.world_size == 1:
             return
         mine = {
             "the step": state.global_step,
-            "the seeds of data and dropout": _seeds(self._trainer.args, loader),
-            _LABELS: int(self._labels),
+            "the seeds of data and dropout": _seeds(self.args, loader),
+            _LABELS: int(self._counted_labels),
         }
-        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        if self._trainer.accelerator.distributed_type in (
-            DistributedType.MULTI_GPU,
-            DistributedType.MULTI_CPU,
-        ):
-            mine |= checksums(model)
+        if self.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+            mine |= checksums(self.accelerator.unwrap_model(self.model))
         ranks = gather_object([mine])
         if (difference := first_difference(ranks)) is not None:
             raise RanksDifferError(f"after step {state.global_step} the ranks differ in {difference}")
 
-    def _check_division(self) -> list[int]:
-        """Raise if the base is to be divided and is whole on some rank; return each rank's bytes of it."""
-        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+    def _check_sharding(self) -> list[int]:
+        """Raise if the base must be sharded and is whole on some rank; return each rank's bytes of it."""
+        model = self.accelerator.unwrap_model(self.model)
         held = gather_object([(base_bytes(model), *packed_bytes(model))])
-        if (problem := replicated([(here, whole) for _, here, whole in held])) and _sharding(self._trainer):
+        sharding = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharding and (problem := replicated([(here, whole) for _, here, whole in held])):
             raise RuntimeError(problem)
         return [base for base, _, _ in held]
-
-    def _count_labels(self, trainer: Trainer) -> None:
-        """Add up the number of labels that each step's loss is divided by, where the trainer counts them."""
-        stock = trainer.get_batch_samples
-
-        def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
-            batches, number = stock(*args, **kwargs)
-            if number is not None:
-                self._labels = self._labels + number  # a tensor stays one: no wait for the device
-            return batches, number
-
-        trainer.get_batch_samples = get_batch_samples
 
 
 def checksums(model: nn.Module) -> dict[str, int]:
@@ -114,16 +100,16 @@ def first_difference(ranks: list[dict[str, Any]]) -> str | None:
 
 
 def replicated(held: list[tuple[int, int]]) -> str | None:
-    """Why the packed weights, (bytes on a rank, bytes of the whole model) for each rank, are not divided.
+    """Why the packed weights, (bytes on a rank, bytes of the whole model) for each rank, are not sharded.
 
-    A rank may hold its share and the rounding of uneven divisions; None if all do.
+    A rank may hold its shard and the rounding of uneven shards; None if all do.
     """
     world = len(held)
     for rank, (here, whole) in enumerate(held):
         if world > 1 and here > whole / world * 1.5:
             return (
                 f"rank {rank} holds {here:,} of the {whole:,} bytes of 4-bit weights, where {world} ranks should "
-                f"hold {whole // world:,} each: the base was not divided"
+                f"hold {whole // world:,} each: the base was not sharded"
             )
     return None
 
@@ -133,10 +119,6 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
     bits = tensor.contiguous().view(-1).view(width).to(torch.int64)
     places = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
     return (bits * places).sum()
-
-
-def _sharding(trainer: Trainer) -> bool:
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def _seeds(args: Any, loader: Any) -> list[int | None]:

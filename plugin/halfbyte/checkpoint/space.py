@@ -1,0 +1,50 @@
+"""Room for a checkpoint: required before it is written, and said when a save failed."""
+
+import contextlib
+import errno
+import shutil
+from pathlib import Path
+
+from halfbyte.checkpoint import manifest as manifests
+from halfbyte.checkpoint.history import checkpoints
+from halfbyte.errors import Halted
+from halfbyte.wording import first_line
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SIZES = 2  # free bytes required, in sizes of a checkpoint
+
+
+class SaveError(Halted):
+    """A checkpoint could not be written, and every rank knows; the one before it is as it was."""
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raise OSError if the file system of ``directory`` has less than twice ``needed`` bytes free."""
+    if shutil.disk_usage(directory).free < _SIZES * needed:
+        raise OSError("too little space")
+
+
+def explain_failure(final: Path, needed: int, error: Exception) -> str:
+    """Why ``final``, a checkpoint of ``needed`` bytes, could not be saved, and which one is still good."""
+    last = next((path for path in checkpoints(final.parent) if path != final and is_usable(path)), None)
+    reason = first_line(error)
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(final.parent).free
+        if free < _SIZES * needed or _is_full(error):
+            reason += f"; it needs {_SIZES * needed:,} bytes free (twice its size), and {free:,} are"
+    left = (
+        f"{last} is whole, `--resume_from_checkpoint auto` resumes from it" if last else "there is none yet"
+    )
+    return f"cannot save {final}: {reason}. The last good checkpoint: {left}"
+
+
+def is_usable(path: Path) -> bool:
+    """Whether the checkpoint ``path`` verifies, is finite, and holds what a resume needs."""
+    manifest, problems = manifests.check(path)
+    return manifest is not None and manifest.finite and manifest.resumable and not problems
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a write failed for want of space, in Python's words, Rust's or those of torch's writer."""
+    words = ("No space left", "PytorchStreamWriter", "unexpected pos", *(f"os error {n}" for n in _FULL))
+    return getattr(error, "errno", None) in _FULL or any(word in str(error) for word in words)

@@ -1,0 +1,169 @@
+"""A base in four bits with its adapter, loaded for this rank: settings and decisions in, one value out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl import get_peft_config, get_quantization_config
+
+from halfbyte import adapters, data, distributed, quantization
+from halfbyte.distributed import fsdp2
+from halfbyte.errors import UserError
+from halfbyte.quantization import Coverage
+
+if TYPE_CHECKING:
+    from halfbyte.plugin import QLoRAPlugin
+    from halfbyte.resolve import Decisions
+
+# Arguments of `from_pretrained` that options of halfbyte set.
+_OWN_OPTIONS = ("revision", "trust_remote_code", "dtype", "device_map", "quantization_config")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base on this rank's device, with its adapter if there is one, and how much of it is in four bits."""
+
+    model: PreTrainedModel | PeftModel
+    coverage: Coverage
+
+
+def load(
+    plugin: QLoRAPlugin,
+    decisions: Decisions,
+    *,
+    trust_remote_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    added_token_ids: Iterable[int] = (),
+    model_init_kwargs: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Load the base that ``decisions`` name for this rank: quantized, adapters on in float32.
+
+    With ``tokenizer`` the embeddings grow where its vocabulary is larger. Without ``use_peft`` all of the model's
+    weights are trained, in float32. Raises :class:`UserError` for a checkpoint or adapter that does not fit.
+    """
+    adapter, revision = decisions.adapter, decisions.revision
+    added_token_ids = list(added_token_ids)
+    if adapter is not None:
+        _check_saved(plugin, decisions, adapter, added_token_ids)
+    base, coverage = _load_base(plugin, decisions, trust_remote_code, dict(model_init_kwargs or {}))
+    if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        # Mean resizing draws at random: the new rows must be the same on every rank and after a reload.
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if not plugin.use_peft:
+        return Loaded(base, coverage)
+    if adapter is not None:
+        # Again: a base that was not on this machine has a fingerprint now.
+        adapters.same_base(
+            adapter, decisions.base, revision, quantization.fingerprint(decisions.base, revision)
+        )
+        model = adapters.continue_from(base, adapter)
+    else:
+        model = adapters.attach(
+            base,
+            lora_config(plugin),
+            initialization=plugin.init_lora_weights,
+            added_token_ids=added_token_ids,
+        )
+    distributed.check_adapters(model.peft_config.values())
+    return Loaded(model, coverage)
+
+
+def lora_config(plugin: QLoRAPlugin) -> LoraConfig:
+    """The PEFT configuration of a fresh adapter."""
+    config = get_peft_config(plugin)
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.isidentifier():
+        # TRL makes a list of one a string, which PEFT would read as a pattern for whole module paths.
+        config.target_modules = {targets}
+    if plugin.lora_exclude_modules:
+        config.exclude_modules = set(plugin.lora_exclude_modules)
+    config.revision = plugin.model_revision if plugin.model_revision != "main" else None
+    return config
+
+
+def load_tokenizer(
+    plugin: QLoRAPlugin, decisions: Decisions, args: Any
+) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """Load the tokenizer of the adapter to start from, else of the base, with its chat template in place.
+
+    ``args`` is the trainer's config. Returns the tokenizer with the ids of the tokens that were added by name
+    (``additional_special_tokens``). Raises :class:`UserError` if ``chat_template_path`` contradicts the template that
+    an adapter was trained with.
+    """
+    adapter = decisions.adapter
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    tokenizer, added = data.prepare_tokenizer(
+        adapter if own else decisions.base,
+        revision="main" if own else decisions.revision,
+        trust_remote_code=args.trust_remote_code,
+        training=args,
+        additional_special_tokens=plugin.additional_special_tokens,
+    )
+    if own:
+        adapters.same_template(str(adapter), tokenizer, getattr(args, "chat_template_path", None))
+    return tokenizer, added
+
+
+def _check_saved(plugin: QLoRAPlugin, decisions: Decisions, adapter: str, added_token_ids: list[int]) -> None:
+    """Raise :class:`UserError` for what a saved adapter would silently not do; before the base is loaded."""
+    if not plugin.use_peft:
+        raise UserError(
+            f"false trains the base without the adapter {adapter!r}; take one of the two out",
+            option="use_peft",
+        )
+    if added_token_ids:
+        raise UserError(
+            f"the adapter {adapter!r} was trained without them, and their rows would stay as they are; name them "
+            f"where the adapter is made, or start a fresh one",
+            option="additional_special_tokens",
+        )
+    sha = quantization.fingerprint(decisions.base, decisions.revision)
+    adapters.same_base(adapter, decisions.base, decisions.revision, sha)
+
+
+def _load_base(
+    plugin: QLoRAPlugin, decisions: Decisions, trust_remote_code: bool, options: dict[str, Any]
+) -> tuple[PreTrainedModel, Coverage]:
+    # Full-parameter training keeps its master weights in float32.
+    dtype = getattr(torch, decisions.dtype) if plugin.use_peft else torch.float32
+    for key in _OWN_OPTIONS:
+        if key in options:
+            raise UserError(
+                f"{key!r} has an option of its own in halfbyte; set that instead", option="model_init_kwargs"
+            )
+    if plugin.attn_implementation is not None:
+        options["attn_implementation"] = plugin.attn_implementation
+    base = quantization.load_base(
+        decisions.base,
+        quantization=_quantization_config(plugin, decisions, dtype),
+        dtype=dtype,
+        device=decisions.device,
+        revision=decisions.revision,
+        trust_remote_code=trust_remote_code,
+        task_type=plugin.lora_task_type,
+        **options,
+    )
+    if fsdp2.requested():
+        fsdp2.check_base(base, dtype)
+    coverage = quantization.measure_coverage(base)
+    if plugin.load_in_4bit:
+        coverage.require()
+    return base, coverage
+
+
+def _quantization_config(
+    plugin: QLoRAPlugin, decisions: Decisions, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    config = get_quantization_config(plugin)
+    if config is not None and config.load_in_4bit:
+        config.bnb_4bit_compute_dtype = dtype
+        if fsdp2.requested():
+            fsdp2.install()
+            config.bnb_4bit_quant_storage = getattr(torch, decisions.quant_storage or "uint8")
+    return config

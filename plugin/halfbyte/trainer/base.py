@@ -1,0 +1,71 @@
+"""What all mixins of a trainer share: the values of the run, and the Trainer's events in the mixins' own order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer, TrainerCallback
+
+from halfbyte.checkpoint.manifest import Manifest
+from halfbyte.fast import Path as FusionReport
+from halfbyte.quantization import Coverage
+
+if TYPE_CHECKING:
+    from halfbyte.resilience.signals import Signals
+    from halfbyte.tracking import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conduct:
+    """The values of one run that its trainer's mixins read; all are made before the trainer is.
+
+    ``checkpoint`` is where the run resumes from, with its ``manifest``; None begins at step 0. ``config``, ``inputs``
+    and ``versions`` are repeated in the manifest of every checkpoint.
+    """
+
+    tracker: Tracker
+    signals: Signals
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+    on_nonfinite: str = "stop"
+    on_oom: str = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What building a trainer found: how much of the base is in four bits, and what of the step is fused."""
+
+    coverage: Coverage = field(default_factory=Coverage)
+    fusion: FusionReport = field(default_factory=FusionReport)
+
+    @property
+    def decided(self) -> Mapping[str, Any]:
+        """What this machine decided, for a resume to take over."""
+        return MappingProxyType({"save_level": self.fusion.level})
+
+
+class Mixin(TrainerCallback):
+    """The base of all mixins: it keeps their values, and makes the trainer its own last callback.
+
+    Each event of the Trainer then runs through the mixins by ``super()``, so that the order of the mixins is the
+    order of methods and of events alike. ``recipe_class`` is the class below the mixins.
+    """
+
+    recipe_class: type[Trainer]
+    conduct: Conduct | None = None
+    report: BuildReport = BuildReport()
+
+    def __init__(self, *args: Any, conduct: Conduct | None = None, **kwargs: Any) -> None:
+        self.conduct = conduct
+        super().__init__(*args, **kwargs)
+        if conduct is not None:
+            self.add_callback(self)
+
+    def write_beside_checkpoint(self, directory: Path) -> None:
+        """Write into ``directory``, on every rank, what a resume needs beside upstream's files."""

@@ -1,0 +1,102 @@
+"""Build a trainer over a loaded model: any trainer class, composed with mixins, its step fused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from halfbyte import adapters, fast, optimizers
+from halfbyte.trainer.base import BuildReport, Conduct
+from halfbyte.trainer.compose import compose
+
+if TYPE_CHECKING:
+    from halfbyte.loading import Loaded
+
+_EVA_BATCHES = 32
+
+
+def with_values(args: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of training arguments with ``values`` in their fields; ``__post_init__`` is not run again."""
+    changed = copy.copy(args)
+    for name, value in values.items():
+        if hasattr(changed, name):
+            kind = type(getattr(args, name))
+            setattr(changed, name, kind(value) if name == "optim" else value)
+    if "gradient_checkpointing_kwargs" in values:
+        changed.activation_checkpointing_kwargs = values["gradient_checkpointing_kwargs"]
+    return changed
+
+
+def build(
+    trainer_cls: type[Trainer],
+    loaded: Loaded,
+    args: Any,
+    mixins: tuple[type, ...],
+    *,
+    conduct: Conduct | None = None,
+    fresh_adapter: bool,
+    initialization: str | None = None,
+    loraplus_lr_ratio: float | None = None,
+    fused: bool = True,
+    memory_budget: str = "auto",
+    save_level: int | None = None,
+    **kwargs: Any,
+) -> Trainer:
+    """Construct ``trainer_cls`` under ``mixins`` over ``loaded``; its ``report`` is a :class:`BuildReport`.
+
+    ``fresh_adapter`` says that the adapter is new, so that the base is the reference of a preference trainer.
+    ``kwargs`` are the trainer's own. Raises :class:`UserError` for an optimizer or schedule that cannot be made.
+    """
+    model = loaded.model
+    composed = compose(trainer_cls, mixins)
+    with _hidden(args, "model_init_kwargs", "chat_template_path"):
+        trainer = composed(model=model, args=args, conduct=conduct, **kwargs)
+    optimizers.check(args, model)
+    if fresh_adapter:
+        adapters.drop_reference_copy(model)
+        if initialization == "eva":
+            adapters.initialize_eva(model, _first_batches(trainer))
+    trainer.loraplus_lr_ratio = loraplus_lr_ratio
+    refusal = fast.refusal(args)
+    if refusal is not None or not fused:
+        fusion = fast.Path(mode="none", reason=refusal or "as given")
+    else:
+        fusion = fast.apply(
+            model,
+            trainer,
+            checkpointing=args.gradient_checkpointing,
+            memory_budget=memory_budget,
+            recorded_level=save_level,
+        )
+    trainer.report = BuildReport(coverage=loaded.coverage, fusion=fusion)
+    return trainer
+
+
+@contextmanager
+def _hidden(args: Any, *fields: str) -> Iterator[None]:
+    """Hide options that halfbyte has acted on from TRL, which would act on them again or warn."""
+    kept = {name: getattr(args, name) for name in fields if hasattr(args, name)}
+    for name in kept:
+        setattr(args, name, None)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
+
+
+def _first_batches(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
+    """The first collated training batches, the same on every rank and drawing no random numbers."""
+    loader = DataLoader(
+        trainer.train_dataset,
+        batch_size=trainer.args.per_device_train_batch_size,
+        collate_fn=trainer.data_collator,
+    )
+    return list(islice(loader, _EVA_BATCHES))

@@ -1,0 +1,54 @@
+"""The one place where a trainer's mixins and their order stand."""
+
+from functools import cache
+
+from transformers import Trainer
+
+from halfbyte.trainer.accumulation import AccumulateOnOutOfMemory
+from halfbyte.trainer.base import Conduct, Mixin
+from halfbyte.trainer.exact_resume import ExactResume
+from halfbyte.trainer.finite import FiniteSteps
+from halfbyte.trainer.float32_adapters import Float32Adapters
+from halfbyte.trainer.invariants import RankInvariants
+from halfbyte.trainer.loraplus import LoRAPlus
+from halfbyte.trainer.run_directory import RunDirectory
+from halfbyte.trainer.saving import AtomicSaves
+from halfbyte.trainer.stopping import StopTogether
+from halfbyte.trainer.whole_adapters import WholeAdapters
+
+# The method resolution order, outermost first: each class wraps the methods of those below it, and sees every
+# event after them.
+LIBRARY: tuple[type, ...] = (
+    LoRAPlus,  # makes the optimizer; nothing else does
+    WholeAdapters,  # writes what every save of a sharded run writes
+    Float32Adapters,  # innermost: it restores what the constructor below it changed, before any other looks
+)
+RUN: tuple[type, ...] = (
+    # Outermost, so that it times the whole save, and cuts an evaluation off outside of `generators_kept`.
+    StopTogether,
+    # Outside of the checks: a step that is done again must be checked from its start.
+    AccumulateOnOutOfMemory,
+    # Outside of saving: weights that are not finite are refused before a save begins.
+    FiniteSteps,
+    # After the step was logged and before it is judged: ranks that differ are named first.
+    RankInvariants,
+    # After ExactResume has restored the counters that it reads, before a stop at on_save ends the event.
+    RunDirectory,
+    # Outside of saving, which asks it for this rank's counters; it restores before all others read.
+    ExactResume,
+    # Innermost of the saves: what it wraps is upstream's own.
+    AtomicSaves,
+    *LIBRARY,
+)
+
+
+def run_mixins(conduct: Conduct) -> tuple[type, ...]:
+    """The mixins of a run: all of them, the repetition of steps only where it is wanted."""
+    return tuple(m for m in RUN if m is not AccumulateOnOutOfMemory or conduct.on_oom == "accumulate")
+
+
+@cache
+def compose(trainer_cls: type[Trainer], mixins: tuple[type, ...]) -> type[Trainer]:
+    """A subclass of ``trainer_cls`` with ``mixins`` over it, under the same name."""
+    body = {"recipe_class": trainer_cls, "__doc__": trainer_cls.__doc__, "__module__": trainer_cls.__module__}
+    return type(trainer_cls.__name__, (*mixins, Mixin, trainer_cls), body)

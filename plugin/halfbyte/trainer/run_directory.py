@@ -1,0 +1,60 @@
+"""A Trainer that fills its run directory through the run's tracker, in place of upstream's reporting."""
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers.trainer
+from transformers import PrinterCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback as TqdmCallback
+from transformers.integrations import WandbCallback
+
+from halfbyte.trainer.base import Mixin
+
+
+def _forwarded(event: str) -> Callable[..., None]:
+    """An event that the mixins below see first, then the tracker."""
+
+    def on_event(self: Any, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        getattr(super(RunDirectory, self), event)(args, state, control, **kwargs)
+        if self.conduct is not None:
+            getattr(self.conduct.tracker, event)(args, state, control, **kwargs)
+
+    return on_event
+
+
+class RunDirectory(Mixin):
+    """Passes the Trainer's events and its model card to ``conduct.tracker``.
+
+    Takes the place of the Trainer's own progress bars, of its WandbCallback (which sends nested secrets and the
+    command line; ``wandb`` stays in `report_to`, where TRL looks for it) and of its model card. Other trackers are
+    left alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for callback in (
+            TqdmCallback,
+            PrinterCallback,
+            WandbCallback,
+            transformers.trainer.DEFAULT_PROGRESS_CALLBACK,  # in a notebook, one of its own
+        ):
+            self.remove_callback(callback)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.conduct is not None:
+            counted = getattr(self, "_total_train_tokens", None)
+            self.conduct.tracker.on_train_begin(args, state, control, counted_tokens=counted, **kwargs)
+
+    on_step_end = _forwarded("on_step_end")
+    on_log = _forwarded("on_log")
+    on_prediction_step = _forwarded("on_prediction_step")
+    on_evaluate = _forwarded("on_evaluate")
+    on_predict = _forwarded("on_predict")
+    on_save = _forwarded("on_save")
+    on_train_end = _forwarded("on_train_end")
+
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Write the run's model card in place of upstream's, whose arguments it accepts."""
+        if self.conduct is not None:
+            self.conduct.tracker.write_card(model_name)

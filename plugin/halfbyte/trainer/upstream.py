@@ -1,0 +1,41 @@
+"""The one place that changes upstream from outside of its classes, where it offers no method to override.
+
+:mod:`halfbyte.upstream` lists every such place and every private name that is relied on.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+
+@contextlib.contextmanager
+def without_pickled_arguments() -> Iterator[None]:
+    """Keep the Trainer from writing training_args.bin: a pickle of every option, tokens in clear text among them."""
+    save = torch.save
+
+    def selective(value: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(value, TrainingArguments):
+            save(value, *args, **kwargs)
+
+    torch.save = selective  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.save = save
+
+
+def wrap_collectives(accelerator: Any, before: Callable[[], None]) -> None:
+    """Call ``before`` ahead of each ``gather`` and ``reduce`` of ``accelerator``; ``gather_for_metrics`` gathers."""
+    for name in ("gather", "reduce"):
+        setattr(accelerator, name, _after(before, getattr(accelerator, name)))
+
+
+def _after(before: Callable[[], None], collective: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return collective(*args, **kwargs)
+
+    return wrapped
