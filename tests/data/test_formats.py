@@ -64,7 +64,7 @@ def refused(path: str, *words: str, training=None, format=Text, **options) -> No
 
 def test_missing_columns(write):
     path = write("a.jsonl", [{"massages": TALK}])
-    refused(path, "found: massages", "did you mean 'messages'?", "prompt + completion", "text")
+    refused(path, "found: massages", "did you mean messages?", "prompt + completion", "text")
     refused(path, "chosen + rejected", "prompt + chosen + rejected", format=PreferencePairs)
 
 
