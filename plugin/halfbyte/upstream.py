@@ -169,6 +169,14 @@ PRIVATE = (
         "data/prepared.py",
         "self dataset processing_class args dataset_name",
     ),
+    *(
+        Private(
+            f"trl.{trainer}._prepare_dataset",
+            "data/prepared.py",
+            "self dataset processing_class args dataset_name",
+        )
+        for trainer in ("KTOTrainer", "RewardTrainer")
+    ),
     Private(
         "accelerate.state.GradientState._set_sync_gradients", "trainer/exact_resume.py", "self sync_gradients"
     ),
