@@ -62,6 +62,7 @@ OVERRIDES = (
     Override("transformers.Trainer.create_optimizer", "self model"),
     Override("transformers.Trainer.evaluate", "self eval_dataset ignore_keys metric_key_prefix"),
     Override("transformers.Trainer.get_batch_samples", "self epoch_iterator num_batches device"),
+    Override("transformers.Trainer.get_train_dataloader", "self"),
     Override("transformers.Trainer.save_model", "self output_dir _internal_call"),
     Override("transformers.Trainer.training_step", "self model inputs num_items_in_batch"),
     *(

@@ -66,15 +66,18 @@ def build(
     trainer.loraplus_lr_ratio = loraplus_lr_ratio
     refusal = fast.refusal(args)
     if refusal is not None or not fused:
-        fusion = fast.Path(mode="none", reason=refusal or "as given")
+        fusion = fast.FusionReport(mode="none", reason=refusal or "as given")
     else:
-        fusion = fast.apply(
+        fusion = fast.fuse(
             model,
-            trainer,
+            scope=fast.scope(trainer_cls),
+            args=args,
+            collator=trainer.data_collator,
             checkpointing=args.gradient_checkpointing,
             memory_budget=memory_budget,
             recorded_level=save_level,
         )
+    trainer.unpads_batches = fusion.padding_free
     trainer.report = BuildReport(coverage=loaded.coverage, fusion=fusion)
     return trainer
 
