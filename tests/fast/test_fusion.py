@@ -15,11 +15,11 @@ from transformers import Trainer
 from trl import DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from halfbyte import QLoRAPlugin, fast
+from halfbyte import QLoRAPlugin, fast, loading, resolve
 from halfbyte.errors import UserError
 from halfbyte.fast import batches
 from halfbyte.fast.linear import FusedLinear4bit
-from tests import plain_trl, tiny
+from tests import tiny
 from tests.fast import models
 from tests.fast.test_parity import arguments
 
@@ -164,7 +164,8 @@ def test_the_adapter_saves_and_loads_as_pefts(model_dir: ModelDir, tmp_path: Pat
     trainer, _ = build(model_dir("llama"), tmp_path)
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
-    plain = plain_trl.base(model_dir("llama"), torch.float32)
+    plugin = QLoRAPlugin(dtype="float32", fast="none")
+    plain, _ = loading._load_base(plugin, resolve.for_loop(plugin, str(model_dir("llama"))), False, {})
     plain = PeftModel.from_pretrained(plain, str(tmp_path / "final")).eval()
     ids = torch.arange(4, 24)[None]
     trainer.model.eval()
