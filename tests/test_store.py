@@ -436,7 +436,9 @@ def test_a_manifest_without_a_true_size_evicts_nothing(cache: Path) -> None:
     (cache / "0123").mkdir()
     for size in ("NaN", "1e999", str(10**30)):
         (cache / "0123" / "manifest.json").write_text(
-            '{"description": {}, "files": {"a": {"size": %s, "sha256": "0", "mtime_ns": 1}}}' % size
+            '{"label": "x", "description": {}, "files": {"a": {"size": SIZE, "sha256": "0", "mtime_ns": 1}}}'.replace(
+                "SIZE", size
+            )
         )
         number(store.BASES, 2)
         release()

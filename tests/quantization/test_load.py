@@ -75,7 +75,7 @@ def test_a_classification_head_of_several_linears_is_left_out_by_design(tmp_path
 
     config = BartConfig(
         vocab_size=tiny.VOCABULARY, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, num_labels=1,
     )  # fmt: skip
     BartForSequenceClassification(config).save_pretrained(tmp_path / "base")
     coverage = measure_coverage(load(tmp_path / "base", task=SEQUENCE_CLASSIFICATION))
