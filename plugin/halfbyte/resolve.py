@@ -3,13 +3,11 @@
 The command line and ``QLoRAPlugin.trainer`` both ask :func:`decide`; nothing later overrides what it returns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,10 +19,8 @@ from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.config import Settings
 from halfbyte.distributed import Strategy, fsdp2, zero3
 from halfbyte.errors import UserError
+from halfbyte.model_options import ModelOptions
 from halfbyte.resilience.watch import record_flights
-
-if TYPE_CHECKING:
-    from halfbyte.plugin import QLoRAPlugin
 
 # Training arguments a QLoRA run wants other than upstream's, for any TRL config class.
 DEFAULTS: dict[str, Any] = {
@@ -101,15 +97,15 @@ def for_run(settings: Settings, manifest: Manifest | None) -> Decisions:
     return replace(found, values=MappingProxyType({**found.values, "use_cpu": True}))
 
 
-def for_arguments(plugin: QLoRAPlugin, args: Any, model: str | None) -> Decisions:
+def for_arguments(model: ModelOptions, args: Any, name_or_path: str | None) -> Decisions:
     """Decide for ``QLoRAPlugin.trainer``: every training argument counts as given."""
-    given = {"bf16", "fp16", "use_cpu", "report_to", *_chosen(plugin)}
-    return decide(_options(plugin, args, model), given)
+    given = {"bf16", "fp16", "use_cpu", "report_to", *_chosen(model)}
+    return decide(_by_name(model, args, name_or_path), given)
 
 
-def for_loop(plugin: QLoRAPlugin, model: str | None) -> Decisions:
+def for_loop(model: ModelOptions, name_or_path: str | None) -> Decisions:
     """Decide for a loop of one's own, which has no training arguments."""
-    return decide(_options(plugin, None, model), {"report_to", *_chosen(plugin)})
+    return decide(_by_name(model, None, name_or_path), {"report_to", *_chosen(model)})
 
 
 def decide(options: Any, given: Collection[str], manifest: Manifest | None = None) -> Decisions:
@@ -278,16 +274,16 @@ def _recorded_micro_batches(options: Any, manifest: Manifest, lines: list[str]) 
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batches}
 
 
-def _options(plugin: QLoRAPlugin, args: Any, model: str | None) -> dict[str, Any]:
+def _by_name(model: ModelOptions, args: Any, name_or_path: str | None) -> dict[str, Any]:
     found = {each.name: getattr(args, each.name) for each in fields(args)} if args is not None else {}
-    found |= {each.name: getattr(plugin, each.name) for each in fields(plugin)}
-    return {**found, "model_name_or_path": model or plugin.model_name_or_path}
+    found |= {each.name: getattr(model, each.name) for each in fields(model)}
+    return {**found, "model_name_or_path": name_or_path or model.model_name_or_path}
 
 
-def _chosen(plugin: QLoRAPlugin) -> set[str]:
-    """The options of ``plugin`` that differ from their defaults."""
-    defaults = vars(type(plugin)())
-    return {each.name for each in fields(plugin) if getattr(plugin, each.name) != defaults[each.name]}
+def _chosen(model: ModelOptions) -> set[str]:
+    """The options of ``model`` that differ from their defaults."""
+    defaults = vars(ModelOptions())
+    return {each.name for each in fields(model) if getattr(model, each.name) != defaults[each.name]}
 
 
 def _name(optim: Any) -> str:

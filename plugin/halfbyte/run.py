@@ -70,7 +70,7 @@ def read(name: str, recipe: Recipe, written: list[str] | config.Written) -> Sett
         (RunArguments, recipe.config, QLoRAPlugin, DatasetMixtureConfig),
         prog=f"halfbyte {name}",
         summary=recipe.summary,
-        defaults=training_defaults(recipe.config),
+        defaults={**training_defaults(recipe.config), "lora_task_type": recipe.task.peft_type},
     )
 
 
@@ -157,6 +157,7 @@ def _tracker(
         record,
         main=PartialState().is_main_process,
         bar=not options.args.disable_tqdm,
+        figures=recipe.figures,
         next_command=next_command(recipe.next, options.args.output_dir, decisions.base, adapter=adapter),
         resume_command=resume_command(name, argv),
     )

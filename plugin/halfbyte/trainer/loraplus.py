@@ -7,7 +7,7 @@ from halfbyte.trainer.base import Mixin
 
 
 class LoRAPlus(Mixin):
-    """Makes the optimizer with B's learning rate a multiple of A's, where the plugin says so."""
+    """Makes the optimizer with B's learning rate a multiple of A's, where ``loraplus_lr_ratio`` is set."""
 
     loraplus_lr_ratio: float | None = None
     optimizer: Any
