@@ -1,4 +1,4 @@
-"""Packages as a stranger would have installed them: real metadata on disk, for discovery to find."""
+"""Third-party packages as they are installed: real metadata on disk, for discovery to find."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ class Config:
 class Trainer:
     pass
 
-recipe = Recipe(config=Config, trainer=Trainer, summary="a stranger's")
+recipe = Recipe(config=Config, trainer=Trainer, summary="a third party's")
 """
 
 

@@ -1,5 +1,6 @@
 """Recipes are found by metadata alone, and every way a package can get one wrong names that package."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from halfbyte import recipe as recipes
 from halfbyte.errors import UserError
 from halfbyte.recipe import Recipe
+from halfbyte.task import CAUSAL_LM
+from halfbyte.tracking.figures import DEFAULT
 from tests import packages
 
 Install = Callable[..., Path]
@@ -34,6 +37,22 @@ def test_the_shipped_recipes_are_announced_like_any_other() -> None:
     assert [entry.name for entry in recipes.entries()] == sorted(entry.name for entry in recipes.entries())
 
 
+def test_a_recipe_s_parts_are_checked() -> None:
+    recipe = Recipe(config=int, trainer=object, summary="")
+    assert (recipe.task, recipe.figures, recipe.fast) == (CAUSAL_LM, DEFAULT, recipes.FAST_PARTS)
+    with pytest.raises(ValueError, match="no part of the fast step is named 'heads'; did you mean head"):
+        Recipe(config=int, trainer=object, summary="", fast=frozenset({"heads", "layers"}))
+
+
+def test_what_a_recipe_is_made_of_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, halfbyte.recipe, halfbyte.task, halfbyte.tracking.figures\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'numpy', 'matplotlib', 'wandb', 'datasets'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_listing_imports_nothing(install: Install) -> None:
     install("explosive", {"boom": "explosive:recipe"}, code="raise SystemExit('imported')")
     entry = next(entry for entry in recipes.entries() if entry.name == "boom")
@@ -47,7 +66,7 @@ def test_only_the_named_recipe_is_imported(install: Install) -> None:
     install("other-one", {"other": "other_one:recipe"})
     recipe = recipes.load("chosen")
     assert isinstance(recipe, Recipe)
-    assert recipe.summary == "a stranger's"
+    assert recipe.summary == "a third party's"
     assert "other_one" not in sys.modules
 
 
@@ -55,7 +74,7 @@ def test_a_package_on_the_path_twice_is_one(install: Install, tmp_path: Path, mo
     install("twice", {"again": "twice:recipe"})
     monkeypatch.syspath_prepend(str(packages.write(tmp_path / "second", "twice", {"again": "twice:recipe"})))
     recipes.check(recipes.entries())
-    assert recipes.load("again").summary == "a stranger's"
+    assert recipes.load("again").summary == "a third party's"
 
 
 def test_a_name_claimed_twice_names_both_packages(install: Install) -> None:
@@ -69,7 +88,7 @@ def test_a_name_claimed_twice_names_both_packages(install: Install) -> None:
     assert recipes.load("sft").summary  # the claim on another name stops nobody else
 
 
-def test_a_stranger_cannot_take_a_shipped_name_unseen(install: Install) -> None:
+def test_a_third_party_cannot_take_a_shipped_name_unseen(install: Install) -> None:
     install("pretender", {"sft": "pretender:recipe"})
     with pytest.raises(UserError, match=r"'sft' is claimed by halfbyte .* and pretender 1\.0"):
         recipes.load("sft")

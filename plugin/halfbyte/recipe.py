@@ -5,7 +5,6 @@ Listing reads package metadata only; the one recipe that is named is imported.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte import commands
 from halfbyte.errors import UserError
+from halfbyte.task import CAUSAL_LM, Task
+from halfbyte.tracking.figures import DEFAULT, Figures
+from halfbyte.wording import nearest, suggestion
 
 if TYPE_CHECKING:
     from halfbyte.data import DataFormat
@@ -22,16 +24,21 @@ GROUP = "halfbyte.recipes"
 # Names that the command line keeps for itself, those reserved for future releases included.
 COMMANDS = frozenset(commands.TABLE)
 
+FAST_PARTS = frozenset(("linears", "layers", "head", "padding_free"))
+"""Parts of the fast step: fused linears and layers, the chunked LM head, padding-free batches."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One way to train: a config class, a trainer class, and what data they need.
 
-    ``config`` is a TRL config class or a subclass of one. ``data`` names the columns the trainer reads
-    and has every row checked. ``build(config, plugin, data)`` makes the trainer where the default,
-    ``plugin.trainer(trainer, args=config, ...)``, does not do: reward functions, a value model. ``next``
-    is the command to suggest when the run is over; ``{output_dir}``, ``{model}`` and ``{start}``, the option that
-    starts from what was trained, are filled in.
+    ``config`` is a TRL config class or a subclass of one. ``data`` names the columns the trainer reads: every row is
+    checked, and counted. ``build(config, plugin, data)`` makes the trainer where the default,
+    ``plugin.trainer(trainer, args=config, ...)``, is not enough: reward functions, a value model; ``data`` has the rows
+    and the tokenizer that rendered them. ``next`` is the command to suggest when the run is over; ``{output_dir}``,
+    ``{model}`` and ``{start}``, the option that starts from what was trained, are filled in. ``task`` is what the base
+    is loaded as. ``figures`` are what log lines, plots, card and closing summary show. ``fast`` names the parts of the
+    fast step that may apply, of :data:`FAST_PARTS`.
     """
 
     config: type
@@ -40,15 +47,23 @@ class Recipe:
     data: DataFormat | None = None
     build: Callable[..., Any] | None = None
     next: str | None = None
+    task: Task = CAUSAL_LM
+    figures: Figures = DEFAULT
+    fast: frozenset[str] = FAST_PARTS
 
     def __post_init__(self) -> None:
         if self.trainer is None and self.build is None:
             raise ValueError("a Recipe needs a `trainer` class or a `build` function")
+        for part in sorted(self.fast - FAST_PARTS):
+            raise ValueError(
+                f"fast: no part of the fast step is named {part!r}{suggestion(part, FAST_PARTS)}\n"
+                f"  parts: {', '.join(sorted(FAST_PARTS))}"
+            )
 
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """A recipe as package metadata announces it: nothing of it has been imported."""
+    """A recipe as package metadata registers it: nothing of it has been imported."""
 
     name: str
     package: str
@@ -57,7 +72,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Every announced recipe, sorted by name; a distribution seen twice on the path counts once."""
+    """Return every registered recipe, sorted by name; a distribution seen twice on the path counts once."""
     points = [(point, point.dist) for point in metadata.entry_points(group=GROUP) if point.dist is not None]
     # Parsed once for a package and not for each of its recipes: it takes milliseconds.
     of = {package: package.metadata for package in {package for _, package in points}}
@@ -91,8 +106,8 @@ def load(name: str) -> Recipe:
     claims = [entry for entry in listed if entry.name == name]
     if not claims:
         known = sorted({entry.name for entry in listed})
-        near = difflib.get_close_matches(name, [*known, *COMMANDS], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(name, [*known, *COMMANDS])
+        hint = f"did you mean {near!r}? " if near is not None else ""
         raise UserError(
             f"no recipe or command named {name!r}; {hint}recipes: {', '.join(known) or 'none installed'}"
         )

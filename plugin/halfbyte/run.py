@@ -70,7 +70,7 @@ def read(name: str, recipe: Recipe, written: list[str] | config.Written) -> Sett
         (RunArguments, recipe.config, QLoRAPlugin, DatasetMixtureConfig),
         prog=f"halfbyte {name}",
         summary=recipe.summary,
-        defaults=training_defaults(recipe.config),
+        defaults={**training_defaults(recipe.config), "lora_task_type": recipe.task.peft_type},
     )
 
 
@@ -157,6 +157,7 @@ def _tracker(
         record,
         main=PartialState().is_main_process,
         bar=not options.args.disable_tqdm,
+        figures=recipe.figures,
         next_command=next_command(recipe.next, options.args.output_dir, decisions.base, adapter=adapter),
         resume_command=resume_command(name, argv),
     )
@@ -185,8 +186,8 @@ def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: 
         "fast": trainer.report.fusion.as_dict(),
         "strategy": {**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
     }
-    if decisions.session:
-        found["micro_batches"] = [{"from_step": conduct.manifest.step + 1, **decisions.session}]
+    if smaller := decisions.micro_batches:
+        found["micro_batches"] = [{"from_step": conduct.manifest.step + 1, **smaller}]
     return found
 
 

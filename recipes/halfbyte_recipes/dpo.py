@@ -1,4 +1,4 @@
-"""Direct preference optimization (arXiv 2305.18290): learn from pairs of a better and a worse answer.
+"""Direct preference optimization (arXiv 2305.18290): train on pairs of a chosen and a rejected answer.
 
 Without ``adapter_name_or_path`` the reference is the base with the adapter off; with it, a frozen copy of
 that adapter. Neither needs a second model.
@@ -10,6 +10,7 @@ from trl import DPOConfig, DPOTrainer
 
 from halfbyte.data import PreferencePairs
 from halfbyte.recipe import Recipe
+from halfbyte.tracking.figures import PREFERENCES
 
 
 @dataclass
@@ -27,5 +28,6 @@ recipe = Recipe(
     config=DPOArguments,
     trainer=DPOTrainer,
     data=PreferencePairs,
+    figures=PREFERENCES,
     summary="Direct preference optimization on pairs of a chosen and a rejected answer",
 )

@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from halfbyte.data import Text
 from halfbyte.recipe import Recipe
+from halfbyte.tracking.figures import LANGUAGE_MODELING
 
 
 @dataclass
@@ -34,6 +35,7 @@ recipe = Recipe(
     config=PretrainArguments,
     trainer=SFTTrainer,
     data=Text,
+    figures=LANGUAGE_MODELING,
     summary="Next-token training on plain text: QLoRA on an existing model, or all weights of a small one",
     next="halfbyte sft --model_name_or_path {output_dir} --dataset_name DATA --output_dir {output_dir}-sft",
 )

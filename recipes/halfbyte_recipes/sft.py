@@ -6,6 +6,7 @@ from trl import SFTConfig, SFTTrainer
 
 from halfbyte.data import Text
 from halfbyte.recipe import Recipe
+from halfbyte.tracking.figures import LANGUAGE_MODELING
 
 
 @dataclass
@@ -19,6 +20,7 @@ recipe = Recipe(
     config=SFTArguments,
     trainer=SFTTrainer,
     data=Text,
+    figures=LANGUAGE_MODELING,
     summary="Supervised fine-tuning on text, prompt-completion pairs or conversations",
     next="halfbyte dpo {start} --dataset_name PREFERENCES --output_dir {output_dir}-dpo",
 )

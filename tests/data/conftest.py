@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
-from trl import DatasetMixtureConfig, DPOConfig, ScriptArguments, SFTConfig
+from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, RewardConfig, ScriptArguments, SFTConfig
 
 from halfbyte.data import RunData, Text, load
 from halfbyte.errors import UserError
@@ -79,6 +79,14 @@ def sft(tmp_path: Path, **options: Any) -> SFTConfig:
 
 def dpo(tmp_path: Path, **options: Any) -> DPOConfig:
     return DPOConfig(output_dir=str(tmp_path / "out"), **{**_CPU, **options})
+
+
+def kto(tmp_path: Path, **options: Any) -> KTOConfig:
+    return KTOConfig(output_dir=str(tmp_path / "out"), **{**_CPU, **options})
+
+
+def reward(tmp_path: Path, **options: Any) -> RewardConfig:
+    return RewardConfig(output_dir=str(tmp_path / "out"), **{**_CPU, **options})
 
 
 def plain(**options: Any) -> SimpleNamespace:

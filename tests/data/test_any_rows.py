@@ -105,7 +105,7 @@ NULL_ROWS = {
 @pytest.mark.parametrize("content", NULL_ROWS)
 def test_a_row_that_is_null_is_named(tmp_path: Path, content: str) -> None:
     path = written(tmp_path, content.encode(), "jsonl")
-    assert outcome(str(path)) == f"{path}: line {NULL_ROWS[content]} is `null`, which is no row; take it out"
+    assert outcome(str(path)) == f"{path}: line {NULL_ROWS[content]} is `null`, which is no row; remove it"
     assert f"line {NULL_ROWS[content]} is `null`" in outcome(str(tmp_path))
 
 

@@ -112,13 +112,13 @@ def test_escape_breaks_them_up_and_nothing_else(write: Callable[..., str]) -> No
 def test_allow_leaves_them_and_says_so(write: Callable[..., str]) -> None:
     data = read(write("a.jsonl", rows(FORGED)), "allow")
     assert data.train[3]["messages"][0]["content"] == FORGED
-    assert "left as they are: <|im_end|> 2, <|im_start|> 1" in data.report.notes[0]
+    assert "unchanged: <|im_end|> 2, <|im_start|> 1" in data.report.notes[0]
 
 
 def test_other_added_tokens_pass_and_are_counted(write: Callable[..., str]) -> None:
     data = read(write("a.jsonl", rows("<think>why</think> so <|endoftext|>")), "error")
     assert data.report.notes == [
-        "train: added tokens in messages, trained as they are: <think> 1, </think> 1, <|endoftext|> 1"
+        "train: added tokens in messages, trained unchanged: <think> 1, </think> 1, <|endoftext|> 1"
     ]
 
 
@@ -139,7 +139,7 @@ def test_pairs_and_streams(write: Callable[..., str]) -> None:
     with pytest.raises(UserError, match="train: 1 of 1 rows"):
         read(write("pairs.jsonl", [pair]), "error", PreferencePairs)
     name = write("a.jsonl", rows(FORGED))
-    with pytest.raises(UserError, match="train: row 4: "):
+    with pytest.raises(UserError, match="train row 4: "):
         list(read(name, "error", streaming=True).train)
     escaped = list(read(name, "escape", streaming=True).train)
     assert "<|im_end|>" not in escaped[3]["messages"][0]["content"]

@@ -3,7 +3,8 @@
 import datasets
 import pytest
 
-from halfbyte.data import PreferencePairs, Text
+from halfbyte.data import PreferencePairs, Text, UnpairedPreferences
+from halfbyte.errors import UserError
 from tests import tiny
 from tests.data.conftest import dpo, plain, refusal, run_data, sft, turn
 
@@ -44,6 +45,38 @@ def test_preference_layouts(write, row, layout):
     assert str(data.report.train.check.layout) == layout
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b", "label": True},
+        {"prompt": TALK[:1], "completion": TALK[1:], "label": True},
+    ],
+)
+def test_unpaired_layouts(write, row):
+    rows = [row, {**row, "label": False, "chosen": 1}]
+    data = run_data(write("a.jsonl", rows), format=UnpairedPreferences)
+    assert str(data.report.train.check.layout) == "prompt + completion + label"
+    assert data.train["label"][:] == [True, False]
+    assert data.report.notes == [
+        "train: read as prompt + completion + label; columns not used: chosen",
+    ]
+
+
+def test_unpaired_rows_of_one_label_are_reported(write):
+    rows = [{"prompt": "a", "completion": "b", "label": False}] * 3
+    data = run_data(write("a.jsonl", rows), format=UnpairedPreferences)
+    assert data.report.notes == [
+        "train: every label is false; without rows whose label is true, the loss has nothing to compare with"
+    ]
+
+
+def test_a_format_says_when_sides_are_equal():
+    assert PreferencePairs.equal({"chosen": TALK, "rejected": [dict(turn, score=1) for turn in TALK]}) is True
+    assert PreferencePairs.equal({"chosen": "a", "rejected": "b"}) is False
+    assert Text.equal({"text": "a"}) is None
+    assert (Text.sides, UnpairedPreferences.sides, PreferencePairs.sides) == (1, 1, 2)
+
+
 def test_columns_that_would_change_what_trl_reads_are_left_out_and_named(write):
     path = write("a.jsonl", [{"prompt": "a", "messages": TALK, "labels": 1, "score": 2}] * 3)
     data = run_data(path)
@@ -64,7 +97,7 @@ def refused(path: str, *words: str, training=None, format=Text, **options) -> No
 
 def test_missing_columns(write):
     path = write("a.jsonl", [{"massages": TALK}])
-    refused(path, "found: massages", "did you mean 'messages'?", "prompt + completion", "text")
+    refused(path, "found: massages", "did you mean messages?", "prompt + completion", "text")
     refused(path, "chosen + rejected", "prompt + chosen + rejected", format=PreferencePairs)
 
 
@@ -72,6 +105,7 @@ GOOD = {
     "text": [{"text": "a"}] * 4,
     "messages": [{"messages": TALK}] * 4,
     "pairs": [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4,
+    "unpaired": [{"prompt": "a", "completion": "b", "label": n % 2 == 0} for n in range(4)],
     "tokens": [{"input_ids": [1, 2], "labels": [1, 2]}] * 4,
     "implicit": [{"chosen": TALK, "rejected": OTHER}] * 4,
 }
@@ -98,6 +132,9 @@ GOOD = {
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": TALK}, ["'rejected' is messages"]),
         ("pairs", {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": OTHER[1:]},
          ["a conversation, but row 1 is a string"]),
+        ("unpaired", {"prompt": "a", "completion": "b", "label": None}, ["'label'", "true or false, found None"]),
+        ("unpaired", {"prompt": "a", "completion": None, "label": True}, ["'completion'", "found None"]),
+        ("unpaired", {"prompt": "a", "completion": TALK, "label": True}, ["'completion' is messages"]),
         ("tokens", {"input_ids": [1, 2], "labels": [1]}, ["'labels'", "list of 2, found a list of 1"]),
         ("tokens", {"input_ids": [], "labels": []}, ["'input_ids'", "found an empty list"]),
         ("tokens", {"input_ids": [1, None], "labels": [1, 2]}, ["token ids, found None"]),
@@ -108,8 +145,25 @@ GOOD = {
 )  # fmt: skip
 def test_a_bad_row_is_named(write, streaming, good, bad, words):
     path = write("a.jsonl", [*GOOD[good], bad, *GOOD[good]])
-    format = Text if good in ("text", "messages", "tokens") else PreferencePairs
+    formats = {"pairs": PreferencePairs, "implicit": PreferencePairs, "unpaired": UnpairedPreferences}
+    format = formats.get(good, Text)
     refused(path, "train row 5:", *words, format=format, dataset_streaming=streaming)
+
+
+def test_a_label_of_ones_and_zeros_is_refused(write):
+    rows = [{"prompt": "a", "completion": "b", "label": n % 2} for n in range(4)]
+    refused(
+        write("a.jsonl", rows), "train row 1", "'label'", "true or false, found 0", format=UnpairedPreferences
+    )
+
+
+def test_a_refused_row_carries_its_place(write, tmp_path):
+    path = write("a.jsonl", [*GOOD["messages"], {"messages": [turn("user", "a")]}])
+    with pytest.raises(UserError) as caught:
+        run_data(path, sft(tmp_path, assistant_only_loss=True))
+    error = caught.value
+    assert (error.option, error.split, error.row) == ("assistant_only_loss", "train", 5)
+    assert str(error).startswith("assistant_only_loss: train row 5: no message of the assistant's")
 
 
 def test_a_number_column_in_csv(write):

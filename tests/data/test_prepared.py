@@ -3,29 +3,35 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl import DPOTrainer, RewardTrainer, SFTTrainer
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from halfbyte.data import PreferencePairs, Text, check_labels, counted
+from halfbyte.data import DataFormat, PreferencePairs, Text, UnpairedPreferences, check_labels, counted
+from halfbyte.data.counting import Counts, Prepared
 from halfbyte.data.report import DataReport
 from halfbyte.errors import UserError
 from tests import tiny
-from tests.data.conftest import dpo, plain, refusal, run_data, sft, turn
+from tests.data.conftest import dpo, kto, plain, refusal, reward, run_data, sft, turn
 
 SHAPE = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
 
 
-def model() -> LlamaForCausalLM:
+def model(trainer_cls=SFTTrainer):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_attention_heads=2, eos_token_id=2, pad_token_id=3))
+    config = LlamaConfig(**SHAPE, num_attention_heads=2, eos_token_id=2, pad_token_id=3)
+    if issubclass(trainer_cls, RewardTrainer):
+        config.num_labels = 1
+        return LlamaForSequenceClassification(config)
+    return LlamaForCausalLM(config)
 
 
 def build(trainer_cls, data, training, tokenizer=None):
     # A whole second model is the reference here: these trainers have no adapter to switch off.
-    reference = {"ref_model": model()} if issubclass(trainer_cls, DPOTrainer) else {}
+    reference = {"ref_model": model()} if issubclass(trainer_cls, DPOTrainer | KTOTrainer) else {}
     return trainer_cls(
-        model(),
+        model(trainer_cls),
         **reference,
         args=training,
         train_dataset=data.train,
@@ -154,6 +160,62 @@ def test_dpo_rows_equal_plain_trl_and_are_counted(write, tmp_path, mode):
     assert report.train.truncated == cut
     assert report.train.dropped == 12 - len(same) == (3 if mode == "keep_start" else 0)
     assert batch["completion_mask"].sum(1).min() > 0
+
+
+def test_kto_rows_equal_plain_trl_and_are_counted(write, tmp_path):
+    rows = [
+        {"prompt": " the" * (n + 1), "completion": " a" * (n % 3 + 1), "label": n % 2 == 0} for n in range(12)
+    ]
+    path = write("a.jsonl", rows)
+    training = kto(tmp_path, max_length=10)
+    trainer, report = trained(path, training, UnpairedPreferences, trainer_cls=KTOTrainer)
+    same = build(KTOTrainer, run_data(path, training, UnpairedPreferences), training).train_dataset
+    assert trainer.train_dataset[:] == same[:]
+    batch = DataCollatorForUnpairedPreference(pad_token_id=3, max_length=10)(list(same))
+    whole = DataCollatorForUnpairedPreference(pad_token_id=3)(list(same))
+    lengths, full = batch["attention_mask"].sum(1), whole["attention_mask"].sum(1)
+    assert report.train.tokens == lengths.sum().item()
+    assert report.train.truncated == (lengths < full).sum().item() > 0
+    assert report.train.dropped == report.train.lost_rows == 12 - len(same) == 3
+    refused(
+        "no row trains an end", path=write("b.jsonl", rows[4:8]), training=kto(tmp_path, max_length=6),
+        format=UnpairedPreferences, trainer_cls=KTOTrainer,
+    )  # fmt: skip
+
+
+def test_reward_rows_equal_plain_trl_and_are_counted(write, tmp_path):
+    rows = [{"prompt": " the" * (n + 1), "chosen": " a a", "rejected": " a" * (n + 3)} for n in range(6)]
+    path = write("a.jsonl", rows)
+    training = reward(tmp_path, max_length=10)
+    trainer, report = trained(path, training, PreferencePairs, trainer_cls=RewardTrainer)
+    same = build(RewardTrainer, run_data(path, training, PreferencePairs), training).train_dataset
+    assert trainer.train_dataset[:] == same[:]
+    assert report.train.tokens == sum(
+        len(row[side]) for row in same for side in ("chosen_ids", "rejected_ids")
+    )
+    found = report.as_dict()
+    assert (found["truncated"], found["dropped"], found["dropped_no_label"]) == (0, 6 - len(same), 0)
+    assert found["dropped_too_long"] == 6 - len(same) == 3
+    assert report.lines()[0].endswith("; 3 dropped (longer than max_length 10)")
+    refused(
+        "train: every row is longer than `max_length` 3", path=path, training=reward(tmp_path, max_length=3),
+        format=PreferencePairs, trainer_cls=RewardTrainer,
+    )  # fmt: skip
+
+
+def test_a_third_party_format_counts_its_own_columns(write, tmp_path):
+    class Doubling(DPOTrainer):
+        def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+            ready = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            return ready.map(lambda row: {"both": row["chosen_ids"] + row["rejected_ids"]})
+
+    both = Prepared(("both",), lambda dataset, args: Counts(sum(map(len, dataset["both"])), truncated=1))
+    format = DataFormat("both sides", PreferencePairs.layouts, prepared=(both,))
+    trainer, report = trained(
+        write("a.jsonl", tiny.preferences(4)), dpo(tmp_path), format, trainer_cls=Doubling
+    )
+    assert report.train.tokens == sum(map(len, trainer.train_dataset["both"]))
+    assert report.train.truncated == 1
 
 
 def labels_of(trainer, row: int) -> list[tuple[str, bool]]:

@@ -82,7 +82,7 @@ def test_a_missing_split_names_the_ones_there_are(write, tmp_path):
         "dataset_test_split", "'test'", "found: train", "test_split_size",
         name=path, training=plain(eval_strategy="steps"),
     )  # fmt: skip
-    refused("dataset_train_split", "'trian'", "did you mean 'train'?", name=path, dataset_train_split="trian")
+    refused("dataset_train_split", "'trian'", "did you mean train?", name=path, dataset_train_split="trian")
 
 
 def test_options_that_would_be_ignored(write):
@@ -99,7 +99,7 @@ def test_options_that_would_be_ignored(write):
 
 def test_files_that_cannot_be_read(write, tmp_path: Path):
     write("train.jsonl", ROWS)
-    refused("no such file", "did you mean 'train.jsonl'?", name=str(tmp_path / "trian.jsonl"))
+    refused("no such file", "did you mean train.jsonl?", name=str(tmp_path / "trian.jsonl"))
     refused("no such file", datasets=[{"path": str(tmp_path / "none.csv")}])
     (tmp_path / "a.jsonl.gz").write_bytes(b"")
     refused(".gz is not read", "parquet", name=str(tmp_path / "a.jsonl.gz"))

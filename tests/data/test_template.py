@@ -101,7 +101,7 @@ def test_template_paths_that_cannot_be_used(base, tmp_path):
     (tmp_path / "chatml.jinja").write_text("{% for m in messages %}\n{{ m[ }}{% endfor %}")
     (tmp_path / "plain.txt").write_text("x")
     for name, words in {
-        "chatlm.jinja": ["no file", "did you mean 'chatml.jinja'?"],
+        "chatlm.jinja": ["no file", "did you mean chatml.jinja?"],
         "chatml.jinja": ["chatml.jinja:2: "],
         "plain.txt": [".jinja or .j2"],
         "base": ["has no chat template"],
@@ -112,7 +112,7 @@ def test_template_paths_that_cannot_be_used(base, tmp_path):
 
 
 def test_end_and_pad_tokens_must_be_in_the_vocabulary(base, tmp_path):
-    refused("eos_token", "'<|im_endd|>'", "did you mean '<|im_end|>'?", path=base,
+    refused("eos_token", "'<|im_endd|>'", "did you mean <|im_end|>?", path=base,
             training=sft(tmp_path, eos_token="<|im_endd|>"))  # fmt: skip
     refused("pad_token", "'<nopad>'", path=base, training=dpo(tmp_path, pad_token="<nopad>"))
     training = sft(tmp_path, eos_token="<|im_start|>", pad_token="<|endoftext|>")

@@ -82,7 +82,7 @@ def _tracker(directory: Path, main: bool = True) -> Tracker:
 def test_plots_that_fail_are_said_once_and_stop_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise RuntimeError("no font")
 
     monkeypatch.setattr("halfbyte.tracking.plots.draw", fail)

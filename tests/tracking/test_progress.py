@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from halfbyte.tracking.progress import RunProgress, count, figures, memory
+from halfbyte.tracking.progress import RunProgress, figures
+from halfbyte.wording import count, memory
 
 
 class _Terminal(io.StringIO):

@@ -1,7 +1,7 @@
 """The chat template's turn delimiters inside messages, where they would forge a turn.
 
-A tokenizer turns the text ``<|im_end|>`` into the end of a turn wherever it stands. Other added tokens,
-such as ``<think>``, belong into messages and are only counted.
+A tokenizer turns the text ``<|im_end|>`` into the end of a turn, also inside a message. Other added tokens, such as
+``<think>``, may occur in messages and are only counted.
 """
 
 import re
@@ -17,7 +17,7 @@ from halfbyte.data.report import DataReport
 from halfbyte.data.rows import numbered
 from halfbyte.errors import UserError
 
-# The words of a probe's messages; what a template writes between them is its own.
+# The contents of a probe's messages; everything else in the rendered text comes from the template.
 _USER, _ASSISTANT, _OTHER = "7fae1", "7fae2", "7fae3"
 _WORDS = re.compile("7fae[123]")
 _TAG = re.compile(r"</?(\w+)>")
@@ -27,10 +27,10 @@ _ROLES = ("role", "from")
 
 
 def turn_delimiters(tokenizer: Any, template: str | None = None) -> tuple[str, ...]:
-    """What the chat template writes around turns: added tokens, or the text it uses where it has none.
+    """Return what the chat template writes around turns: added tokens, or text where it uses none.
 
-    A pair of tags such as ``<think>`` and ``</think>`` that the tokenizer does not call special is no
-    delimiter, although templates write an empty one.
+    A pair of tags such as ``<think>`` and ``</think>`` that the tokenizer does not mark as special is no delimiter,
+    although templates write an empty one.
     """
     gaps = [gap for text in _probes(tokenizer, template) for gap in _WORDS.split(text)]
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
@@ -51,10 +51,10 @@ def settle(
     report: DataReport,
     template: str | None = None,
 ) -> Any:
-    """Return the split with delimiters in its messages treated as ``policy`` says, and note the counts.
+    """Return the split with delimiters in its messages handled by ``policy``, and note the counts in ``report``.
 
     ``columns`` hold conversations. With ``error`` a delimiter raises UserError with its row; ``escape`` puts a
-    space after its first character; ``allow`` leaves it. A stream is treated as it is read, and not counted.
+    space after its first character; ``allow`` leaves it. A stream is handled as it is read, and not counted.
     """
     check = _Check(turn_delimiters(tokenizer, template), tokenizer)
     if isinstance(dataset, datasets.IterableDataset):
@@ -69,13 +69,13 @@ def settle(
             turns.update(inside)
         others.update({token: count for token, count in held.items() if token not in check.delimiters})
     if others:
-        report.notes.append(f"{split}: added tokens in messages, trained as they are: {_counts(others)}")
+        report.notes.append(f"{split}: added tokens in messages, trained unchanged: {_counts(others)}")
     if not rows:
         return dataset
     where = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
     if policy == "error":
-        raise _forged(split, f"{len(rows):,} of {len(dataset):,} rows ({where})", _counts(turns))
-    done = "escaped" if policy == "escape" else "left as they are"
+        raise _forged(_counts(turns), split, among=f"{len(rows):,} of {len(dataset):,} rows ({where}): ")
+    done = "escaped" if policy == "escape" else "unchanged"
     report.notes.append(
         f"{split}: turn delimiters in messages of {len(rows):,} rows {done}: {_counts(turns)}"
     )
@@ -107,9 +107,9 @@ def _arriving(split: str, stream: Any, columns: Sequence[str], check: "_Check", 
 def _refuse_rest(
     split: str, number: int, check: "_Check", row: Mapping[str, Any], columns: Sequence[str]
 ) -> None:
-    """Refuse what is in a row: with ``escape``, what only joining the parts of a message makes."""
+    """Refuse a row with delimiters: with ``escape``, those that appear when the parts of a message are joined."""
     if held := {t: n for t, n in check.count(row, columns).items() if t in check.delimiters}:
-        raise _forged(split, f"row {number}", _counts(Counter(held)))
+        raise _forged(_counts(Counter(held)), split, row=number)
 
 
 class _Check:
@@ -119,7 +119,7 @@ class _Check:
         self.delimiters = frozenset(delimiters)
         added = tokenizer.added_tokens_decoder.values()
         self._pattern = _pattern([*(token.content for token in added), *delimiters])
-        # A token that is looked for after normalization may be written in other characters than its own.
+        # A token that is matched after normalization may be written with other characters.
         normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         altered = [t.content for t in added if t.normalized and t.content in self.delimiters]
         self._ids: dict[int, str] = {}
@@ -209,9 +209,11 @@ def _counts(found: Counter[str]) -> str:
     return shown + (", ..." if len(found) > 5 else "")
 
 
-def _forged(split: str, where: str, counts: str) -> UserError:
+def _forged(counts: str, split: str, *, among: str = "", row: int | None = None) -> UserError:
     return UserError(
-        f"{split}: {where}: turn delimiters of the chat template inside messages: {counts}\n"
-        "  to the model they end one turn and begin another; take them out of the data,\n"
-        "  or write `user_special_tokens: escape` to break them up, or `allow` to train on them as they are"
+        f"{among}turn delimiters of the chat template inside messages: {counts}\n"
+        "  the model reads them as the end of a turn and the start of another; remove them from the data,\n"
+        "  or write `user_special_tokens: escape` to break them up, or `allow` to train on them unchanged",
+        split=split,
+        row=row,
     )

@@ -1,137 +1,125 @@
-"""The rows a trainer can learn from: which columns they have and what each column holds."""
+"""The rows a trainer can learn from: their columns, their checks, how they are counted, and what they train."""
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from halfbyte.data.counting import COMPLETIONS, PAIRS, SCORED_PAIRS, SEQUENCES, Prepared, recognise
+from halfbyte.data.kinds import (
+    ROLES,
+    Kind,
+    boolean,
+    from_value,
+    messages,
+    text,
+    text_or_messages,
+    tokens,
+)
 from halfbyte.errors import UserError
+from halfbyte.wording import suggestion
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-
-# A kind says what is wrong with one value, or None; it is told which roles the chat template knows.
-Kind = Callable[[Any, Collection[str]], str | None]
-
-
-def text(value: Any, roles: Collection[str] = ROLES) -> str | None:
-    """A string."""
-    return None if isinstance(value, str) else f"expected a string, found {describe(value)}"
-
-
-def tokens(value: Any, roles: Collection[str] = ROLES) -> str | None:
-    """A list of token ids that is not empty."""
-    if not isinstance(value, list) or not value:
-        return f"expected a list of token ids, found {describe(value)}"
-    wrong = [item for item in value if type(item) is not int]
-    return f"expected token ids, found {describe(wrong[0])}" if wrong else None
-
-
-def messages(value: Any, roles: Collection[str] = ROLES) -> str | None:
-    """A conversation: ``[{"role": ..., "content": ...}, ...]``."""
-    return _conversation(value, roles, "role", "content")
-
-
-def from_value(value: Any, roles: Collection[str] = ROLES) -> str | None:
-    """A conversation in the older dress: ``[{"from": ..., "value": ...}, ...]``."""
-    return _conversation(value, roles, "from", "value")
-
-
-def text_or_messages(value: Any, roles: Collection[str] = ROLES) -> str | None:
-    """A string or a conversation."""
-    if isinstance(value, str):
-        return None
-    if isinstance(value, list):
-        return messages(value, roles)
-    return f"expected a string or a list of messages, found {describe(value)}"
-
-
-def _conversation(value: Any, roles: Collection[str], who: str, what: str) -> str | None:
-    if not isinstance(value, list):
-        return f"expected a list of messages, found {describe(value)}"
-    if not value:
-        return "the conversation is empty"
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            return (
-                f"message {number}: expected a mapping with {who!r} and {what!r}, found {describe(message)}"
-            )
-        role, content = message.get(who), message.get(what)
-        if not isinstance(role, str):
-            keys = ", ".join(sorted(key for key, held in message.items() if held is not None)) or "none"
-            return f"message {number}: {who!r} is {describe(role)}, must be a string; its keys: {keys}"
-        if role not in roles:
-            known = FOREIGN_ROLES.get(role)
-            return f"message {number}: the chat template knows no role {role!r}" + (
-                f"; write {known!r}" if known else f", expected one of {', '.join(sorted(ROLES))}"
-            )
-        spoken = isinstance(content, str) or (isinstance(content, list) and content)
-        if not spoken and not (content is None and message.get("tool_calls")):
-            keys = ", ".join(sorted(key for key, held in message.items() if held is not None))
-            return f"message {number}: {what!r} is {describe(content)}, must be a string; its keys: {keys}"
-    return None
-
-
-def describe(value: Any) -> str:
-    """A few words about a value, for an error message; a string only by its length: data can be private."""
-    if value is None or isinstance(value, bool | int | float):
-        return repr(value)
-    if isinstance(value, str):
-        return f"a string of {len(value)} characters"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}" if value else "an empty list"
-    if isinstance(value, Mapping):
-        return f"a mapping with {', '.join(map(str, value)) or 'no keys'}"
-    return type(value).__name__
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"``, or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+# Columns with one value a token, which may stand beside token ids.
+TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks")
+# Columns that the chat template reads.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+# What else may stand beside token ids.
+BESIDE_TOKENS = frozenset({*TOKEN_COLUMNS, "seq_lengths", "attention_mask"})
+# Columns by which TRL decides how to read a row: left beside another layout they change what is trained.
+DECIDING = BESIDE_TOKENS | {
+    *("prompt", "completion", "chosen", "rejected", "messages", "conversations", "input_ids"),
+}
+# The kinds that are rendered with the chat template, or tokenized as text.
+_SPOKEN = (text, messages, from_value, text_or_messages)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One arrangement of columns; every column it names must be there and hold what its kind says."""
+    """One arrangement of columns; every column it names must be there and hold what its kind says.
+
+    ``begin_alike``: conversations of the columns must begin with the same message, which is then their prompt.
+    """
 
     columns: Mapping[str, Kind]
+    begin_alike: bool = False
 
     def __str__(self) -> str:
         return " + ".join(self.columns)
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """The columns that hold text or conversations."""
+        return tuple(column for column, kind in self.columns.items() if kind in _SPOKEN)
+
+    @property
+    def token_ids(self) -> str | None:
+        """The column that holds token ids, if one does."""
+        return next((column for column, kind in self.columns.items() if kind is tokens), None)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Columns that are read with the layout's where the data has them."""
+        return TEMPLATE_COLUMNS if self.token_ids is None else TOKEN_COLUMNS
 
     def problem(self, row: Mapping[str, Any], roles: Collection[str] = ROLES) -> str | None:
         """What is wrong with one row, or None."""
         for column, kind in self.columns.items():
             if wrong := kind(row.get(column), roles):
                 return f"column {column!r}: {wrong}"
-        shapes = {column: isinstance(row[column], str) for column in self.columns}
-        if text_or_messages in self.columns.values() and len(set(shapes.values())) > 1:
+        either = [column for column, kind in self.columns.items() if kind is text_or_messages]
+        shapes = {column: isinstance(row[column], str) for column in either}
+        if len(set(shapes.values())) > 1:
             found = ", ".join(f"{c!r} is {'a string' if s else 'messages'}" for c, s in shapes.items())
             return f"all must be strings or all lists of messages, but {found}"
+        starts = [row[column][0] for column in self.columns if row[column]] if self.begin_alike else []
+        if any(start != starts[0] for start in starts):
+            return f"no `prompt` column, and {' and '.join(self.columns)} do not begin alike; add `prompt`"
         return None
 
     def conversational(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row that has passed :meth:`problem` goes through the chat template."""
+        """Whether a row that has passed :meth:`problem` is rendered with the chat template."""
         column, kind = next(iter(self.columns.items()))
         return kind in (messages, from_value) or (kind is text_or_messages and isinstance(row[column], list))
+
+    def masks_prompt(self, row: Mapping[str, Any]) -> bool:
+        """Whether the loss can leave out a prompt: the completion has a column or a mask of its own."""
+        return "completion" in self.columns or "completion_mask" in row
+
+    def answered(self, row: Mapping[str, Any]) -> bool:
+        """Whether the assistant has a message in a conversation."""
+        who = "from" if from_value in self.columns.values() else "role"
+        return any(turn[who] == "assistant" for column in self.spoken for turn in row[column])
 
 
 @dataclass(frozen=True)
 class DataFormat:
-    """What a recipe's trainer accepts: its layouts, in the order in which it decides between them."""
+    """What a recipe's trainer accepts, and how its rows are counted.
+
+    ``layouts`` are tried in their order. ``prepared`` are the forms in which trainers leave such rows; see
+    :mod:`halfbyte.data.counting`. A row whose ``compared`` columns are all equal trains nothing and is dropped.
+    ``sides`` is how many sequences one row adds to a forward pass. ``remark(dataset)`` returns what must be reported
+    of all rows of a split, or None.
+    """
 
     name: str
     layouts: tuple[Layout, ...]
+    prepared: tuple[Prepared, ...] = ()
+    compared: tuple[str, ...] = ()
+    sides: int = 1
+    remark: Callable[[Any], str | None] | None = None
 
     def detect(self, columns: Collection[str], first: Mapping[str, Any], text_field: str = "text") -> Layout:
-        """The layout of a data set, from its columns and its first row.
+        """Return the layout of a data set, from its columns and its first row.
 
         ``text_field`` is TRL's ``dataset_text_field``, which takes the place of the column ``text``. Raises
         UserError where no layout fits.
         """
         layouts = [
-            Layout({text_field if name == "text" else name: kind for name, kind in layout.columns.items()})
+            Layout(
+                {text_field if name == "text" else name: kind for name, kind in layout.columns.items()},
+                layout.begin_alike,
+            )
             for layout in self.layouts
         ]
         present = [layout for layout in layouts if set(layout.columns) <= set(columns)]
@@ -152,6 +140,37 @@ class DataFormat:
             + (", or name the text column in `dataset_text_field`" if text_field in wanted else "")
         )
 
+    def equal(self, row: Mapping[str, Any]) -> bool | None:
+        """Whether the compared columns of a row say the same; None for a format that compares none."""
+        said = [_said(row[column]) for column in self.compared]
+        return all(each == said[0] for each in said) if said else None
+
+    def recognise(self, columns: Collection[str]) -> Prepared | None:
+        """How the rows with these columns were prepared, or None for rows that cannot be counted."""
+        return recognise(columns, self.prepared)
+
+    def trained(self, dataset: Any, args: Any) -> Iterator[np.ndarray] | None:
+        """The token ids under the loss of prepared rows, arrays [T] of one row or several.
+
+        None where no token is generated, or where the rows are in no known form.
+        """
+        found = self.recognise(dataset.column_names)
+        return None if found is None or found.trained is None else found.trained(dataset, args)
+
+
+def _said(side: Any) -> Any:
+    if not isinstance(side, list):
+        return side
+    return [(turn.get("role"), turn.get("content"), turn.get("tool_calls")) for turn in side]
+
+
+def _one_label(dataset: Any) -> str | None:
+    found = set(dataset["label"])
+    if len(found) != 1:
+        return None
+    only, other = ("true", "false") if found.pop() else ("false", "true")
+    return f"every label is {only}; without rows whose label is {other}, the loss has nothing to compare with"
+
 
 Text = DataFormat(
     "text",
@@ -162,6 +181,7 @@ Text = DataFormat(
         Layout({"messages": messages}),
         Layout({"text": text}),
     ),
+    prepared=(SEQUENCES,),
 )
 """Language modeling, prompt and completion, conversations, or token ids."""
 
@@ -169,7 +189,18 @@ PreferencePairs = DataFormat(
     "preference pairs",
     (
         Layout({"prompt": text_or_messages, "chosen": text_or_messages, "rejected": text_or_messages}),
-        Layout({"chosen": text_or_messages, "rejected": text_or_messages}),
+        Layout({"chosen": text_or_messages, "rejected": text_or_messages}, begin_alike=True),
     ),
+    prepared=(PAIRS, SCORED_PAIRS),
+    compared=("chosen", "rejected"),
+    sides=2,
 )
 """A chosen and a rejected side, with the prompt in a column of its own or at the head of both."""
+
+UnpairedPreferences = DataFormat(
+    "unpaired preferences",
+    (Layout({"prompt": text_or_messages, "completion": text_or_messages, "label": boolean}),),
+    prepared=(COMPLETIONS,),
+    remark=_one_label,
+)
+"""A prompt, a completion, and whether that completion is wanted."""

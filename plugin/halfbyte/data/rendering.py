@@ -1,4 +1,4 @@
-"""Conversations through the chat template, to find the row that it refuses before training does."""
+"""Conversations rendered with the chat template, to find a row that it refuses before training does."""
 
 import json
 import re
@@ -9,13 +9,13 @@ import jinja2
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
-from halfbyte.data.formats import ROLES
+from halfbyte.data.kinds import ROLES
 from halfbyte.errors import UserError
+from halfbyte.wording import first_line, shorten
 
 Messages = list[dict[str, Any]]
 
-# A template is a program of the user's in jinja's sandbox: what its expressions can raise, and transformers
-# where there is none.
+# What the expressions of a template can raise in jinja's sandbox, and transformers without a template.
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -28,13 +28,14 @@ TEMPLATE_ERRORS = (
 
 
 def known_roles(tokenizer: Any) -> frozenset[str]:
-    """The usual roles and every word that the chat template quotes, which may be a role of its own."""
+    """Return the usual roles and every word that the chat template quotes, which may be a role of its own."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return ROLES | frozenset(re.findall(r"""['"](\w+)['"]""", str(template)))
 
 
 def training_template(tokenizer: Any, training: Any) -> str | None:
-    """The template that TRL renders with: another than the tokenizer's where assistant_only_loss needs marks.
+    """Return the template that TRL renders with: None for the tokenizer's own, another where assistant_only_loss
+    requires marks.
 
     Raises UserError where there is no template, or none with ``{% generation %}`` marks when they are needed.
     """
@@ -49,13 +50,14 @@ def training_template(tokenizer: Any, training: Any) -> str | None:
         return get_training_chat_template(tokenizer)
     except ValueError as error:
         raise UserError(
-            "assistant_only_loss: the chat template does not mark the assistant's words\n"
-            "  put them in {% generation %}...{% endgeneration %}, in a file that `chat_template_path` names"
+            "the chat template does not mark the assistant's tokens\n"
+            "  put them in {% generation %}...{% endgeneration %}, in a file that `chat_template_path` names",
+            option="assistant_only_loss",
         ) from error
 
 
 def refusal(row: Mapping[str, Any], tokenizer: Any, template: str | None) -> str | None:
-    """Why the chat template cannot render a row, in its own words, or None."""
+    """Return why the chat template cannot render a row, or None."""
     tools = row.get("tools")
     options = dict(row.get("chat_template_kwargs") or {})
     try:
@@ -69,7 +71,7 @@ def refusal(row: Mapping[str, Any], tokenizer: Any, template: str | None) -> str
                 **options,
             )
     except TEMPLATE_ERRORS as error:
-        return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        return shorten(first_line(error), 300)
     return None
 
 

@@ -1,15 +1,19 @@
-"""What became of the data: rows, tokens, what was dropped and what was cut."""
+"""The rows of a run, reported: how many, their tokens, what was dropped and what was truncated."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfbyte.data.formats import DataFormat
+from halfbyte.wording import plural
+
 
 @dataclass
 class SplitReport:
-    """The count of one split; None is what a stream, or a trainer that prepares its own rows, does not tell.
+    """The counts of one split; None for what a stream, or a trainer that prepares its own rows, does not report.
 
     ``rows`` and ``sha`` describe the split as read, before anything is dropped; ``tokens`` are those of one
     epoch, after truncation; ``truncated`` counts rows that lost tokens to ``max_length`` and still train.
+    ``lost_rows`` have no label left after truncation; ``long_rows`` exceed ``max_length`` where nothing is truncated.
     """
 
     streaming: bool = False
@@ -21,6 +25,8 @@ class SplitReport:
     max_length: int | None = None
     equal_rows: list[int] = field(default_factory=list)
     lost_rows: int = 0
+    long_rows: int = 0
+    trainable: bool = True
     counted: bool = False
     # the rows.RowCheck that the rows passed, to find one that fails later
     check: Any = field(default=None, repr=False)
@@ -28,7 +34,7 @@ class SplitReport:
     @property
     def dropped(self) -> int | None:
         """Rows that are read and not trained on."""
-        return None if self.streaming else len(self.equal_rows) + self.lost_rows
+        return None if self.streaming else len(self.equal_rows) + self.lost_rows + self.long_rows
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -38,6 +44,7 @@ class SplitReport:
             "dropped": self.dropped,
             "dropped_equal_pairs": None if self.streaming else len(self.equal_rows),
             "dropped_no_label": None if self.streaming else self.lost_rows,
+            "dropped_too_long": None if self.streaming else self.long_rows,
             "truncated": self.truncated,
             "packed": self.packed,
         }
@@ -45,7 +52,7 @@ class SplitReport:
     def line(self, name: str) -> str:
         if self.streaming:
             return f"{name}: rows, tokens, dropped and truncated unknown (streaming)"
-        head = f"{name}: {_plural(self.rows or 0, 'row')}"
+        head = f"{name}: {plural(self.rows or 0, 'row')}"
         if self.tokens is not None:
             head += f", {_short(self.tokens)} tokens"
         parts = [head]
@@ -53,21 +60,24 @@ class SplitReport:
             parts.append(f"{self.truncated:,} truncated at max_length {self.max_length}")
         if self.lost_rows:
             parts.append(f"{self.lost_rows:,} dropped (no label left)")
+        if self.long_rows:
+            parts.append(f"{self.long_rows:,} dropped (longer than max_length {self.max_length})")
         if self.equal_rows:
             first = ", ".join(map(str, self.equal_rows[:5])) + (", ..." if len(self.equal_rows) > 5 else "")
             parts.append(f"{len(self.equal_rows):,} dropped (equal sides: row {first})")
         if self.packed is not None:
-            parts.append(f"packed into {_plural(self.packed, 'sequence')}")
+            parts.append(f"packed into {plural(self.packed, 'sequence')}")
         return "; ".join(parts)
 
 
 @dataclass
 class DataReport:
-    """The reports of both splits and what else must be said about the data."""
+    """The reports of both splits, the format that their rows were read as, and notes on the data."""
 
     train: SplitReport = field(default_factory=SplitReport)
     eval: SplitReport | None = None
     notes: list[str] = field(default_factory=list)
+    format: DataFormat | None = None
 
     def split(self, name: str) -> SplitReport | None:
         """The report of the split that TRL calls ``name``."""
@@ -78,13 +88,9 @@ class DataReport:
         return {**self.train.as_dict(), "eval": self.eval.as_dict() if self.eval else None}
 
     def lines(self) -> list[str]:
-        """What to print, one line a split and one a note."""
+        """The lines to print: one for each split, one for each note."""
         eval_lines = [self.eval.line("eval")] if self.eval else []
         return [self.train.line("train"), *eval_lines, *self.notes]
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _short(count: int) -> str:

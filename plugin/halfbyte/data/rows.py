@@ -1,4 +1,4 @@
-"""Every row looked at once: what it holds, whether the template takes it, whether a pair is one."""
+"""Every row checked once: what it holds, whether the template renders it, whether its sides differ."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -7,19 +7,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from halfbyte.data.formats import ROLES, Layout, describe, from_value
+from halfbyte.data.formats import TOKEN_COLUMNS, DataFormat, Layout
+from halfbyte.data.kinds import ROLES, describe
 from halfbyte.data.rendering import refusal
 from halfbyte.errors import UserError
 
 BATCH = 1000  # rows decoded at a time
 RENDERED = 2000  # rows rendered up front; a later one is found when its tokenization fails
-MOST_EQUAL = 0.01  # the share of pairs with equal sides that is taken for an accident
-TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks")  # one value a token, where they are there
-EQUAL_SEEN = 1000  # pairs of a stream before that share means anything
+MOST_EQUAL = 0.01  # the share of rows with equal sides that is taken for an accident
+EQUAL_SEEN = 1000  # rows of a stream before that share means anything
 
 
 def numbered(dataset: Any, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a Dataset with their numbers, counted from 1."""
+    """Yield the rows of a Dataset with their numbers, counted from 1."""
     if columns is not None:
         dataset = dataset.select_columns(columns)
     number = 0
@@ -31,7 +31,7 @@ def numbered(dataset: Any, columns: list[str] | None = None) -> Iterator[tuple[i
 
 
 def digest(dataset: Any) -> str:
-    """The sha256 of a Dataset's rows, all columns, whatever file and chunks they came in."""
+    """Return the sha256 of a Dataset's rows, all columns, whatever file and chunks they came in."""
     sha = hashlib.sha256()
 
     class Sink:
@@ -62,7 +62,7 @@ def digest(dataset: Any) -> str:
 
 @dataclass(frozen=True)
 class RowCheck:
-    """All that is asked of one row. ``template`` and ``tokenizer`` matter to conversations only."""
+    """All checks of one row. ``template`` and ``tokenizer`` matter to conversations only."""
 
     split: str
     layout: Layout
@@ -80,35 +80,31 @@ class RowCheck:
                 ("a conversation", "a string") if not self.conversational else ("a string", "a conversation")
             )
             wrong = f"{here}, but row 1 is {first}; all rows must be alike"
-        if wrong is None and "rejected" in self.layout.columns and "prompt" not in self.layout.columns:
-            wrong = _unshared_prompt(row)
-        if wrong is None and "input_ids" in self.layout.columns:
-            wrong = self._unlike_tokens(row)
-        if wrong is None and self.assistant_only and not self._assistant_speaks(row):
-            wrong = "assistant_only_loss: no message of the assistant's"
+        option = None
+        if wrong is None and self.layout.token_ids is not None:
+            wrong = self._unlike_tokens(row, self.layout.token_ids)
+        if wrong is None and self.assistant_only and not self.layout.answered(row):
+            wrong, option = "no message of the assistant's", "assistant_only_loss"
         if wrong is None and render and self.conversational:
-            told = refusal(row, self.tokenizer, self.template)
-            wrong = told and f"the chat template cannot render it: {told}"
+            reason = refusal(row, self.tokenizer, self.template)
+            wrong = reason and f"the chat template cannot render it: {reason}"
         if wrong is not None:
             raise UserError(
-                f"{self.split} row {number}: {wrong}\n  (rows count from 1; read as {self.layout})"
+                f"{wrong}\n  (rows count from 1; read as {self.layout})",
+                option=option,
+                split=self.split,
+                row=number,
             )
 
-    def _unlike_tokens(self, row: Mapping[str, Any]) -> str | None:
-        ids = row["input_ids"]
+    def _unlike_tokens(self, row: Mapping[str, Any], name: str) -> str | None:
+        ids = row[name]
         if not 0 <= min(ids) <= max(ids) < len(self.tokenizer):
-            return (
-                f"column 'input_ids': ids from {min(ids)} to {max(ids)}, vocabulary of {len(self.tokenizer)}"
-            )
+            return f"column {name!r}: ids from {min(ids)} to {max(ids)}, vocabulary of {len(self.tokenizer)}"
         for column in TOKEN_COLUMNS:
             held = row.get(column, ids)
             if not isinstance(held, list) or len(held) != len(ids):
                 return f"column {column!r}: expected a list of {len(ids)}, found {describe(held)}"
         return None
-
-    def _assistant_speaks(self, row: Mapping[str, Any]) -> bool:
-        who = "from" if from_value in self.layout.columns.values() else "role"
-        return any(turn[who] == "assistant" for column in self.layout.columns for turn in row[column])
 
     def all(self, dataset: Any) -> None:
         """Check every row of a Dataset, rendering the first ``RENDERED``."""
@@ -116,7 +112,7 @@ class RowCheck:
             self(number, row, render=number <= RENDERED)
 
     def arriving(self, stream: Any) -> Any:
-        """The same IterableDataset, each row checked and rendered when it is read."""
+        """Return the same IterableDataset, each row checked and rendered when it is read."""
 
         def check(row: dict[str, Any], index: int) -> dict[str, Any]:
             self(index + 1, row, render=True)
@@ -126,63 +122,45 @@ class RowCheck:
 
 
 def first_refused(dataset: Any, check: RowCheck) -> tuple[int, str] | None:
-    """The first row of a Dataset that the template cannot render, and why."""
+    """Return the first row of a Dataset that the template cannot render, and why."""
     for number, row in numbered(dataset, _read_columns(dataset, check.layout)):
-        if told := refusal(row, check.tokenizer, check.template):
-            return number, told
+        if reason := refusal(row, check.tokenizer, check.template):
+            return number, reason
     return None
 
 
 def _read_columns(dataset: Any, layout: Layout) -> list[str]:
-    beside = TOKEN_COLUMNS if "input_ids" in layout.columns else ("tools", "chat_template_kwargs")
-    extra = set(beside) & set(dataset.column_names)
+    extra = set(layout.beside) & set(dataset.column_names)
     return [*layout.columns, *sorted(extra)]
 
 
-def equal_sides(row: Mapping[str, Any]) -> bool:
-    """Whether the chosen and the rejected side say the same; such a pair has no gradient."""
-    return _said(row["chosen"]) == _said(row["rejected"])
-
-
-def _said(side: Any) -> Any:
-    if isinstance(side, str):
-        return side
-    return [(turn.get("role"), turn.get("content"), turn.get("tool_calls")) for turn in side]
-
-
-def _unshared_prompt(row: Mapping[str, Any]) -> str | None:
-    chosen, rejected = row["chosen"], row["rejected"]
-    if chosen and rejected and chosen[0] != rejected[0]:
-        return "no `prompt` column, and chosen and rejected do not begin alike; add `prompt`"
-    return None
-
-
-def equal_rows(dataset: Any, split: str) -> list[int]:
-    """The numbers of the pairs with equal sides. Raises UserError when they are more than 1%."""
-    equal = [number for number, row in numbered(dataset, ["chosen", "rejected"]) if equal_sides(row)]
-    _refuse_equal(split, equal, len(dataset))
+def equal_rows(dataset: Any, split: str, format: DataFormat) -> list[int]:
+    """Return the numbers of the rows with equal sides. Raises UserError when they are more than 1%."""
+    equal = [number for number, row in numbered(dataset, list(format.compared)) if format.equal(row)]
+    _refuse_equal(split, equal, len(dataset), format)
     return equal
 
 
-def unequal_arriving(split: str) -> Callable[[dict[str, Any], int], bool]:
-    """A filter for a stream that drops pairs with equal sides until they are more than 1%."""
+def unequal_arriving(split: str, format: DataFormat) -> Callable[[dict[str, Any], int], bool]:
+    """Return a filter for a stream that drops rows with equal sides until they are more than 1%."""
     equal: list[int] = []
 
     def keep(row: dict[str, Any], index: int) -> bool:
-        same = equal_sides(row)
+        same = bool(format.equal(row))
         if same:
             equal.append(index + 1)
         if index + 1 == EQUAL_SEEN or (same and index >= EQUAL_SEEN):
-            _refuse_equal(split, equal, index + 1)
+            _refuse_equal(split, equal, index + 1, format)
         return not same
 
     return keep
 
 
-def _refuse_equal(split: str, equal: list[int], rows: int) -> None:
+def _refuse_equal(split: str, equal: list[int], rows: int, format: DataFormat) -> None:
     if len(equal) > MOST_EQUAL * rows:
         first = ", ".join(map(str, equal[:5])) + (", ..." if len(equal) > 5 else "")
         raise UserError(
-            f"{split}: chosen and rejected are equal in {len(equal):,} of {rows:,} rows (row {first})\n"
-            f"  up to {MOST_EQUAL:.0%} are dropped; more means that the pairs are wrong"
+            f"{' and '.join(format.compared)} are equal in {len(equal):,} of {rows:,} rows (row {first})\n"
+            f"  up to {MOST_EQUAL:.0%} are dropped; more is an error in the data",
+            split=split,
         )

@@ -1,4 +1,4 @@
-"""The data of one run: read, recognised, checked and described before any model is loaded."""
+"""The data of one run: read, recognised, checked and reported before any model is loaded."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,23 +6,19 @@ from typing import Any
 import datasets
 
 from halfbyte.data import delimiters, sources
-from halfbyte.data.formats import DataFormat, Layout
+from halfbyte.data.formats import BESIDE_TOKENS, DECIDING, DataFormat, Layout
 from halfbyte.data.rendering import known_roles, training_template
 from halfbyte.data.report import DataReport, SplitReport
-from halfbyte.data.rows import TOKEN_COLUMNS, RowCheck, digest, equal_rows, unequal_arriving
+from halfbyte.data.rows import RowCheck, digest, equal_rows, unequal_arriving
 from halfbyte.errors import UserError
-
-# Columns by which TRL decides how to read a row: left beside another layout they change what is trained.
-DECIDING = {
-    *("prompt", "completion", "chosen", "rejected", "messages", "conversations"),
-    *("input_ids", *TOKEN_COLUMNS, "seq_lengths", "attention_mask"),
-}
-BESIDE_TOKENS = {*TOKEN_COLUMNS, "seq_lengths", "attention_mask"}
 
 
 @dataclass
 class RunData:
-    """Both splits, ready for the trainer; each a Dataset, or an IterableDataset when streaming."""
+    """Both splits, ready for the trainer; each a Dataset, or an IterableDataset when streaming.
+
+    ``tokenizer`` rendered the rows; ``added_token_ids`` are the tokens that ``additional_special_tokens`` added to it.
+    """
 
     train: Any
     eval: Any | None
@@ -50,7 +46,7 @@ def load(
     if training.eval_strategy != "no":
         wanted["eval"] = (script.dataset_test_split, "dataset_test_split")
     found = {name: sources.split(splits, *asked) for name, asked in wanted.items()}
-    report = DataReport()
+    report = DataReport(format=format)
     policy = getattr(script, "user_special_tokens", "error")
     ready = {}
     for name, dataset in found.items():
@@ -77,7 +73,7 @@ def _split(
     with sources.reading(name):
         first = next(iter(dataset), None)
     if first is None:
-        raise UserError(f"{name}: the split has no rows")
+        raise UserError("the split has no rows", split=name)
     counts = SplitReport(streaming=streaming)
     if not streaming:
         dataset = dataset.with_format(None)
@@ -102,44 +98,47 @@ def _split(
         assistant_only=getattr(training, "assistant_only_loss", False),
     )
     counts.check = check
-    pairs = "rejected" in layout.columns
     if streaming:
         dataset = check.arriving(dataset)
     else:
         check.all(dataset)
     if conversational:
         dataset = delimiters.settle(
-            name, dataset, list(layout.columns), tokenizer, policy, report, check.template
+            name, dataset, list(layout.spoken), tokenizer, policy, report, check.template
         )
     if streaming:
-        return (dataset.filter(unequal_arriving(name), with_indices=True) if pairs else dataset), counts
-    if pairs and (equal := equal_rows(dataset, name)):
+        if format.compared:
+            dataset = dataset.filter(unequal_arriving(name, format), with_indices=True)
+        return dataset, counts
+    if format.compared and (equal := equal_rows(dataset, name, format)):
         counts.equal_rows = equal
-        gone = set(equal)
-        dataset = dataset.select([i for i in range(len(dataset)) if i + 1 not in gone])
+        dropped = set(equal)
+        dataset = dataset.select([i for i in range(len(dataset)) if i + 1 not in dropped])
+    if format.remark is not None and (remark := format.remark(dataset)) is not None:
+        report.notes.append(f"{name}: {remark}")
     return dataset, counts
 
 
 def _deciding(columns: list[str], layout: Layout, text_field: str) -> list[str]:
-    allowed = set(layout.columns) | (BESIDE_TOKENS if "input_ids" in layout.columns else set())
+    allowed = set(layout.columns) | (BESIDE_TOKENS if layout.token_ids is not None else set())
     return [column for column in columns if column in (DECIDING | {text_field}) - allowed]
 
 
 def _refuse_options(
     training: Any, layout: Layout, conversational: bool, tokenizer: Any, first: dict[str, Any]
 ) -> None:
-    """Refuse the options that TRL would pass over for this data, or fail on without naming."""
+    """Refuse the options that TRL would ignore for this data, or fail on without naming."""
     if "image" in first or "images" in first:
         raise UserError("the data has an image column: text models only; leave it out with `columns:`")
     if getattr(training, "packing", False) and training.max_length is None:
-        raise UserError("packing: needs `max_length`, the length to pack to")
-    tokenized = "input_ids" in layout.columns
+        raise UserError("needs `max_length`, the length to pack to", option="packing")
     if getattr(training, "assistant_only_loss", False) and not conversational:
-        raise UserError(f"assistant_only_loss: needs conversations, but the data has {layout}")
-    masked = "completion" in layout.columns or "completion_mask" in first
-    if getattr(training, "completion_only_loss", None) and not masked:
-        raise UserError(f"completion_only_loss: needs prompt + completion, but the data has {layout}")
-    if not conversational and not tokenized and tokenizer.eos_token is None:
+        raise UserError(f"needs conversations, but the data has {layout}", option="assistant_only_loss")
+    if getattr(training, "completion_only_loss", None) and not layout.masks_prompt(first):
+        raise UserError(
+            f"needs prompt + completion, but the data has {layout}", option="completion_only_loss"
+        )
+    if not conversational and layout.token_ids is None and tokenizer.eos_token is None:
         advice = "; set `eos_token`" if hasattr(training, "eos_token") else ""
         raise UserError(
             f"the tokenizer has no end-of-sequence token: a model would never learn to stop{advice}"

@@ -12,8 +12,8 @@ import datasets
 import trl
 from trl.scripts.utils import DatasetConfig
 
-from halfbyte.data.formats import suggestion
 from halfbyte.errors import UserError
+from halfbyte.wording import suggestion
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 ACCEPTED = "json, jsonl, csv, parquet, arrow, a `save_to_disk` directory, or a directory of such files"
@@ -27,7 +27,7 @@ Splits = Mapping[str, Any]  # split name -> Dataset, or IterableDataset when str
 
 
 def read(script: Any, mixture: Any, *, seed: int) -> Splits:
-    """All splits that ``dataset_name`` or ``datasets:`` names (trl.ScriptArguments, DatasetMixtureConfig).
+    """Return all splits that ``dataset_name`` or ``datasets:`` names (trl.ScriptArguments, DatasetMixtureConfig).
 
     ``seed`` draws the test split of a mixture, so that every process draws the same one. Raises UserError.
     """
@@ -50,7 +50,7 @@ def read(script: Any, mixture: Any, *, seed: int) -> Splits:
 
 
 def split(splits: Splits, name: str, option: str) -> Any:
-    """The split called ``name``, as ``option`` asks. Raises UserError naming the splits that exist."""
+    """Return the split called ``name``, which ``option`` sets. Raises UserError naming the splits that exist."""
     if name in splits:
         return splits[name]
     advice = f"set `{option}` to one of them"
@@ -59,28 +59,33 @@ def split(splits: Splits, name: str, option: str) -> Any:
             ", cut one off with `datasets: [{path: ...}]` and `test_split_size: 0.1`, or `eval_strategy: no`"
         )
     raise UserError(
-        f"{option}: no split {name!r}{suggestion(name, splits)}\n  found: {', '.join(splits)}\n  {advice}"
+        f"no split {name!r}{suggestion(name, splits)}\n  found: {', '.join(splits)}\n  {advice}",
+        option=option,
     )
 
 
 def _refuse_unused(where: str, **given: tuple[Any, str]) -> None:
     for option, (value, advice) in given.items():
         if value:
-            raise UserError(f"{option}: has no effect {where}; {advice}")
+            raise UserError(f"has no effect {where}; {advice}", option=option)
 
 
 def _one(name: str, config: str | None, streaming: bool) -> Splits:
     path = Path(name).expanduser()
     if path.is_file():
         if config:
-            raise UserError(f"dataset_config: {config!r} has no effect on one local file; leave it out")
+            raise UserError(
+                f"{config!r} has no effect on one local file; leave it out", option="dataset_config"
+            )
         return _load(
             name, path=_builder(path), data_files={"train": _literal(path)}, split=None, streaming=streaming
         )
     if path.is_dir():
         if _saved(path):
             if config:
-                raise UserError(f"dataset_config: {config!r} has no effect on a saved data set; leave it out")
+                raise UserError(
+                    f"{config!r} has no effect on a saved data set; leave it out", option="dataset_config"
+                )
             return _from_disk(name, path, streaming)
         _refuse_strays(name, path, config)
         return _load(name, path=str(path), name=config, streaming=streaming)
@@ -90,7 +95,9 @@ def _one(name: str, config: str | None, streaming: bool) -> Splits:
 
 def _mixture(mixture: Any, seed: int) -> Splits:
     if mixture.streaming and mixture.test_split_size is not None:
-        raise UserError("test_split_size: a stream cannot be split; give its test data by another split")
+        raise UserError(
+            "a stream cannot be split; give its test data as a split of its own", option="test_split_size"
+        )
     parts = [_local_part(part) for part in mixture.datasets]
     names = ", ".join(part.path for part in mixture.datasets)
     # The split is drawn here and not by TRL, which draws it unseeded: another one in every process.
@@ -103,7 +110,7 @@ def _mixture(mixture: Any, seed: int) -> Splits:
 
 
 def _local_part(part: DatasetConfig) -> DatasetConfig:
-    """The same part, with a path to a local file or saved data set put as `load_dataset` wants it."""
+    """The same part, with the path of a local file or saved data set in the form that `load_dataset` requires."""
     path = Path(part.path).expanduser()
     if part.data_files is not None or part.data_dir is not None:
         return part
@@ -141,11 +148,11 @@ def _refuse_null_rows(path: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if (found := _NULL_ROW[path.suffix].search(content)) is not None:
             line = content[: found.end()].rstrip().count(b"\n") + 1
-            raise UserError(f"{path}: line {line} is `null`, which is no row; take it out")
+            raise UserError(f"{path}: line {line} is `null`, which is no row; remove it")
 
 
 def _literal(path: Path) -> str:
-    """The path with nothing in it that `data_files` would take for a pattern."""
+    """The path, escaped: `data_files` takes patterns."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in str(path.absolute()))
 
 
@@ -164,7 +171,7 @@ def _from_disk(name: str, path: Path, streaming: bool) -> Splits:
 
 
 def _refuse_strays(name: str, path: Path, config: str | None) -> None:
-    """Name the files of a directory that `load_dataset` would pass over without a word."""
+    """Refuse a directory with files that `load_dataset` would silently ignore, and name them."""
     present = {
         file.resolve()
         for file in path.rglob("*")
@@ -188,7 +195,7 @@ def _refuse_strays(name: str, path: Path, config: str | None) -> None:
 
 
 def _refuse_missing(name: str, path: Path) -> None:
-    """Tell a local path that does not exist from a hub id."""
+    """Refuse a local path that does not exist; anything else may be a hub id."""
     if path.suffix in BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{name}: no such file or directory{suggestion(path.name, siblings)}")
@@ -207,17 +214,17 @@ def reading(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if "OfflineMode" in str(error) or (datasets.config.HF_HUB_OFFLINE and isinstance(error, OSError)):
+        if datasets.config.HF_HUB_OFFLINE and isinstance(error, OSError):
             raise UserError(
                 f"{name}: not a local path, not in the cache, and HF_HUB_OFFLINE is set\n"
                 "  unset HF_HUB_OFFLINE, or give a local path"
             ) from error
-        if "corresponds to no data" in str(error):
+        if "corresponds to no data" in str(error):  # a plain ValueError, which has no other mark
             raise UserError(f"{name}: the split has no rows") from error
-        # "An error occurred while generating the dataset" says nothing; what caused it does.
+        # "An error occurred while generating the dataset" gives no reason; its cause does.
         generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        told = error.__cause__ if generic and error.__cause__ is not None else error
-        lines = [line.strip() for line in str(told).splitlines() if line.strip()] or [type(told).__name__]
+        cause = error.__cause__ if generic and error.__cause__ is not None else error
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
         raise UserError(
             f"{name}: cannot be read: " + "\n  ".join(line[:200] for line in lines[:3])
         ) from error

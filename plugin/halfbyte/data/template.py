@@ -7,14 +7,14 @@ from typing import Any
 import jinja2
 from transformers import AddedToken, AutoTokenizer
 
-from halfbyte.data.formats import suggestion
 from halfbyte.data.rendering import TEMPLATE_ERRORS
 from halfbyte.errors import UserError
+from halfbyte.wording import first_line, shorten, suggestion
 
 # What a template writes as a special token: <|name|>, the same with full-width bars, and Gemma's.
 SPECIAL = re.compile(r"<([|\uff5c])[^\s|\uff5c<>'\"{}+]+\1>|<(?:start|end)_of_turn>")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-CONTENT = "7fae"  # stands for a message's words in a probe
+CONTENT = "7fae"  # the content of a message in a probe
 
 
 def prepare_tokenizer(
@@ -34,7 +34,7 @@ def prepare_tokenizer(
     that came with the template, so that TRL sets it on the model's configuration. Without a pad token, the
     end token pads. Returns the tokenizer and the ids of the tokens that were added. Raises UserError.
     """
-    tokenizer = _read(path, revision, trust_remote_code, "no tokenizer")
+    tokenizer = _read(path, revision, trust_remote_code)
     added = _add(tokenizer, additional_special_tokens or [])
     template_path = getattr(training, "chat_template_path", None)
     source = None
@@ -50,9 +50,10 @@ def prepare_tokenizer(
         if token not in vocabulary:
             special = tokenizer.all_special_tokens
             raise UserError(
-                f"{option}: {token!r} is not in the vocabulary of {path}{suggestion(token, special)}\n"
+                f"{token!r} is not in the vocabulary of {path}{suggestion(token, special)}\n"
                 f"  its special tokens: {', '.join(special) or 'none'}\n"
-                f"  to add it: `additional_special_tokens: [{token!r}]`"
+                f"  to add it: `additional_special_tokens: [{token!r}]`",
+                option=option,
             )
         setattr(tokenizer, option, token)
     if tokenizer.pad_token is None:
@@ -63,7 +64,7 @@ def prepare_tokenizer(
 
 
 def stop_ids(tokenizer: Any, template: str | None = None) -> set[int]:
-    """The ids that end what a model says: the end of sequence, and what the template writes after a turn."""
+    """Return the ids that end a turn: the end of sequence, and the token that the template writes after a turn."""
     stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     rendered = _probe(tokenizer, template)
     if CONTENT in rendered:
@@ -74,29 +75,29 @@ def stop_ids(tokenizer: Any, template: str | None = None) -> set[int]:
 
 
 def _probe(tokenizer: Any, template: str | None = None) -> str:
-    """A short conversation that ends with the assistant, rendered; empty where the template refuses it."""
+    """A short conversation that ends with the assistant, rendered; empty if the template refuses it."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": CONTENT}]
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template))
     except jinja2.TemplateSyntaxError:
         raise
-    except TEMPLATE_ERRORS:  # no template, or one that wants other messages than these
+    except TEMPLATE_ERRORS:  # no template, or one that requires other messages
         return ""
 
 
-def _read(path: str, revision: str | None, trust_remote_code: bool, what: str) -> Any:
+def _read(path: str, revision: str | None, trust_remote_code: bool, option: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     # From here come OSError, ValueError, KeyError and the json and tokenizers libraries' own.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"{path}: {what} could be loaded: {reason}") from error
+        reason = shorten(first_line(error), 300)
+        raise UserError(f"{path}: no tokenizer could be loaded: {reason}", option=option) from error
 
 
 def _add(tokenizer: Any, names: list[str]) -> list[int]:
     """Add the tokens that the vocabulary lacks and return their ids."""
     if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
-        raise UserError(f"additional_special_tokens: {wrong[0]!r} is not a token")
+        raise UserError(f"{wrong[0]!r} is not a token", option="additional_special_tokens")
     vocabulary = tokenizer.get_vocab()
     new = [name for name in dict.fromkeys(names) if name not in vocabulary]
     tokenizer.add_tokens(
@@ -106,7 +107,7 @@ def _add(tokenizer: Any, names: list[str]) -> list[int]:
 
 
 def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool) -> Any | None:
-    """Put a named template on the tokenizer; returns the tokenizer it came from, or None for a file."""
+    """Set a named template on the tokenizer; return the tokenizer it came from, or None for a file."""
     file = Path(template_path).expanduser()
     source = None
     if file.suffix in (".jinja", ".j2"):
@@ -114,20 +115,26 @@ def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool)
             near = suggestion(
                 file.name, [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
             )
-            raise UserError(f"chat_template_path: no file {template_path}{near}")
+            raise UserError(f"no file {template_path}{near}", option="chat_template_path")
         template = file.read_text(encoding="utf-8")
     elif file.is_file():
-        raise UserError(f"chat_template_path: {template_path}: a template file must end in .jinja or .j2")
+        raise UserError(
+            f"{template_path}: a template file must end in .jinja or .j2", option="chat_template_path"
+        )
     else:
-        source = _read(template_path, None, trust_remote_code, "chat_template_path: no tokenizer")
+        source = _read(template_path, None, trust_remote_code, "chat_template_path")
         if not source.chat_template:
-            raise UserError(f"chat_template_path: the tokenizer of {template_path} has no chat template")
+            raise UserError(
+                f"the tokenizer of {template_path} has no chat template", option="chat_template_path"
+            )
         template = source.get_chat_template()
     tokenizer.chat_template = template
     try:
         written = COMMENT.sub("", template) + _probe(tokenizer)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"chat_template_path: {template_path}:{error.lineno}: {error.message}") from error
+        raise UserError(
+            f"{template_path}:{error.lineno}: {error.message}", option="chat_template_path"
+        ) from error
     if source is None:
         needed = [found.group() for found in SPECIAL.finditer(written)]
     else:
@@ -137,9 +144,10 @@ def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool)
     missing = [token for token in dict.fromkeys(needed) if token not in vocabulary]
     if missing:
         raise UserError(
-            f"chat_template_path: {template_path} writes {len(missing)} tokens that the vocabulary lacks:\n"
+            f"{template_path} writes {len(missing)} tokens that the vocabulary lacks:\n"
             f"  {', '.join(missing)}\n"
             "  to add them and train their rows:\n"
-            f"  additional_special_tokens: [{', '.join(repr(token) for token in missing)}]"
+            f"  additional_special_tokens: [{', '.join(repr(token) for token in missing)}]",
+            option="chat_template_path",
         )
     return source

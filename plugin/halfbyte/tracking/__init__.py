@@ -1,10 +1,29 @@
-"""What a run writes: run.json, metrics.jsonl, plots, the model card, W&B, and progress on the terminal."""
+"""What a run writes: run.json, metrics.jsonl, plots, the model card, W&B, and progress on the terminal.
 
-from halfbyte.tracking.callback import Tracker
-from halfbyte.tracking.record import RunRecord, peak_memory_bytes
-from halfbyte.tracking.redaction import redact
-from halfbyte.tracking.suggested import next_command, resume_command
-from halfbyte.tracking.wandb_run import check_wandb, wandb_missing, wandb_ready
+Names are imported when they are used: a recipe takes its figures from here, and importing it must not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfbyte.tracking.callback import Tracker
+    from halfbyte.tracking.record import RunRecord, peak_memory_bytes
+    from halfbyte.tracking.redaction import redact
+    from halfbyte.tracking.suggested import next_command, resume_command
+    from halfbyte.tracking.wandb_run import check_wandb, wandb_missing, wandb_ready
+
+_PLACES = {
+    "RunRecord": "record",
+    "Tracker": "callback",
+    "check_wandb": "wandb_run",
+    "next_command": "suggested",
+    "peak_memory_bytes": "record",
+    "redact": "redaction",
+    "resume_command": "suggested",
+    "wandb_missing": "wandb_run",
+    "wandb_ready": "wandb_run",
+}
 
 __all__ = [
     "RunRecord",
@@ -17,3 +36,9 @@ __all__ = [
     "wandb_missing",
     "wandb_ready",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

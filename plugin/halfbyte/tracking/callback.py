@@ -14,24 +14,18 @@ from transformers.trainer_utils import has_length
 from halfbyte.errors import Stopped
 from halfbyte.files import replace_file
 from halfbyte.tracking.card import model_card
+from halfbyte.tracking.figures import DEFAULT, Figures
 from halfbyte.tracking.metrics import MetricsLog, Row, Throughput, is_evaluation, read_rows
-from halfbyte.tracking.progress import RunProgress, count, memory, print_summary
+from halfbyte.tracking.progress import RunProgress, print_summary
 from halfbyte.tracking.record import RunRecord, peak_memory_bytes, wandb_id
 from halfbyte.tracking.wandb_run import WandbRun
+from halfbyte.wording import count, memory
 
 logger = logging.getLogger(__name__)
 
 # Plots cost more than the rest of a small save together: at saves in quick succession they wait for a later one,
 # at the first too.
 _REDRAW_SECONDS = 60.0
-# What the closing summary compares before and after training.
-_COMPARED = (
-    ("eval_loss", "eval loss"),
-    ("eval_mean_token_accuracy", "eval token accuracy"),
-    ("eval_rewards/accuracies", "eval accuracy"),
-    ("eval_rewards/margins", "eval margin"),
-    ("eval_reward", "eval reward"),
-)
 
 
 class Tracker(TrainerCallback):
@@ -47,6 +41,7 @@ class Tracker(TrainerCallback):
         *,
         main: bool = True,
         bar: bool = True,
+        figures: Figures = DEFAULT,
         next_command: str | None = None,
         resume_command: str | None = None,
     ) -> None:
@@ -55,7 +50,8 @@ class Tracker(TrainerCallback):
         self._main = main
         self._next_command, self._resume_command = next_command, resume_command
         self._throughput = Throughput()
-        self._progress = RunProgress(bar=bar)
+        self._figures = figures
+        self._progress = RunProgress(bar=bar, figures=figures)
         self._wandb: WandbRun | None = None
         self._warned: set[str] = set()
         self._drawn: dict[str, Any] = {}
@@ -202,7 +198,8 @@ class Tracker(TrainerCallback):
 
     def _write_card(self, model_name: str | None) -> None:
         self._update_record()
-        replace_file(self.record.output_dir / "README.md", model_card(self.record, model_name).encode())
+        card = model_card(self.record, model_name, figures=self._figures)
+        replace_file(self.record.output_dir / "README.md", card.encode())
 
     def _write_record(self) -> None:
         self._update_record()
@@ -221,7 +218,8 @@ class Tracker(TrainerCallback):
             from halfbyte.tracking import plots
 
             directory = self.record.output_dir / "plots"
-            return plots.draw(self.metrics.rows, directory, self.record["recipe"], self._drawn)
+            recipe = self.record["recipe"]
+            return plots.draw(self.metrics.rows, directory, recipe, self._drawn, figures=self._figures)
 
         return self._try("the plots", draw) or []
 
@@ -258,12 +256,10 @@ class Tracker(TrainerCallback):
         loss = metrics["train"].get("train_loss", metrics["train"].get("loss"))
         if loss is not None:
             rows.append(("train loss", f"{loss:.4f}"))
-        for key, label in _COMPARED:
-            if key == "eval_mean_token_accuracy" and "eval_rewards/accuracies" in metrics["eval"]:
-                continue  # of preference pairs, the pairs' accuracy is the one that matters
-            found = [metrics[part][key] for part in ("before", "eval") if metrics[part].get(key) is not None]
-            if found:
-                rows.append((label, " -> ".join(f"{value:.4f}" for value in found)))
+        for figure in self._figures.compared:
+            values_of = [metrics[part].get(f"eval_{figure.key}") for part in ("before", "eval")]
+            if found := [value for value in values_of if value is not None]:
+                rows.append((f"eval {figure.label}", " -> ".join(f"{value:.4f}" for value in found)))
         if values["tokens_per_second"]:
             rows.append(("speed", f"{count(values['tokens_per_second'])} tokens/s"))
         ranks = f", the most of {len(peaks)} ranks" if len(peaks) > 1 else ""

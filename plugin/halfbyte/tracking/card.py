@@ -6,10 +6,12 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from halfbyte import task
+from halfbyte.tracking.figures import DEFAULT, Figures
 from halfbyte.tracking.record import RunRecord
 
-# What a reader of the card asks for first; run.json has the rest.
-_SETTINGS = (
+# What a reader of the card looks for first, the recipe's own between these two; run.json has the rest.
+_DATA_AND_SCHEDULE = (
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
@@ -18,11 +20,8 @@ _SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_length",
-    "packing",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "beta",
-    "loss_type",
+)
+_OPTIMIZER_AND_ADAPTER = (
     "optim",
     "weight_decay",
     "max_grad_norm",
@@ -44,10 +43,10 @@ _SETTINGS = (
 _UNREMARKABLE = ("runtime", "per_second", "num_tokens")
 
 
-def model_card(record: RunRecord, title: str | None = None) -> str:
-    """The card's text: metadata, what was trained on what, the settings, the results, how to load it.
+def model_card(record: RunRecord, title: str | None = None, *, figures: Figures = DEFAULT) -> str:
+    """Return the card's text: metadata, what was trained on what, the settings, the results, how to load it.
 
-    Nothing of `run.json` that is secret is in it, and of a local path only the last name.
+    It has no secret of ``run.json``, and of a local path only the last name.
     """
     values = record.as_dict()
     config = values["config"]
@@ -65,6 +64,7 @@ def model_card(record: RunRecord, title: str | None = None) -> str:
         model_name=title,
         tags=tags,
     )
+    settings = dict.fromkeys((*_DATA_AND_SCHEDULE, *figures.settings, *_OPTIMIZER_AND_ADAPTER))
     what = "a LoRA adapter for" if adapter else "a model trained from"
     sections = [
         f"---\n{metadata.to_yaml()}\n---",
@@ -73,9 +73,7 @@ def model_card(record: RunRecord, title: str | None = None) -> str:
         + (f" on {', '.join(f'`{_public(name)}`' for name in data)}" if data else "")
         + f", {values['steps']} steps. `run.json` has every setting and `metrics.jsonl` every figure.",
         "## Settings",
-        _table(
-            ("setting", "value"), [(key, config[key]) for key in _SETTINGS if config.get(key) is not None]
-        ),
+        _table(("setting", "value"), [(key, config[key]) for key in settings if config.get(key) is not None]),
         *_results(values["metrics"]),
         "## Use",
         f"```python\n{_usage(_public(base), title, config, adapter)}\n```",
@@ -99,17 +97,22 @@ def _results(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _usage(base: str, name: str, config: Mapping[str, Any], adapter: bool) -> str:
+    trained = task.by_peft_type(config.get("lora_task_type") or task.CAUSAL_LM.peft_type)
+    auto, extra = (
+        trained.auto_class,
+        "".join(f", {key}={value!r}" for key, value in trained.model_kwargs.items()),
+    )
     if not adapter:
-        return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+        return f"""from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")
+model = {auto}.from_pretrained("{name}", device_map="auto"{extra})
 tokenizer = AutoTokenizer.from_pretrained("{name}")"""
     dtype = config.get("dtype")
     dtype = dtype if dtype in ("bfloat16", "float16", "float32") else "bfloat16"
     lines = ["import torch", "from peft import PeftModel"]
     if config.get("load_in_4bit"):
         lines += [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",
+            f"from transformers import {auto}, AutoTokenizer, BitsAndBytesConfig",
             "",
             "quantization = BitsAndBytesConfig(",
             "    load_in_4bit=True,",
@@ -120,11 +123,11 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
         ]
         options = f'quantization_config=quantization, dtype=torch.{dtype}, device_map="auto"'
     else:
-        lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        lines += [f"from transformers import {auto}, AutoTokenizer", ""]
         options = f'dtype=torch.{dtype}, device_map="auto"'
     lines += [
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{base}", {options})',
+        f'model = {auto}.from_pretrained("{base}", {options}{extra})',
     ]
     if config.get("additional_special_tokens"):
         lines.append("model.resize_token_embeddings(len(tokenizer))")
@@ -142,7 +145,7 @@ def _is_path(name: str) -> bool:
 
 
 def _public(name: str) -> str:
-    """A hub id as it is; of a local path the last name."""
+    """A hub id unchanged; of a local path the last name."""
     return Path(name).expanduser().resolve().name if _is_path(name) else name
 
 

@@ -3,15 +3,15 @@
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from halfbyte.files import replace_file
+from halfbyte.tracking.figures import DEFAULT, Figures, Plot
 from halfbyte.tracking.metrics import Row
 
 Points = list[tuple[int, float]]
@@ -21,49 +21,23 @@ Series = dict[tuple[str, str], Points]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-@dataclass(frozen=True)
-class Plot:
-    """One picture: `keys` are TRL's names without ``eval_``, in the order they are drawn."""
-
-    name: str
-    title: str
-    label: str
-    keys: tuple[str, ...]
-    bounds: tuple[float, float] | None = None
-    chance: float | None = None
-    noisy: bool = True
-
-
-PLOTS = (
-    Plot("loss", "Loss", "loss", ("loss",)),
-    Plot("learning_rate", "Learning rate", "learning rate", ("learning_rate",), noisy=False),
-    Plot("grad_norm", "Gradient norm, before clipping", "gradient norm", ("grad_norm",)),
-    Plot("token_accuracy", "Next-token accuracy", "share of tokens", ("mean_token_accuracy",)),
-    Plot("accuracy", "Preference accuracy", "share of pairs", ("rewards/accuracies",), (0, 1), chance=0.5),
-    Plot("margin", "Reward margin, chosen minus rejected", "margin", ("rewards/margins",)),
-    Plot("rewards", "Implicit rewards", "reward", ("rewards/chosen", "rewards/rejected")),
-    Plot("reward", "Reward", "reward", ("reward",)),
-)
-
-
 def draw(
-    rows: Sequence[Row], directory: Path, title: str, drawn: dict[str, Series] | None = None
+    rows: Sequence[Row],
+    directory: Path,
+    title: str,
+    drawn: dict[str, Series] | None = None,
+    *,
+    figures: Figures = DEFAULT,
 ) -> list[Path]:
-    """Draws every plot that `rows` have figures for.
+    """Draw every plot of ``figures`` that ``rows`` have values for, and return the files, written now or before.
 
-    Args:
-        rows: the rows of ``metrics.jsonl``; of rows with one step the last counts (a resumed run repeats
-            steps).
-        directory: where the pictures go.
-        title: the run's recipe, set above every picture.
-        drawn: what every picture shows already, by its name; those are left as they are. Brought up to date.
-
-    Returns:
-        The files, written now or before.
+    ``rows`` are those of ``metrics.jsonl``; of rows with one step the last counts (a resumed run repeats steps).
+    ``title`` is the run's recipe, set above every picture. ``drawn`` holds what each picture shows already, by its
+    name: such a picture is left as it is. It is updated.
     """
     written = []
     drawn = {} if drawn is None else drawn
-    for plot in PLOTS:
+    for plot in figures.plots:
         series = _series(rows, plot.keys)
         if series:
             path = directory / f"{plot.name}.png"
@@ -77,8 +51,9 @@ def draw(
 def _series(rows: Sequence[Row], keys: Sequence[str]) -> Series:
     """Points by (key, "train" or the evaluation's name), in the order of `keys`, training first."""
     found: dict[tuple[str, str], dict[int, float]] = {}
+    own = {name for row in rows for name in row if not name.startswith("eval_")}
     for key in keys:
-        # Evaluation on several data sets logs eval_NAME_loss.
+        # Evaluation on several data sets logs eval_NAME_loss; eval_aux_loss is another figure's, which training logs.
         evaluation = re.compile(rf"eval_(?:(.+)_)?{re.escape(key)}")
         found[key, "train"] = {}
         for row in rows:
@@ -87,7 +62,7 @@ def _series(rows: Sequence[Row], keys: Sequence[str]) -> Series:
                     continue
                 if name == key:
                     found[key, "train"][row["step"]] = value
-                elif match := evaluation.fullmatch(name):
+                elif (match := evaluation.fullmatch(name)) and (name == f"eval_{key}" or name[5:] not in own):
                     part = f"eval {match[1]}" if match[1] else "eval"
                     found.setdefault((key, part), {})[row["step"]] = value
     return {name: sorted(points.items()) for name, points in found.items() if points}
@@ -95,7 +70,7 @@ def _series(rows: Sequence[Row], keys: Sequence[str]) -> Series:
 
 def _png(plot: Plot, series: Series, title: str) -> bytes:
     # Fixed margins and no mathtext: measuring the text took three quarters of the time of a picture.
-    figure = Figure(figsize=(7, 4.2), dpi=150)
+    figure = Canvas(figsize=(7, 4.2), dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.11, 0.13, 0.86, 0.76))
     for index, ((key, part), points) in enumerate(series.items()):

@@ -10,29 +10,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from halfbyte.tracking.figures import DEFAULT, Figures
 from halfbyte.tracking.metrics import Row, is_evaluation
+from halfbyte.wording import count
 
-# TRL's name, ours, and how the value is written.
-_FIGURES = (
-    ("loss", "loss", ".4g"),
-    ("learning_rate", "lr", ".1e"),
-    ("grad_norm", "grad", ".2g"),
-    ("mean_token_accuracy", "token accuracy", ".3f"),
-    ("rewards/accuracies", "accuracy", ".3f"),
-    ("rewards/margins", "margin", ".3g"),
-    ("reward", "reward", ".3g"),
-)
 _SLOW_EVALUATION = 2.0  # seconds, after which an evaluation gets a bar of its own
 
 
 class RunProgress:
-    """What rank 0 shows while it trains.
+    """What rank 0 shows while it trains: with ``bar``, and on a terminal, a bar; else lines."""
 
-    Args:
-        bar: whether a bar is wanted; there is none unless standard output is a terminal.
-    """
-
-    def __init__(self, bar: bool) -> None:
+    def __init__(self, bar: bool, figures: Figures = DEFAULT) -> None:
+        self._figures = figures
         self._live: Progress | None = None
         self._wants_bar = bar and sys.stdout.isatty()
         self._training: TaskID | None = None
@@ -60,8 +49,8 @@ class RunProgress:
             self._live.update(self._training, completed=step)
 
     def row(self, row: Row, tokens_per_second: float | None) -> None:
-        """Shows one row of ``metrics.jsonl``: in the bar, or as a line."""
-        text = figures(row, tokens_per_second)
+        """Show one row of ``metrics.jsonl``: in the bar, or as a line."""
+        text = figures(row, tokens_per_second, shown=self._figures)
         if not text or "train_runtime" in row:  # the closing row belongs to the summary
             return
         if is_evaluation(row):
@@ -72,7 +61,7 @@ class RunProgress:
             self._print(f"step {row['step']}/{self._total}  {text}")
 
     def evaluating(self, batches: int | None) -> None:
-        """Counts one batch of an evaluation; shows a bar once it proves slow."""
+        """Count one batch of an evaluation; show a bar once it proves slow."""
         now = time.perf_counter()
         if self._evaluation_start is None:
             self._evaluation_start, self._evaluated = now, 0
@@ -89,7 +78,7 @@ class RunProgress:
         self._evaluation = self._evaluation_start = None
 
     def end(self) -> None:
-        """Takes the bar down; harmless when there is none."""
+        """Remove the bar, if there is one."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -101,18 +90,18 @@ class RunProgress:
             print(line, flush=True)
 
 
-def figures(row: Mapping[str, Any], tokens_per_second: float | None = None) -> str:
+def figures(
+    row: Mapping[str, Any], tokens_per_second: float | None = None, *, shown: Figures = DEFAULT
+) -> str:
     """The figures of a row on one line: ``loss 1.234  lr 2.0e-04  grad 0.81  12.3k tok/s``."""
     prefix = "eval_" if is_evaluation(row) else ""
     parts = []
-    for key, name, form in _FIGURES:
-        if key == "mean_token_accuracy" and f"{prefix}rewards/accuracies" in row:
-            continue  # of preference pairs, the pairs' accuracy is the one that matters
-        value = row.get(prefix + key)
+    for figure in shown.logged:
+        value = row.get(prefix + figure.key)
         if isinstance(value, int | float):
-            parts.append(f"{name} {value:{form}}")
-        elif prefix + key in row:
-            parts.append(f"{name} nan")  # null in the file: it was not finite
+            parts.append(f"{figure.label} {value:{figure.form}}")
+        elif prefix + figure.key in row:
+            parts.append(f"{figure.label} nan")  # null in the file: it was not finite
     if prefix:  # one of several data sets: eval_NAME_loss
         names = [
             key for key in row if key.startswith(prefix) and key.endswith("_loss") and key != "eval_loss"
@@ -123,25 +112,10 @@ def figures(row: Mapping[str, Any], tokens_per_second: float | None = None) -> s
     return "  ".join(parts)
 
 
-def count(value: float) -> str:
-    """A count in three digits: ``950``, ``12.3k``, ``1.20M``."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def memory(value: float) -> str:
-    """Bytes as GiB or MiB."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
-
-
 def print_summary(rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str, str]]) -> None:
-    """Prints the closing summary.
+    """Print the closing summary.
 
-    Args:
-        rows: label and value.
-        commands: label and a line to copy, which is printed whole, never wrapped or cut.
+    ``rows`` are labels with values, ``commands`` labels with lines to copy, which are never wrapped or cut.
     """
     console = Console()
     if sys.stdout.isatty():

@@ -1,0 +1,53 @@
+"""What a model is trained for: which auto class loads it, and which of its modules stay in 16 bits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from halfbyte.errors import UserError
+from halfbyte.wording import suggestion
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of model, as transformers and PEFT name it.
+
+    ``auto_class`` is the name of a class in transformers and ``peft_type`` that of a ``peft.TaskType``.
+    ``unquantized`` are the names of the modules that stay in 16 bits beside the LM head, such as a new
+    classification head. ``model_kwargs`` are passed to ``from_pretrained``.
+    """
+
+    name: str
+    auto_class: str
+    peft_type: str
+    unquantized: tuple[str, ...] = ()
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+CAUSAL_LM = Task("causal language modeling", "AutoModelForCausalLM", "CAUSAL_LM")
+
+SEQUENCE_CLASSIFICATION = Task(
+    "sequence classification",
+    "AutoModelForSequenceClassification",
+    "SEQ_CLS",
+    # What transformers calls the new head, by architecture.
+    unquantized=("score", "classifier", "classification_head"),
+    model_kwargs={"num_labels": 1},
+)
+"""One score a sequence: reward models, and regression."""
+
+SEQ2SEQ = Task("sequence to sequence", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM")
+
+_TASKS = {task.peft_type: task for task in (CAUSAL_LM, SEQUENCE_CLASSIFICATION, SEQ2SEQ)}
+
+
+def by_peft_type(peft_type: str) -> Task:
+    """Return the task that PEFT calls ``peft_type``. Raises :class:`UserError` for one that is not supported."""
+    task = _TASKS.get(peft_type)
+    if task is None:
+        raise UserError(
+            f"the task type {peft_type!r} is not supported{suggestion(peft_type, _TASKS)}\n"
+            f"  supported: {', '.join(_TASKS)}",
+            option="lora_task_type",
+        )
+    return task

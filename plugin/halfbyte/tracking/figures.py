@@ -1,0 +1,104 @@
+"""What a recipe shows of a run: figures in log lines and the closing summary, plots, and settings in the card.
+
+Keys are those that TRL logs, without ``eval_``; a figure whose key no row has is left out.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number: ``key`` is TRL's name, ``form`` a format specification.
+
+    ``logged`` puts it in the lines printed while training and evaluating. ``compared`` puts it in the closing summary,
+    with its values before and after training.
+    """
+
+    key: str
+    label: str
+    form: str = ".3g"
+    logged: bool = True
+    compared: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture, ``plots/NAME.png``: ``keys`` are drawn in this order, each of training and of evaluation.
+
+    ``bounds`` fix the vertical axis, ``chance`` draws a horizontal line, and ``noisy`` smooths a long training line.
+    """
+
+    name: str
+    title: str
+    label: str
+    keys: tuple[str, ...]
+    bounds: tuple[float, float] | None = None
+    chance: float | None = None
+    noisy: bool = True
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures in the order in which they are printed, the plots, and the options that the model card lists.
+
+    The card lists the options that all recipes share; ``settings`` are the recipe's own, by their names.
+    """
+
+    figures: tuple[Figure, ...]
+    plots: tuple[Plot, ...]
+    settings: tuple[str, ...] = ()
+
+    @property
+    def logged(self) -> tuple[Figure, ...]:
+        """The figures of a log line."""
+        return tuple(figure for figure in self.figures if figure.logged)
+
+    @property
+    def compared(self) -> tuple[Figure, ...]:
+        """The figures that the closing summary compares before and after training."""
+        return tuple(figure for figure in self.figures if figure.compared)
+
+
+LOSS = Figure("loss", "loss", ".4g", compared=True)
+LEARNING_RATE = Figure("learning_rate", "lr", ".1e")
+GRAD_NORM = Figure("grad_norm", "grad", ".2g")
+TOKEN_ACCURACY = Figure("mean_token_accuracy", "token accuracy", ".3f", compared=True)
+REWARD_ACCURACY = Figure("rewards/accuracies", "accuracy", ".3f", compared=True)
+MARGIN = Figure("rewards/margins", "margin", ".3g", compared=True)
+REWARD = Figure("reward", "reward", ".3g", compared=True)
+KL = Figure("kl", "kl", ".3g")
+
+LOSS_PLOT = Plot("loss", "Loss", "loss", ("loss",))
+LEARNING_RATE_PLOT = Plot("learning_rate", "Learning rate", "learning rate", ("learning_rate",), noisy=False)
+GRAD_NORM_PLOT = Plot("grad_norm", "Gradient norm, before clipping", "gradient norm", ("grad_norm",))
+TOKEN_ACCURACY_PLOT = Plot(
+    "token_accuracy", "Next-token accuracy", "share of tokens", ("mean_token_accuracy",)
+)
+REWARD_ACCURACY_PLOT = Plot(
+    "accuracy", "Preference accuracy", "share of pairs", ("rewards/accuracies",), (0, 1), chance=0.5
+)
+MARGIN_PLOT = Plot("margin", "Reward margin, chosen minus rejected", "margin", ("rewards/margins",))
+REWARDS_PLOT = Plot("rewards", "Implicit rewards", "reward", ("rewards/chosen", "rewards/rejected"))
+REWARD_PLOT = Plot("reward", "Reward", "reward", ("reward",))
+KL_PLOT = Plot("kl", "KL divergence from the reference", "nats", ("kl",))
+
+TRAINING = (LOSS, LEARNING_RATE, GRAD_NORM)
+"""What every Trainer logs."""
+TRAINING_PLOTS = (LOSS_PLOT, LEARNING_RATE_PLOT, GRAD_NORM_PLOT)
+
+LANGUAGE_MODELING = Figures(
+    (*TRAINING, TOKEN_ACCURACY),
+    (*TRAINING_PLOTS, TOKEN_ACCURACY_PLOT),
+    settings=("packing", "completion_only_loss", "assistant_only_loss", "loss_type"),
+)
+PREFERENCES = Figures(
+    (*TRAINING, REWARD_ACCURACY, MARGIN),
+    (*TRAINING_PLOTS, TOKEN_ACCURACY_PLOT, REWARD_ACCURACY_PLOT, MARGIN_PLOT, REWARDS_PLOT),
+    settings=("beta", "loss_type"),
+)
+DEFAULT = Figures(
+    (*TRAINING, TOKEN_ACCURACY, REWARD_ACCURACY, MARGIN, REWARD),
+    (*TRAINING_PLOTS, TOKEN_ACCURACY_PLOT, REWARD_ACCURACY_PLOT, MARGIN_PLOT, REWARDS_PLOT, REWARD_PLOT),
+    settings=("packing", "completion_only_loss", "assistant_only_loss", "beta", "loss_type"),
+)
+"""Any of these that the rows have: for a recipe that names no figures."""

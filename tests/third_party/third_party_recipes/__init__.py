@@ -1,0 +1,1 @@
+"""Four recipes of a third party: its own package, which only uses what halfbyte exports."""
