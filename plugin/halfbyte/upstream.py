@@ -32,7 +32,8 @@ class Patch:
 
 @dataclass(frozen=True)
 class Private:
-    """A private upstream name that is read or called. An attribute set in a method is ``Class.method:attribute``."""
+    """A private upstream name that is read or called. An attribute set in a method is ``Class.method:attribute``, one
+    of a class ``Class:attribute``."""
 
     name: str
     place: str
@@ -43,6 +44,11 @@ _EVENT = "self args state control kwargs"
 _EPOCH = (
     "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
     "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
+)
+
+_SDPA_MASK = (
+    "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask local_size allow_is_causal_skip "
+    "allow_is_bidirectional_skip use_vmap device kwargs"
 )
 
 OVERRIDES = (
@@ -137,6 +143,35 @@ PATCHES = (
         "peft 0.21, trl 1.16",
         "TRL's fused head reads its bias (trl/trainer/utils.py), and the wrapper passes on the weight only",
     ),
+    # Arguments of layers are checked by tests/fast/test_arguments.py: unknown ones go to the layer's own forward.
+    Patch(
+        "transformers.modeling_layers.GradientCheckpointingLayer.forward",
+        "fast/layer.py:fuse",
+        "each decoder layer that is fused",
+        "transformers 5.24",
+        "a model constructs its layers, FSDP2 replaces their class, and a layer of another class has other names",
+    ),
+    Patch(
+        "transformers.PreTrainedModel.forward",
+        "fast/head.py:install",
+        "a model with a chunked LM head",
+        "trl 1.16",
+        "TRL's add_fused_lm_head has replaced the instance's forward already, which no subclass reaches",
+    ),
+    Patch(
+        "transformers.PreTrainedModel.forward",
+        "fast/autocast.py:leave",
+        "a model that is in one dtype throughout",
+        "transformers 5.24, accelerate 1.15",
+        "accelerate enters autocast around the forward and has no switch for one model",
+    ),
+    Patch(
+        "peft.tuners.lora.bnb.Linear4bit.__class__",
+        "fast/linear.py:fuse",
+        "each 4-bit LoRA linear that is fused",
+        "peft 0.21",
+        "PEFT constructs its layers; `custom_modules` replaces them for new adapters only, not for loaded ones",
+    ),
 )
 
 PRIVATE = (
@@ -224,4 +259,20 @@ PRIVATE = (
         "distributed/sharded_optimizers.py",
         "self p",
     ),
+    *(
+        Private("transformers.PreTrainedConfig:_attn_implementation", place)
+        for place in ("fast/batches.py", "fast/family.py")
+    ),
+    Private("transformers.PreTrainedModel:_is_stateful", "fast/batches.py"),
+    Private("transformers.PreTrainedModel:_supports_attention_backend", "fast/batches.py"),
+    Private("transformers.integrations.sdpa_attention.sdpa_attention_forward", "fast/batches.py"),
+    Private("transformers.masking_utils.sdpa_mask", "fast/batches.py", _SDPA_MASK),
+    Private("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "fast/batches.py"),
+    Private("trl.trainer.utils.FusedCausalLMOutput", "fast/head.py"),
+    Private("trl.trainer.utils.maybe_gather_lm_head_ctx", "fast/head.py", "params"),
+    Private("torch.nn.Module.register_forward_hook:_forward_hooks", "fast/family.py"),
+    Private("torch.nn.Module.register_forward_pre_hook:_forward_pre_hooks", "fast/family.py"),
+    Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "fast/attention.py"),
+    Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "fast/attention.py"),
+    Private("peft.tuners.lora.bnb.Linear4bit.forward", "fast/linear.py", "self x args kwargs"),
 )

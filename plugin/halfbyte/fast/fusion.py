@@ -52,7 +52,8 @@ def fuse(
         assert args is not None
         unpadded = batches.prepare(base, args, collator) or ON
     linears, plain = _fuse_linears(base) if "linears" in scope.parts else (0, {})
-    layers, apart, level, choice = 0, {}, None, None
+    layers, level, choice = 0, None, None
+    apart: dict[str, int] = {}
     if "layers" in scope.parts and _has_4bit_adapters(model):
         level = layer.LEVELS[0] if checkpointing else layer.LEVELS[-1]
         layers, apart = _fuse_layers(model, level)
