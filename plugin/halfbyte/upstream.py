@@ -32,8 +32,10 @@ class Patch:
 
 @dataclass(frozen=True)
 class Private:
-    """A private upstream name that is read or called. An attribute set in a method is ``Class.method:attribute``, one
-    of a class ``Class:attribute``."""
+    """A private upstream name that is read or called.
+
+    An attribute set in a method is ``Class.method:attribute``, one of a class ``Class:attribute``.
+    """
 
     name: str
     place: str
