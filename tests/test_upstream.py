@@ -55,14 +55,13 @@ def test_a_replaced_name_has_its_signature(patch: upstream.Patch) -> None:
 @pytest.mark.parametrize("private", PRIVATE, ids=lambda each: f"{each.name} in {each.place}")
 def test_a_private_name_is_there(private: upstream.Private) -> None:
     name, _, attribute = private.name.partition(":")
-    if attribute and inspect.isclass(found(name)):
-        assert hasattr(found(name), attribute), f"{name} has no {attribute}"
-    elif attribute:
-        assert f"self.{attribute}" in inspect.getsource(found(name)), f"{name} sets no {attribute}"
+    if attribute:
+        source = inspect.getsource(found(name))
+        assert f"self.{attribute}" in source or f'"{attribute}"' in source, f"{name} sets no {attribute}"
     elif private.parameters:
         check(name, private.parameters)
     else:
-        assert callable(found(name))
+        assert found(name) is not None
 
 
 def test_the_list_has_every_method_that_a_mixin_overrides() -> None:

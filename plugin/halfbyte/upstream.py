@@ -34,7 +34,7 @@ class Patch:
 class Private:
     """A private upstream name that is read or called.
 
-    An attribute set in a method is ``Class.method:attribute``, one of a class ``Class:attribute``.
+    An attribute set in a method is ``Class.method:attribute``.
     """
 
     name: str
@@ -124,6 +124,39 @@ PATCHES = (
         "it leaves 4-bit weights in uint8 storage whole on every rank, with a warning",
         "accelerator model",
     ),
+    *(
+        Patch(
+            "transformers.PreTrainedModel.forward",
+            place,
+            "a model that a trainer trains",
+            "transformers 5.24, trl 1.16",
+            reason,
+        )
+        for place, reason in (
+            (
+                "fast/head.py:install",
+                "TRL puts its own fused head there (add_fused_lm_head), which this one replaces",
+            ),
+            (
+                "fast/autocast.py:leave",
+                "the Trainer enters autocast around the whole model, whose class is anyone's",
+            ),
+        )
+    ),
+    Patch(
+        "transformers.modeling_layers.GradientCheckpointingLayer.forward",
+        "fast/layer.py:fuse",
+        "a decoder layer that is fused",
+        "transformers 5.24",
+        "a loaded model's layers cannot be exchanged without renaming their parameters",
+    ),
+    Patch(
+        "peft.tuners.lora.bnb.Linear4bit.__class__",
+        "fast/linear.py:fuse",
+        "a 4-bit LoRA linear that is fused",
+        "peft 0.21",
+        "PEFT constructs its layers itself; the subclass changes the forward alone",
+    ),
     Patch(
         "torch.optim.Optimizer.__class__",
         "distributed/sharded_optimizers.py:step_on_shards",
@@ -144,35 +177,6 @@ PATCHES = (
         "a head of which rows are trained",
         "peft 0.21, trl 1.16",
         "TRL's fused head reads its bias (trl/trainer/utils.py), and the wrapper passes on the weight only",
-    ),
-    # Arguments of layers are checked by tests/fast/test_arguments.py: unknown ones go to the layer's own forward.
-    Patch(
-        "transformers.modeling_layers.GradientCheckpointingLayer.forward",
-        "fast/layer.py:fuse",
-        "each decoder layer that is fused",
-        "transformers 5.24",
-        "a model constructs its layers, FSDP2 replaces their class, and a layer of another class has other names",
-    ),
-    Patch(
-        "transformers.PreTrainedModel.forward",
-        "fast/head.py:install",
-        "a model with a chunked LM head",
-        "trl 1.16",
-        "TRL's add_fused_lm_head has replaced the instance's forward already, which no subclass reaches",
-    ),
-    Patch(
-        "transformers.PreTrainedModel.forward",
-        "fast/autocast.py:leave",
-        "a model that is in one dtype throughout",
-        "transformers 5.24, accelerate 1.15",
-        "accelerate enters autocast around the forward and has no switch for one model",
-    ),
-    Patch(
-        "peft.tuners.lora.bnb.Linear4bit.__class__",
-        "fast/linear.py:fuse",
-        "each 4-bit LoRA linear that is fused",
-        "peft 0.21",
-        "PEFT constructs its layers; `custom_modules` replaces them for new adapters only, not for loaded ones",
     ),
 )
 
@@ -221,6 +225,16 @@ PRIVATE = (
     Private("accelerate.Accelerator.__init__:_optimizers", "distributed/fsdp2.py"),
     Private("torch.distributed.distributed_c10d._get_default_store", "distributed/ranks.py", ""),
     Private("torch._foreach_norm", "trainer/finite.py"),
+    *(
+        Private("transformers.PreTrainedConfig._attn_implementation", place)
+        for place in ("fast/batches.py", "fast/family.py")
+    ),
+    Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
+    Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),
+    Private("torch.nn.Module.__init__:_forward_hooks", "fast/family.py"),
+    Private("torch.nn.Module.__init__:_forward_pre_hooks", "fast/family.py"),
+    Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "fast/attention.py"),
+    Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "fast/attention.py"),
     Private("torch.distributed.distributed_c10d._get_default_store", "resilience/watch.py"),
     Private("wandb.sdk.wandb_setup.singleton", "tracking/wandb_run.py", ""),
     Private(
@@ -261,20 +275,10 @@ PRIVATE = (
         "distributed/sharded_optimizers.py",
         "self p",
     ),
-    *(
-        Private("transformers.PreTrainedConfig:_attn_implementation", place)
-        for place in ("fast/batches.py", "fast/family.py")
-    ),
-    Private("transformers.PreTrainedModel:_is_stateful", "fast/batches.py"),
-    Private("transformers.PreTrainedModel:_supports_attention_backend", "fast/batches.py"),
     Private("transformers.integrations.sdpa_attention.sdpa_attention_forward", "fast/batches.py"),
     Private("transformers.masking_utils.sdpa_mask", "fast/batches.py", _SDPA_MASK),
     Private("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "fast/batches.py"),
     Private("trl.trainer.utils.FusedCausalLMOutput", "fast/head.py"),
     Private("trl.trainer.utils.maybe_gather_lm_head_ctx", "fast/head.py", "params"),
-    Private("torch.nn.Module.register_forward_hook:_forward_hooks", "fast/family.py"),
-    Private("torch.nn.Module.register_forward_pre_hook:_forward_pre_hooks", "fast/family.py"),
-    Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "fast/attention.py"),
-    Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "fast/attention.py"),
     Private("peft.tuners.lora.bnb.Linear4bit.forward", "fast/linear.py", "self x args kwargs"),
 )

@@ -112,6 +112,7 @@ class FusedForward:
             boundaries = None  # the model's mask has both the boundaries and the window
         if boundaries is not None:
             mask = None
+        cos, sin = position_embeddings
         qkv, out, gate_up, down = family.projections(decoder)
         return LayerCall(
             decoder,
@@ -119,7 +120,7 @@ class FusedForward:
             out,
             gate_up,
             down,
-            rotary=Rotary(*position_embeddings, hidden.dtype),
+            rotary=Rotary(cos, sin, hidden.dtype),
             attention=attention(hidden.device, hidden.dtype, decoder.scale, mask, boundaries),
             level=self.level,
         )
