@@ -32,7 +32,10 @@ class Patch:
 
 @dataclass(frozen=True)
 class Private:
-    """A private upstream name that is read or called. An attribute set in a method is ``Class.method:attribute``."""
+    """A private upstream name that is read or called.
+
+    An attribute set in a method is ``Class.method:attribute``.
+    """
 
     name: str
     place: str
@@ -43,6 +46,11 @@ _EVENT = "self args state control kwargs"
 _EPOCH = (
     "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
     "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
+)
+
+_SDPA_MASK = (
+    "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask local_size allow_is_causal_skip "
+    "allow_is_bidirectional_skip use_vmap device kwargs"
 )
 
 OVERRIDES = (
@@ -219,7 +227,7 @@ PRIVATE = (
     Private("torch._foreach_norm", "trainer/finite.py"),
     *(
         Private("transformers.PreTrainedConfig._attn_implementation", place)
-        for place in ("fast/batches.py", "fast/family.py", "fast/layer.py")
+        for place in ("fast/batches.py", "fast/family.py")
     ),
     Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
     Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),
@@ -267,4 +275,10 @@ PRIVATE = (
         "distributed/sharded_optimizers.py",
         "self p",
     ),
+    Private("transformers.integrations.sdpa_attention.sdpa_attention_forward", "fast/batches.py"),
+    Private("transformers.masking_utils.sdpa_mask", "fast/batches.py", _SDPA_MASK),
+    Private("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "fast/batches.py"),
+    Private("trl.trainer.utils.FusedCausalLMOutput", "fast/head.py"),
+    Private("trl.trainer.utils.maybe_gather_lm_head_ctx", "fast/head.py", "params"),
+    Private("peft.tuners.lora.bnb.Linear4bit.forward", "fast/linear.py", "self x args kwargs"),
 )

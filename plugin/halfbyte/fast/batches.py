@@ -118,7 +118,10 @@ def attention(
         lengths = attention_mask.flatten() if attention_mask.dtype == torch.int32 else None
     if _probing:
         raise _Arrived(lengths)
-    if lengths is None or query.shape[0] != 1 or kwargs.get("position_bias") is not None:
+    beyond = any(
+        kwargs.get(name) is not None for name in ("position_bias", "softcap")
+    )  # sdpa adds it, or refuses
+    if lengths is None or query.shape[0] != 1 or beyond:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

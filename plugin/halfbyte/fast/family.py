@@ -42,6 +42,12 @@ class Decoder:
     attention: Any  # the module: what it is set to may change between calls
 
     @property
+    def implementation(self) -> str:
+        """Transformers' name of the attention implementation that is set now."""
+        name: str = self.attention.config._attn_implementation
+        return name
+
+    @property
     def linears(self) -> Linears:
         """Every linear map, in the order of application."""
         return (*self.qkv, *self.out, *self.gate_up, *self.down)
@@ -120,9 +126,8 @@ def check_call(decoder: Decoder, training: bool, hidden: torch.Tensor) -> None:
 
 
 def _check_attention(decoder: Decoder) -> None:
-    implementation = decoder.attention.config._attn_implementation
-    if not implementation.startswith(_ATTENTIONS):
-        raise Uncovered(f"attention implementation {implementation}")
+    if not decoder.implementation.startswith(_ATTENTIONS):
+        raise Uncovered(f"attention implementation {decoder.implementation}")
 
 
 def _norm(module: Any) -> Norm:

@@ -105,7 +105,7 @@ class FusedForward:
             raise Uncovered("a mask for flash attention")
         if mask is None and self._beyond_window(hidden, boundaries):
             raise Uncovered("a sequence longer than the sliding window, and no mask")
-        position_embeddings = kwargs.get("position_embeddings")
+        position_embeddings: tuple[Tensor, Tensor] | None = kwargs.get("position_embeddings")
         if position_embeddings is None or position_embeddings[0].shape[-1] != decoder.head_size:
             raise Uncovered("rotary positions on a part of the head")
         if mask is not None and mask.dtype != torch.int32 and self._beyond_window(hidden, boundaries):
@@ -144,8 +144,9 @@ class FusedForward:
 
     def _positions_tell(self, positions: Tensor | None) -> TypeGuard[Tensor]:
         """Whether positions that begin again are boundaries: for flash attention, which gets no mask, in one row."""
-        implementation: str = self.decoder.attention.config._attn_implementation
-        return implementation.startswith("flash") and positions is not None and len(positions) == 1
+        return (
+            self.decoder.implementation.startswith("flash") and positions is not None and len(positions) == 1
+        )
 
     def _beyond_window(self, hidden: Tensor, boundaries: Boundaries | None) -> bool:
         longest = hidden.shape[1] if boundaries is None else boundaries.longest

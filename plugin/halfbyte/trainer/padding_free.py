@@ -21,7 +21,7 @@ class PaddingFree(Mixin):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the Trainer's own loader, over a collator that packs the rows of a batch into one without padding."""
-        padded: Any = self.data_collator
+        padded = self.data_collator
         if not self.unpads_batches or padded.padding_free:
             return super().get_train_dataloader()
         self.data_collator = DataCollatorForLanguageModeling(
