@@ -98,6 +98,6 @@ def test_reentrant_checkpointing_under_ddp_is_refused(
 ) -> None:
     args = given(tmp_path, bf16=False, gradient_checkpointing_kwargs={"use_reentrant": True})
     decided(args)
-    options = resolve._options(QLoRAPlugin(), args, "a-model")
+    options = resolve._by_name(QLoRAPlugin(), args, "a-model")
     with pytest.raises(UserError, match="use_reentrant: true fails under DDP"):
         resolve._training(options, {"report_to"}, SimpleNamespace(device=CPU, num_processes=2), {}, [])

@@ -158,7 +158,7 @@ def test_a_login_that_is_no_good_stops_no_run_that_did_not_ask_for_it(
     defaults = [word for key, value in DEFAULTS.items() if key != "--report_to" for word in (key, value)]
     assert main(["sft", "--output_dir", str(tmp_path / "run"), *defaults, *options]) == 0
     said = capsys.readouterr().out
-    assert "the login is no good" in said
+    assert "invalid W&B credentials" in said
     assert "short" not in said
     wandb.teardown()
 

@@ -12,7 +12,8 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from halfbyte import quantization, store
-from halfbyte.quantization import load as loading
+from halfbyte.quantization import stored
+from halfbyte.task import SEQUENCE_CLASSIFICATION
 from tests import launch, tiny
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def load(base: Path, **options):
 
 def directly(base: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
-        patch.setattr(store, "describe", lambda *_: None)
+        patch.setattr(stored, "describe", lambda *_: None)
         return load(base)
 
 
@@ -47,7 +48,7 @@ def keys() -> list[str]:
 def assert_equal(one, other) -> None:
     told, found = one.state_dict(), other.state_dict()
     assert told.keys() == found.keys()
-    assert all(loading._same_bytes(told[name], found[name]) for name in told)
+    assert all(stored.same_bytes(told[name], found[name]) for name in told)
 
 
 def release() -> None:
@@ -87,7 +88,7 @@ def test_what_decides_the_bytes_decides_the_entry(tmp_path: Path) -> None:
     tiny.save_model(base, seed=1)
     load(base)
     assert len(set(keys())) == 4
-    load(base, task_type="SEQ_CLS")
+    load(base, task=SEQUENCE_CLASSIFICATION)
     load(base, tie_word_embeddings=False)
     assert len(set(keys())) == 4, "what other options change is not kept"
 
@@ -110,7 +111,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str, cache: Path)
         weights.write_bytes(content)
         (entry / "manifest.json").unlink()
     assert_equal(load(base), first)
-    assert store._sound(cache / keys()[0])
+    assert store._is_sound(cache / keys()[0])
 
 
 def test_an_entry_is_never_written_again(tmp_path: Path, cache: Path) -> None:
@@ -144,8 +145,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "_sync", full)
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     load(base)
     assert "No space left on device" in capsys.readouterr().err
     assert not [path for path in cache.iterdir() if path.is_dir()]
@@ -155,7 +155,7 @@ def test_a_base_that_would_load_as_another_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny.save_model(tmp_path / "base")
-    monkeypatch.setattr(loading, "_same_bytes", lambda *_: False)
+    monkeypatch.setattr(stored, "same_bytes", lambda *_: False)
     load(base)
     assert "is not the same" in capsys.readouterr().err
     assert keys() == []
@@ -184,7 +184,8 @@ def test_the_least_recently_used_go_and_none_in_use(
 def test_one_of_many_processes_quantizes(tmp_path: Path, cache: Path) -> None:
     base = tiny.save_model(tmp_path / "base")
     code = (
-        "import sys, torch, hashlib; from pathlib import Path; from halfbyte.quantization import load, store\n"
+        "import sys, torch, hashlib; from pathlib import Path\n"
+        "from halfbyte import store; from halfbyte.quantization import load\n"
         "from transformers import BitsAndBytesConfig\n"
         "publish = store._publish\n"
         "def counted(*a): print('quantized'); publish(*a)\n"
@@ -269,3 +270,144 @@ def test_the_command_lists_and_removes(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["cache", "rm", "--all"]) == 0
     assert keys() == []
     shutil.rmtree(base)
+
+
+ODD = {
+    "an object": "{}",
+    "a list": "[]",
+    "null": "null",
+    "deep": "[" * 100_000,
+    "not JSON": "x",
+    "files are a list": '{"label": "x", "files": []}',
+    "a size that is text": '{"label": "x", "files": {"config.json": {"size": "1"}}}',
+}
+
+
+@pytest.mark.parametrize("case", [*ODD, "unreadable", "a file", "a link"])
+def test_an_odd_entry_breaks_nothing_and_can_be_removed(
+    tmp_path: Path, cache: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from halfbyte.cli import main
+
+    base = tiny.save_model(tmp_path / "base")
+    first = load(base)
+    (sound,) = keys()
+    odd = cache / "0123"
+    if case == "a file":
+        odd.write_text("")
+    elif case == "a link":
+        odd.symlink_to(tmp_path / "nowhere")
+    else:
+        odd.mkdir()
+        (odd / "manifest.json").write_text(ODD.get(case, ""))
+        if case == "unreadable":
+            (odd / "manifest.json").unlink()
+            (odd / "manifest.json").mkdir()
+    assert_equal(load(base), first)
+    assert main(["cache", "ls", "--json"]) == 0
+    listed = {each["key"]: each["damaged"] for each in json.loads(capsys.readouterr().out)}
+    assert listed == {sound: False, "0123": True}
+    assert main(["cache", "ls"]) == 0
+    assert "damaged" in capsys.readouterr().out
+    assert main(["cache", "rm", "0123"]) == 0
+    assert keys() == [sound]
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_entry_with_an_odd_manifest_is_made_again(tmp_path: Path, cache: Path, case: str) -> None:
+    base = tiny.save_model(tmp_path / "base")
+    first = load(base)
+    release()
+    (cache / keys()[0] / "manifest.json").write_text(ODD[case])
+    assert_equal(load(base), first)
+    assert store._is_sound(cache / keys()[0])
+
+
+def test_a_read_only_store_is_used_as_it_is(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny.save_model(tmp_path / "base")
+    first = load(base)
+    release()
+    opened = os.open
+
+    def read_only(path, flags, *rest, **kwargs):
+        if flags & os.O_CREAT and str(path).startswith(str(cache)):
+            raise OSError(30, "Read-only file system", str(path))
+        return opened(path, flags, *rest, **kwargs)
+
+    monkeypatch.setattr(store.os, "open", read_only)
+    monkeypatch.setattr(store, "_publish", lambda *_: pytest.fail("an entry is written"))
+    assert_equal(load(base), first)
+    assert "is not kept" not in capsys.readouterr().err
+    load(base, dtype=torch.float32)  # which the store has not
+    assert "is not kept for later runs" in capsys.readouterr().err
+
+
+def test_without_a_home_a_base_is_loaded_without_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny.save_model(tmp_path / "base")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a uid that has no password entry
+    monkeypatch.chdir(tmp_path)
+    load(base)
+    assert "there is no home directory; set XDG_CACHE_HOME" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_two_kinds_share_one_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from halfbyte.cli import main
+
+    scores = store.Kind("scores", "score")
+    monkeypatch.setattr(store, "KINDS", (store.BASES, scores))
+
+    def get(kind: store.Kind, number: int) -> int:
+        return store.obtain(
+            kind,
+            {"number": number},
+            f"number {number}",
+            make=lambda: number,
+            load=lambda entry: int((entry / "number").read_text().strip()),
+            save=lambda made, entry: (entry / "number").write_text(f"{made:1000d}") and None,
+        )
+
+    assert [get(store.BASES, 1), get(scores, 1), get(scores, 2), get(scores, 1)] == [1, 1, 2, 1]
+    assert {(each.kind, each.base) for each in store.entries()} == {
+        ("bases", "number 1"),
+        ("scores", "number 1"),
+        ("scores", "number 2"),
+    }
+    assert main(["cache", "ls"]) == 0
+    assert "1 quantized base and 2 scores, " in capsys.readouterr().out
+    release()
+    (oldest,) = (each for each in store.entries() if each.kind == "bases")
+    os.utime(store.root(store.BASES) / f"{oldest.key}.lock", (1, 1))
+    monkeypatch.setattr(store, "BOUND", 3100)
+    get(scores, 3)
+    assert {(each.kind, each.base) for each in store.entries()} == {
+        ("scores", "number 1"),
+        ("scores", "number 2"),
+        ("scores", "number 3"),
+    }
+
+
+def test_loading_leaves_the_random_state_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some architectures draw while they load: an adapter's start would depend on where the base came from."""
+    from transformers import LlamaForCausalLM
+
+    base = tiny.save_model(tmp_path / "base")
+    stock = LlamaForCausalLM.from_pretrained.__func__
+
+    def drawing(cls, *args, **kwargs):
+        torch.rand(7)
+        return stock(cls, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(drawing))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for _ in range(2):  # quantized now, and from the store
+        load(base)
+        assert torch.equal(torch.get_rng_state(), before)

@@ -1,7 +1,10 @@
 """The canary: every upstream name that halfbyte overrides, replaces or relies on is as it was when it was listed."""
 
+import ast
 import importlib
 import inspect
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,7 +46,10 @@ def test_an_overridden_method_has_its_signature(override: upstream.Override) -> 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda each: f"{each.name} in {each.place}")
 def test_a_replaced_name_has_its_signature(patch: upstream.Patch) -> None:
-    check(patch.name, patch.parameters)
+    if patch.parameters:
+        check(patch.name, patch.parameters)
+    else:
+        assert found(patch.name.rpartition(".")[0])
 
 
 @pytest.mark.parametrize("private", PRIVATE, ids=lambda each: f"{each.name} in {each.place}")
@@ -66,6 +72,66 @@ def test_the_list_has_every_method_that_a_mixin_overrides() -> None:
         if callable(value) and not name.startswith("__") and hasattr(cls, name)
     }
     assert {each.name for each in OVERRIDES} == overridden
+
+
+PLUGIN = Path(upstream.__file__).parent
+STANDARD = {"os", "sys"}  # os._exit and sys._current_frames are documented
+
+
+def foreign_private(path: Path) -> Iterator[tuple[str, bool]]:
+    """Private names of other libraries in a module: read or imported (False), or assigned to (True)."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("halfbyte"):
+            yield from ((alias.name, False) for alias in node.names if alias.name.startswith("_"))
+        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
+            continue
+        owner = ast.unparse(node.value)
+        own = owner in {"self", "cls", "super()", *STANDARD} or node.attr.startswith("__")
+        if not own and not owner.startswith("super("):
+            yield node.attr, not isinstance(node.ctx, ast.Load)
+
+
+def test_no_private_name_of_another_library_is_used_that_is_not_listed() -> None:
+    listed = {(each.name.rpartition(":")[2].rpartition(".")[2], each.place) for each in PRIVATE}
+    assigned = {(each.name.rpartition(".")[2], each.place.partition(":")[0]) for each in PATCHES}
+    for path in PLUGIN.rglob("*.py"):
+        place = path.relative_to(PLUGIN).as_posix()
+        for name, is_assigned in foreign_private(path):
+            assert (name, place) in (assigned if is_assigned else listed | assigned), f"{place} uses {name}"
+
+
+def replaced(path: Path) -> Iterator[str]:
+    """Attributes that a module assigns on what is not its own: methods, classes and functions of other objects."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in (each for group in targets for each in ast.walk(group)):
+            stored = isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store)
+            if stored and target.attr in METHODS and ast.unparse(target.value) != "self":
+                yield target.attr
+
+
+METHODS = {
+    "__class__",
+    "add_adapter",
+    "evaluate",
+    "forward",
+    "fsdp2_prepare_model",
+    "get_train_dataloader",
+    "save",
+    "save_model",
+    "training_step",
+    *(each.name.rpartition(".")[2] for each in (*OVERRIDES, *PATCHES)),
+}
+
+
+def test_methods_of_other_objects_are_replaced_at_the_listed_places_only() -> None:
+    listed = {(each.place.partition(":")[0], each.name.rpartition(".")[2]) for each in PATCHES}
+    found = {
+        (path.relative_to(PLUGIN).as_posix(), name)
+        for path in PLUGIN.rglob("*.py")
+        for name in replaced(path)
+    }
+    assert found <= listed, found - listed
 
 
 def test_a_renamed_argument_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,24 +1,20 @@
 """A trainer over a base loaded for it: what ``QLoRAPlugin.trainer`` and the command line share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from halfbyte import loading
+from halfbyte.model_options import ModelOptions
+from halfbyte.resolve import Decisions
 from halfbyte.trainer.base import Conduct
 from halfbyte.trainer.build import build
 
-if TYPE_CHECKING:
-    from halfbyte.plugin import QLoRAPlugin
-    from halfbyte.resolve import Decisions
-
 
 def assemble(
-    plugin: QLoRAPlugin,
+    options: ModelOptions,
     trainer_cls: type[Trainer],
     decisions: Decisions,
     args: Any,
@@ -33,7 +29,7 @@ def assemble(
     set_seed(args.seed)  # as TRL does before it makes an adapter: `seed` decides its start
     # The trainer turns checkpointing on, as `args` say.
     loaded = loading.load(
-        plugin,
+        options,
         decisions,
         trust_remote_code=args.trust_remote_code,
         tokenizer=tokenizer,
@@ -42,15 +38,16 @@ def assemble(
     )
     return build(
         trainer_cls,
-        loaded,
+        loaded.model,
+        loaded.coverage,
         args,
         mixins,
         conduct=conduct,
         fresh_adapter=decisions.adapter is None,
-        initialization=plugin.init_lora_weights,
-        loraplus_lr_ratio=plugin.loraplus_lr_ratio,
-        fused=plugin.fast != "none",
-        memory_budget=plugin.memory_budget,
+        initialization=options.init_lora_weights,
+        loraplus_lr_ratio=options.loraplus_lr_ratio,
+        fused=options.fast != "none",
+        memory_budget=options.memory_budget,
         save_level=decisions.save_level,
         processing_class=tokenizer,
         **kwargs,

@@ -3,13 +3,11 @@
 The command line and ``QLoRAPlugin.trainer`` both ask :func:`decide`; nothing later overrides what it returns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,10 +19,8 @@ from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.config import Settings
 from halfbyte.distributed import Strategy, fsdp2, zero3
 from halfbyte.errors import UserError
+from halfbyte.model_options import ModelOptions
 from halfbyte.resilience.watch import record_flights
-
-if TYPE_CHECKING:
-    from halfbyte.plugin import QLoRAPlugin
 
 # Training arguments a QLoRA run wants other than upstream's, for any TRL config class.
 DEFAULTS: dict[str, Any] = {
@@ -48,8 +44,8 @@ class Decisions:
     """What a run is, once the machine, the launcher, a checkpoint and an adapter have had their say.
 
     ``values`` are options as they are decided, where they differ from what was given; ``session`` those that hold
-    for this session only and are not recorded (the micro-batches of a run that once ran out of memory). ``lines``
-    are to be printed. ``save_level`` is the one that a resumed run takes over.
+    for this session only and are not recorded (no evaluation at the start of a resume, smaller micro-batches).
+    ``lines`` are to be printed. ``save_level`` is the one that a resumed run takes over.
     """
 
     device: torch.device
@@ -63,6 +59,11 @@ class Decisions:
     values: Mapping[str, Any] = field(default_factory=dict)
     session: Mapping[str, Any] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
+
+    @property
+    def micro_batches(self) -> dict[str, int]:
+        """The micro-batches of this session where they are not the recorded ones; else nothing."""
+        return {key: self.session[key] for key, _ in _MICRO_BATCHES if key in self.session}
 
 
 def join(settings: Settings) -> PartialState:
@@ -96,15 +97,15 @@ def for_run(settings: Settings, manifest: Manifest | None) -> Decisions:
     return replace(found, values=MappingProxyType({**found.values, "use_cpu": True}))
 
 
-def for_arguments(plugin: QLoRAPlugin, args: Any, model: str | None) -> Decisions:
+def for_arguments(model: ModelOptions, args: Any, name_or_path: str | None) -> Decisions:
     """Decide for ``QLoRAPlugin.trainer``: every training argument counts as given."""
-    given = {"bf16", "fp16", "use_cpu", "report_to", *_chosen(plugin)}
-    return decide(_options(plugin, args, model), given)
+    given = {"bf16", "fp16", "use_cpu", "report_to", *_chosen(model)}
+    return decide(_by_name(model, args, name_or_path), given)
 
 
-def for_loop(plugin: QLoRAPlugin, model: str | None) -> Decisions:
+def for_loop(model: ModelOptions, name_or_path: str | None) -> Decisions:
     """Decide for a loop of one's own, which has no training arguments."""
-    return decide(_options(plugin, None, model), {"report_to", *_chosen(plugin)})
+    return decide(_by_name(model, None, name_or_path), {"report_to", *_chosen(model)})
 
 
 def decide(options: Any, given: Collection[str], manifest: Manifest | None = None) -> Decisions:
@@ -132,8 +133,8 @@ def decide(options: Any, given: Collection[str], manifest: Manifest | None = Non
         zero3.refuse_loraplus(options["loraplus_lr_ratio"])
     storage = None
     if options["load_in_4bit"] and fsdp2.requested():
-        storage, line = fsdp2.quantization_storage(options["bnb_4bit_quant_storage"], getattr(torch, dtype))
-        lines += [] if line is None else [line]
+        storage, note = fsdp2.quantization_storage(options["bnb_4bit_quant_storage"], getattr(torch, dtype))
+        lines += [] if note is None else [note]
     if "optim" in options:
         _training(options, given, state, values, lines)
     revision = options["model_revision"]
@@ -149,7 +150,7 @@ def decide(options: Any, given: Collection[str], manifest: Manifest | None = Non
         quant_storage=storage,
         save_level=_recorded_level(options, manifest),
         values=MappingProxyType(values),
-        session=MappingProxyType(_recorded_micro_batches(options, manifest, lines)),
+        session=MappingProxyType(_of_this_session(options, manifest, lines)),
         lines=tuple(lines),
     )
 
@@ -254,9 +255,16 @@ def _recorded_level(options: Any, manifest: Manifest | None) -> int | None:
     return manifest.decided.get("save_level")
 
 
-def _recorded_micro_batches(options: Any, manifest: Manifest | None, lines: list[str]) -> dict[str, int]:
+def _of_this_session(options: Any, manifest: Manifest | None, lines: list[str]) -> dict[str, Any]:
+    """What a resumed session does otherwise: the evaluation at the start was done, and micro-batches may be smaller."""
+    if manifest is None:
+        return {}
+    return {"eval_on_start": False, **_recorded_micro_batches(options, manifest, lines)}
+
+
+def _recorded_micro_batches(options: Any, manifest: Manifest, lines: list[str]) -> dict[str, int]:
     """The micro-batches that the checkpoint's run was brought down to, unless the user changed them."""
-    if manifest is None or any(options[key] != manifest.config.get(key) for key, _ in _MICRO_BATCHES):
+    if any(options[key] != manifest.config.get(key) for key, _ in _MICRO_BATCHES):
         return {}
     found = {key: manifest.data_position.get(name) for key, name in _MICRO_BATCHES}
     rows, batches = found.values()
@@ -266,16 +274,16 @@ def _recorded_micro_batches(options: Any, manifest: Manifest | None, lines: list
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batches}
 
 
-def _options(plugin: QLoRAPlugin, args: Any, model: str | None) -> dict[str, Any]:
+def _by_name(model: ModelOptions, args: Any, name_or_path: str | None) -> dict[str, Any]:
     found = {each.name: getattr(args, each.name) for each in fields(args)} if args is not None else {}
-    found |= {each.name: getattr(plugin, each.name) for each in fields(plugin)}
-    return {**found, "model_name_or_path": model or plugin.model_name_or_path}
+    found |= {each.name: getattr(model, each.name) for each in fields(model)}
+    return {**found, "model_name_or_path": name_or_path or model.model_name_or_path}
 
 
-def _chosen(plugin: QLoRAPlugin) -> set[str]:
-    """The options of ``plugin`` that differ from their defaults."""
-    defaults = vars(type(plugin)())
-    return {each.name for each in fields(plugin) if getattr(plugin, each.name) != defaults[each.name]}
+def _chosen(model: ModelOptions) -> set[str]:
+    """The options of ``model`` that differ from their defaults."""
+    defaults = vars(ModelOptions())
+    return {each.name for each in fields(model) if getattr(model, each.name) != defaults[each.name]}
 
 
 def _name(optim: Any) -> str:

@@ -186,8 +186,8 @@ def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: 
         "fast": trainer.report.fusion.as_dict(),
         "strategy": {**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
     }
-    if decisions.session:
-        found["micro_batches"] = [{"from_step": conduct.manifest.step + 1, **decisions.session}]
+    if smaller := decisions.micro_batches:
+        found["micro_batches"] = [{"from_step": conduct.manifest.step + 1, **smaller}]
     return found
 
 

@@ -115,6 +115,27 @@ PATCHES = (
         "it leaves 4-bit weights in uint8 storage whole on every rank, with a warning",
         "accelerator model",
     ),
+    Patch(
+        "torch.optim.Optimizer.__class__",
+        "distributed/sharded_optimizers.py:step_on_shards",
+        "a bitsandbytes optimizer under FSDP2",
+        "bitsandbytes 0.50, accelerate 1.15",
+        "accelerate holds the instance, and its update kernels do not know DTensors",
+    ),
+    Patch(
+        "transformers.PreTrainedConfig._name_or_path",
+        "quantization/load.py:load_base",
+        "a base that was loaded from the store",
+        "transformers 5.24",
+        "what is trained on the base must name the base, not the store's entry",
+    ),
+    Patch(
+        "peft.utils.other.TrainableTokensWrapper.bias",
+        "adapters/fresh.py:show_head_bias",
+        "a head of which rows are trained",
+        "peft 0.21, trl 1.16",
+        "TRL's fused head reads its bias (trl/trainer/utils.py), and the wrapper passes on the weight only",
+    ),
 )
 
 PRIVATE = (
@@ -162,4 +183,44 @@ PRIVATE = (
     Private("accelerate.Accelerator.__init__:_optimizers", "distributed/fsdp2.py"),
     Private("torch.distributed.distributed_c10d._get_default_store", "distributed/ranks.py", ""),
     Private("torch._foreach_norm", "trainer/finite.py"),
+    Private("torch.distributed.distributed_c10d._get_default_store", "resilience/watch.py"),
+    Private("wandb.sdk.wandb_setup.singleton", "tracking/wandb_run.py", ""),
+    Private(
+        "wandb.sdk.lib.wbauth.authenticate_session",
+        "tracking/wandb_run.py",
+        "host source no_offline no_create input_timeout referrer relogin verify prompt update_session",
+    ),
+    Private(
+        "trl.DPOTrainer._precompute_ref_logps", "trainer/float32_adapters.py", "self dataset name batch_size"
+    ),
+    Private(
+        "trl.KTOTrainer._precompute_ref_logps", "trainer/float32_adapters.py", "self dataset name batch_size"
+    ),
+    Private("peft.utils.other.TrainableTokensWrapper", "adapters/fresh.py"),
+    Private("peft.tuners.tuners_utils.BaseTunerLayer", "adapters/fresh.py"),
+    Private(
+        "accelerate.utils.fsdp_utils.fsdp2_prepare_auto_wrap_policy",
+        "distributed/fsdp2.py",
+        "fsdp2_plugin model",
+    ),
+    Private(
+        "accelerate.utils.fsdp_utils.get_module_children_bottom_up",
+        "distributed/fsdp2.py",
+        "model return_fqns",
+    ),
+    Private(
+        "bitsandbytes.optim.optimizer.Optimizer8bit.init_state",
+        "distributed/sharded_optimizers.py",
+        "self group p gindex pindex",
+    ),
+    Private(
+        "bitsandbytes.optim.optimizer.Optimizer8bit.update_step",
+        "distributed/sharded_optimizers.py",
+        "self group p gindex pindex",
+    ),
+    Private(
+        "bitsandbytes.optim.optimizer.Optimizer8bit.prefetch_state",
+        "distributed/sharded_optimizers.py",
+        "self p",
+    ),
 )

@@ -127,7 +127,7 @@ def _newest(output_dir: Path) -> Resume:
 
 
 def usable(path: Path) -> tuple[Manifest | None, list[str]]:
-    """The manifest of ``path`` and what speaks against going on from it: damage, or what it never held."""
+    """Return the manifest of ``path``, and why it cannot be resumed from: damage, or what it never held."""
     found, problems = manifest.check(path)
     if path.is_symlink():
         problems = ["it is a link", *problems]

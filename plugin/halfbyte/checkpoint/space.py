@@ -1,4 +1,4 @@
-"""Room for a checkpoint: required before it is written, and said when a save failed."""
+"""Room for a checkpoint: required before it is written, and reported when a save failed."""
 
 import contextlib
 import errno

@@ -39,7 +39,7 @@ TABLE = {
     for command in (
         Command("recipes", "list the installed recipes", "[--json]"),
         Command("doctor", "check this machine, and what a launch file would run", "[--launch FILE] [--json]"),
-        Command("cache", "list or remove what is cached on disk", "ls|rm"),
+        Command("cache", "list or remove what is cached on disk", "ls | rm KEY... | rm --all"),
         Command("verify", "check a run or a checkpoint against its manifest", "DIR"),
         Command("demo", "the offline quick start: base, sft, dpo", "[--output_dir DIR]"),
         Command("merge", "write a model that plain transformers loads", reserved=True),

@@ -1,27 +1,32 @@
-"""``halfbyte cache ls|rm``: what the store of quantized bases holds, and how to empty it."""
+"""``halfbyte cache ls|rm``: what is kept on disk for later runs, and how to remove it."""
 
 import json
 import time
 
 from halfbyte import store
+from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
+from halfbyte.wording import plural
 
-USAGE = "usage: halfbyte cache ls [--json]\n       halfbyte cache rm KEY... | --all"
+_COMMAND = "halfbyte cache"
 
 
 def main(arguments: list[str]) -> int:
     """Run one cache command; raises :class:`UserError` for an unknown key, or one in use."""
-    match arguments:
-        case ["ls"] | ["ls", "--json"]:
-            _list(as_json=len(arguments) == 2)
-        case ["rm", "--all"]:
-            _remove([entry.key for entry in store.entries()])
-        case ["rm", *keys] if keys and not any(key.startswith("-") for key in keys):
-            _remove(keys)
-        case ["-h" | "--help"]:
-            print(USAGE)
-        case _:
-            raise UserError(f"halfbyte cache: {' '.join(arguments) or 'nothing'} is no command\n{USAGE}")
+    parser = Parser("cache")
+    parser.add_argument("action", choices=("ls", "rm"), help="list the entries, or remove some")
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="rm: what to remove")
+    parser.add_argument("--all", action="store_true", help="rm: remove every entry")
+    parser.add_argument("--json", action="store_true", help="ls: print a JSON list")
+    options = parser.parse(arguments)
+    if options.action == "ls":
+        if options.keys or options.all:
+            parser.error("ls takes no KEY and no --all")
+        _list(as_json=options.json)
+    else:
+        if options.json or bool(options.keys) == options.all:
+            parser.error("rm takes KEY... or --all")
+        _remove([entry.key for entry in store.entries()] if options.all else options.keys)
     return 0
 
 
@@ -32,12 +37,14 @@ def _list(*, as_json: bool) -> None:
         return
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        state = "in use" if entry.in_use else ""
-        print(f"{entry.key}  {entry.size / 2**30:8.2f} GiB  {used}  {entry.base}  {state}".rstrip())
+        state = "damaged" if entry.damaged else "in use" if entry.in_use else ""
+        size = f"{entry.size / 2**30:8.2f} GiB"
+        print(f"{entry.key}  {entry.kind}  {size}  {used}  {entry.base}  {state}".rstrip())
     total = sum(entry.size for entry in entries)
-    print(
-        f"{len(entries)} quantized bases, {total / 2**30:.2f} of {store.BOUND / 2**30:.0f} GiB, in {store.root()}"
+    kinds = " and ".join(
+        plural(sum(entry.kind == kind.name for entry in entries), kind.noun) for kind in store.KINDS
     )
+    print(f"{kinds}, {total / 2**30:.2f} of {store.BOUND / 2**30:.0f} GiB, in {store.cache_directory()}")
 
 
 def _remove(keys: list[str]) -> None:
@@ -45,11 +52,18 @@ def _remove(keys: list[str]) -> None:
     unknown = [key for key in keys if key not in known]
     if unknown:
         raise UserError(
-            f"no quantized base {unknown[0]!r} in {store.root()}; `halfbyte cache ls` shows the keys"
+            f"nothing is stored as {unknown[0]!r} in {store.cache_directory()}; `halfbyte cache ls` shows the keys",
+            option=_COMMAND,
         )
-    kept = [key for key in keys if not store.remove(key)]
+    kept = []
     for key in keys:
-        if key not in kept:
-            print(f"removed {key} ({known[key].base})")
+        entry = known[key]
+        try:
+            if store.remove(entry.kind, key):
+                print(f"removed {key} ({entry.base or 'damaged'})")
+            else:
+                kept.append(key)
+        except OSError as error:
+            raise UserError(f"cannot remove {key}: {error.strerror}", option=_COMMAND) from error
     if kept:
-        raise UserError(f"in use by a running process, and left as it is: {', '.join(kept)}")
+        raise UserError(f"in use by a running process, and not removed: {', '.join(kept)}", option=_COMMAND)

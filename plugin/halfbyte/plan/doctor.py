@@ -95,7 +95,10 @@ def _memory() -> Check:
 
 
 def _cache() -> Check:
-    root = store.root()
+    try:
+        root = store.root()
+    except OSError as error:
+        return Check("base cache", False, str(error), "set XDG_CACHE_HOME to a writable directory")
     place = next(path for path in (root, *root.parents) if path.exists())
     if not os.access(place, os.W_OK):
         return Check(

@@ -8,19 +8,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import UserError
+from halfbyte.task import SEQUENCE_CLASSIFICATION
 
 REQUIRED_SHARE = 0.95
 
 
-@dataclass
+@dataclass(frozen=True)
 class Coverage:
-    """Bytes of a base, and the share of its matrix-product weights that four bits hold."""
+    """Bytes of a base, and the share of its matrix-product weights that four bits hold.
+
+    ``sixteen_bit_weights`` counts the decoder weights that are not quantized, by name; ``left_out`` bytes by what is
+    never quantized; ``unquantized_classes`` names the modules that hold the former.
+    """
 
     bytes_16bit: int = 0
     bytes_4bit: int = 0
     four_bit_weights: int = 0
     sixteen_bit_weights: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    unquantized_classes: tuple[str, ...] = ()
 
     @property
     def four_bit_share(self) -> float:
@@ -51,11 +57,13 @@ class Coverage:
         largest = sorted(self.sixteen_bit_weights.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} ({weights:,} weights)" for name, weights in largest[:4])
         more = f" and {len(largest) - 4} more" if len(largest) > 4 else ""
+        classes = ", ".join(self.unquantized_classes)
         raise UserError(
             f"only {self.four_bit_share:.1%} of the decoder's matrix weights is in 4 bits; not quantized: "
             f"{shown}{more}.\n"
-            "bitsandbytes quantizes nn.Linear only and leaves fused mixture-of-experts parameters in 16 bits "
-            "without a word; use a dense model, or `load_in_4bit: false` to train on the unquantized base."
+            f"bitsandbytes quantizes nn.Linear only, and leaves {classes} in 16 bits without a warning; use a model "
+            f"whose decoder is nn.Linear throughout, or `load_in_4bit: false` to train on the unquantized base.",
+            option="model_name_or_path",
         )
 
 
@@ -64,9 +72,12 @@ def measure_coverage(model: PreTrainedModel) -> Coverage:
 
     Left out by design: embeddings, the output head, routers, and everything of one dimension (norms, biases).
     """
-    coverage = Coverage()
     heads = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     seen: set[int] = set()
+    in_16_bits = in_4_bits = weights_in_4_bits = 0
+    unquantized: dict[str, int] = {}
+    left_out: dict[str, int] = {}
+    classes: dict[str, None] = {}
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
@@ -74,18 +85,19 @@ def measure_coverage(model: PreTrainedModel) -> Coverage:
             seen.add(id(parameter))
             if isinstance(parameter, bnb.nn.Params4bit):
                 state = parameter.quant_state
-                coverage.four_bit_weights += state.shape.numel()
-                coverage.bytes_16bit += 2 * state.shape.numel()
-                coverage.bytes_4bit += parameter.nbytes + _state_bytes(state)
+                weights_in_4_bits += state.shape.numel()
+                in_16_bits += 2 * state.shape.numel()
+                in_4_bits += parameter.nbytes + _state_bytes(state)
                 continue
-            coverage.bytes_16bit += 2 * parameter.numel()
-            coverage.bytes_4bit += parameter.nbytes
+            in_16_bits += 2 * parameter.numel()
+            in_4_bits += parameter.nbytes
             kind = _left_out_kind(name, module, parameter, id(module) in heads, model.config)
             if kind is None:
-                coverage.sixteen_bit_weights[f"{name}.{leaf}"] = parameter.numel()
+                unquantized[f"{name}.{leaf}"] = parameter.numel()
+                classes[type(module).__name__] = None
             else:
-                coverage.left_out[kind] = coverage.left_out.get(kind, 0) + parameter.nbytes
-    return coverage
+                left_out[kind] = left_out.get(kind, 0) + parameter.nbytes
+    return Coverage(in_16_bits, in_4_bits, weights_in_4_bits, unquantized, left_out, tuple(classes))
 
 
 def _left_out_kind(
@@ -93,7 +105,7 @@ def _left_out_kind(
 ) -> str | None:
     if isinstance(module, nn.Embedding):
         return "embeddings"
-    if is_head or name.rpartition(".")[2] == "score":
+    if is_head or name.rpartition(".")[2] in SEQUENCE_CLASSIFICATION.unquantized:
         return "head"
     experts = {
         getattr(config, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")

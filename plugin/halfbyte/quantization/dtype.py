@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from halfbyte import store
+from halfbyte.files import replace_file
 
 
 def choose_compute_dtype(
@@ -38,24 +39,20 @@ def choose_compute_dtype(
 def cpu_bfloat16_is_faster() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32: measured once, and kept in the user's cache.
 
-    Measured again by another torch, on another CPU, with other threads, and where the file is no good.
+    Measured again by another torch, on another CPU, with other threads, and where the file is damaged.
     """
-    path = _record()
-    seconds = _read(path)
+    seconds = _read()
     if seconds is None:
         seconds = {name: _best_time(getattr(torch, name)) for name in ("bfloat16", "float32")}
         with contextlib.suppress(OSError):  # a cache that cannot be written costs a few milliseconds a run
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            aside.write_text(json.dumps({"machine": _machine(), "seconds": seconds}), encoding="utf-8")
-            os.replace(aside, path)
+            replace_file(_record(), json.dumps({"machine": _machine(), "seconds": seconds}).encode())
     return seconds["bfloat16"] < seconds["float32"]
 
 
 def _record() -> Path:
     """Where the times on this machine are kept."""
     key = hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:16]
-    return store.root().with_name("dtype") / f"{key}.json"
+    return store.cache_directory() / "dtype" / f"{key}.json"
 
 
 def _machine() -> dict[str, Any]:
@@ -74,9 +71,9 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, float] | None:
+def _read() -> dict[str, float] | None:
     try:
-        seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        seconds = json.loads(_record().read_text(encoding="utf-8"))["seconds"]
         return {name: float(seconds[name]) for name in ("bfloat16", "float32")}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -16,7 +16,7 @@ def row_numbers(trainer: Any, count: int, batches: list[Any]) -> list[list[int]]
     """The rows of the last ``count`` micro-batches, counted from 1 in the prepared training set.
 
     The loader's batch sampler is walked again to where the epoch is, and what it gives is compared with the
-    batches. None where that is not possible: a stream, a sampler that draws anew, rows that are packed
+    batches. None where that is not possible: a stream, a sampler that draws again, rows that are packed
     as they come.
     """
     loader: Any = getattr(trainer.callback_handler, "train_dataloader", None)

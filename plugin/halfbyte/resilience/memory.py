@@ -1,4 +1,4 @@
-"""Out of memory: what to change, said where it happened."""
+"""Out of memory: the advice that is added to the error."""
 
 from typing import Any
 

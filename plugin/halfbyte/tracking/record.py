@@ -1,4 +1,4 @@
-"""run.json: what a run was told, what it ran on, and what came of it."""
+"""run.json: the configuration of a run, what it ran on, and its results."""
 
 import importlib.metadata
 import json
@@ -21,7 +21,7 @@ _PACKAGES = ("halfbyte", "torch", "transformers", "trl", "peft", "accelerate", "
 class RunRecord:
     """The contents of ``run.json``; nothing is on disk before `write`.
 
-    Rank 0 alone writes; the caller sees to it. The keys are the ones below, of which none is renamed, and whatever
+    Only rank 0 writes, which the caller ensures. The keys are the ones below, of which none is renamed, and whatever
     else `update` is given.
     """
 
@@ -53,7 +53,7 @@ class RunRecord:
         return self._values.get(key, default)
 
     def update(self, **values: Any) -> None:
-        """Sets top-level keys; a mapping is merged, one level deep, into the mapping that is there."""
+        """Set top-level keys; a mapping is merged, one level deep, into an existing mapping."""
         for key, value in values.items():
             old = self._values.get(key)
             if isinstance(old, dict) and isinstance(value, Mapping):
@@ -62,17 +62,17 @@ class RunRecord:
                 self._values[key] = value
 
     def as_dict(self) -> dict[str, Any]:
-        """What `write` puts on disk: plain JSON values, without secrets."""
+        """Return what :meth:`write` puts on disk: plain JSON values, without secrets."""
         return dict(redact(plain(self._values)))
 
     def write(self) -> None:
-        """Replaces ``run.json`` in one step: a reader sees the old file or the new one, never a part."""
+        """Replace ``run.json`` atomically: a reader sees the old file or the new one, never a part."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         replace_file(self.path, text.encode())
 
 
 def wandb_id(path: Path) -> str | None:
-    """W&B's id of the run that a ``run.json`` tells of, if there is one."""
+    """Return W&B's id of the run that a ``run.json`` describes, if it has one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("wandb_id")
     except (OSError, ValueError, AttributeError):
@@ -81,7 +81,7 @@ def wandb_id(path: Path) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide what a run computes."""
+    """Return the versions of Python and of the packages that decide what a run computes."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -92,7 +92,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has held: on its CUDA devices if it used one, else resident in RAM."""
+    """Return the peak memory of this process in bytes: on its CUDA devices if it used one, else resident in RAM."""
     import torch
 
     if torch.cuda.is_available():
@@ -109,7 +109,7 @@ def peak_memory_bytes() -> int:
 
 
 def plain(value: Any) -> Any:
-    """`value` in types that JSON has: NaN and infinity become None, tensors of one element become numbers."""
+    """Return ``value`` in types that JSON has: NaN and infinity become None, tensors of one element numbers."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""The W&B run: what metrics.jsonl and run.json have, and nothing else of this machine."""
+"""The W&B run: what metrics.jsonl and run.json hold, and nothing else about this machine."""
 
 import logging
 import os
@@ -25,10 +25,9 @@ _FINISH_TIMEOUT = 60.0
 
 
 def check_wandb(report_to: str | Iterable[str] | None) -> None:
-    """Refuses a run that reports to W&B and cannot; asks nobody and opens no connection.
+    """Raise :class:`UserError` if ``report_to`` names wandb and no run could start; prompts and connects nowhere.
 
-    Raises:
-        UserError: `report_to` names wandb, there is no login, and W&B is neither offline nor disabled.
+    That is so without a login, unless W&B is offline or disabled.
     """
     names = [report_to] if isinstance(report_to, str) else list(report_to or ())
     if not {"wandb", "all"}.intersection(names):
@@ -36,20 +35,22 @@ def check_wandb(report_to: str | Iterable[str] | None) -> None:
     try:
         ready = wandb_ready()
     except AuthenticationError as error:
-        raise UserError(f"report_to: wandb: {error}. Log in again with `wandb login --relogin`.") from None
+        raise UserError(
+            f"wandb: {error}. Log in again with `wandb login --relogin`.", option="report_to"
+        ) from None
     if not ready:
         raise UserError(
-            "report_to: wandb: there is no W&B login on this machine. Run `wandb login`, or set\n"
+            "wandb: there is no W&B login on this machine. Run `wandb login`, or set\n"
             "WANDB_MODE=offline to record the run here and upload it later with `wandb sync`,\n"
-            "or write `report_to: none`."
+            "or write `report_to: none`.",
+            option="report_to",
         )
 
 
 def wandb_ready() -> bool:
-    """Whether a W&B run could start without asking: a login, or offline or disabled by the environment.
+    """Return whether a W&B run could start without a prompt: a login, or offline or disabled by the environment.
 
-    Raises:
-        wandb.errors.AuthenticationError: the login that was found is malformed.
+    Raises ``wandb.errors.AuthenticationError`` if the login that was found is malformed.
     """
     # The public wandb.login() prompts on a terminal; these are what it calls before it does.
     settings = wandb_setup.singleton().settings
@@ -62,21 +63,21 @@ def wandb_ready() -> bool:
 
 
 def wandb_missing() -> str | None:
-    """Why no W&B run could start here, or None."""
+    """Return why no W&B run could start here, or None."""
     try:
         return None if wandb_ready() else "no login found"
     except AuthenticationError as error:
-        return f"the login is no good ({error})"
+        return f"invalid W&B credentials ({error})"
 
 
 class WandbRun:
-    """One W&B run on rank 0; no trouble with W&B reaches training: it is said once, and training goes on.
+    """One W&B run on rank 0; a failure of W&B is reported once and never stops training.
 
     The project is WANDB_PROJECT or ``halfbyte``; entity, group, id, mode and directory follow W&B's own
     environment variables, and a sweep agent's. A server that does not answer makes the run an offline one.
 
     A resumed run is a new run of W&B that begins with ``rows``, those of metrics.jsonl up to the checkpoint: W&B
-    can neither cut what came after them nor, offline, go on with a run. Its config names the run before it.
+    can neither cut what came after them nor, offline, continue a run. Its config names the run before it.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class WandbRun:
         rows = list(rows)
         if rows and self._run.resumed:  # WANDB_RUN_ID and WANDB_RESUME
             logger.warning(
-                "W&B goes on with run %s: what it logged after step %s is in its series twice.",
+                "W&B continues run %s: what it logged after step %s is in its series twice.",
                 self._run.id,
                 rows[-1]["step"],
             )
@@ -135,7 +136,7 @@ class WandbRun:
     def _give_up(self, error: Exception) -> None:
         if not self._broken:
             self._broken = True
-            logger.warning("W&B failed, training goes on without it: %s", redact(str(error)))
+            logger.warning("W&B failed, training continues without it: %s", redact(str(error)))
 
     @property
     def id(self) -> str | None:
@@ -148,7 +149,7 @@ class WandbRun:
         return None if self._run is None or self._run.offline else self._run.url
 
     def log(self, row: Row) -> None:
-        """Logs one row of ``metrics.jsonl`` under its own names."""
+        """Log one row of ``metrics.jsonl`` under its own names."""
         if self._run is None or self._broken:
             return
         try:
@@ -157,7 +158,7 @@ class WandbRun:
             self._give_up(error)
 
     def finish(self, exit_code: int) -> str | None:
-        """Ends the run; returns the line that tells the user where it is."""
+        """End the run; return the line that says where it is."""
         if self._run is None:
             return None
         offline, directory = self._run.offline, Path(self._run.settings.sync_dir)

@@ -1,23 +1,20 @@
 """Build a trainer over a loaded model: any trainer class, composed with mixins, its step fused."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from halfbyte import adapters, fast, optimizers
+from halfbyte.quantization import Coverage
 from halfbyte.trainer.base import BuildReport, Conduct
 from halfbyte.trainer.compose import compose
-
-if TYPE_CHECKING:
-    from halfbyte.loading import Loaded
 
 _EVA_BATCHES = 32
 
@@ -36,7 +33,8 @@ def with_values(args: Any, values: Mapping[str, Any]) -> Any:
 
 def build(
     trainer_cls: type[Trainer],
-    loaded: Loaded,
+    model: PreTrainedModel | PeftModel,
+    coverage: Coverage,
     args: Any,
     mixins: tuple[type, ...],
     *,
@@ -49,12 +47,11 @@ def build(
     save_level: int | None = None,
     **kwargs: Any,
 ) -> Trainer:
-    """Construct ``trainer_cls`` under ``mixins`` over ``loaded``; its ``report`` is a :class:`BuildReport`.
+    """Construct ``trainer_cls`` under ``mixins`` over a loaded ``model``; its ``report`` is a :class:`BuildReport`.
 
     ``fresh_adapter`` says that the adapter is new, so that the base is the reference of a preference trainer.
     ``kwargs`` are the trainer's own. Raises :class:`UserError` for an optimizer or schedule that cannot be made.
     """
-    model = loaded.model
     composed = compose(trainer_cls, mixins)
     with _hidden(args, "model_init_kwargs", "chat_template_path"):
         trainer = composed(model=model, args=args, conduct=conduct, **kwargs)
@@ -75,7 +72,7 @@ def build(
             memory_budget=memory_budget,
             recorded_level=save_level,
         )
-    trainer.report = BuildReport(coverage=loaded.coverage, fusion=fusion)
+    trainer.report = BuildReport(coverage=coverage, fusion=fusion)
     return trainer
 
 

@@ -1,7 +1,5 @@
 """The one place where a trainer's mixins and their order stand."""
 
-from functools import cache
-
 from transformers import Trainer
 
 from halfbyte.trainer.accumulation import AccumulateOnOutOfMemory
@@ -47,8 +45,7 @@ def run_mixins(conduct: Conduct) -> tuple[type, ...]:
     return tuple(m for m in RUN if m is not AccumulateOnOutOfMemory or conduct.on_oom == "accumulate")
 
 
-@cache
-def compose(trainer_cls: type[Trainer], mixins: tuple[type, ...]) -> type[Trainer]:
+def compose(trainer_cls: type, mixins: tuple[type, ...]) -> type[Trainer]:
     """A subclass of ``trainer_cls`` with ``mixins`` over it, under the same name."""
     body = {"recipe_class": trainer_cls, "__doc__": trainer_cls.__doc__, "__module__": trainer_cls.__module__}
     return type(trainer_cls.__name__, (*mixins, Mixin, trainer_cls), body)

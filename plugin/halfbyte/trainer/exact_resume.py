@@ -2,7 +2,7 @@
 
 The Trainer restores weights, optimizer, scheduler, its state and the random generators. It forgets the losses and
 metrics gathered since the last row of the log and TRL's count of tokens; it takes a stream for one endless epoch, and
-has samplers draw their order anew; an evaluation draws from the generators that training uses; a finished run trains
+has samplers draw their order again; an evaluation draws from the generators that training uses; a finished run trains
 a step too many; and DDP rebuilds its buckets.
 """
 
@@ -67,12 +67,11 @@ class ExactResume(Mixin):
         if (checkpoint := self._checkpoint()) is not None:
             self._restore_counters(checkpoint)
             self._find_best(state)
-            args.eval_on_start = False  # it was done when the run began
             self._exact_nothing_left = state.global_step >= state.max_steps
         self._lay_out_buckets()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mend the closing loss: upstream divides the loss of the whole run by the steps of this session."""
+        """Correct the closing loss: upstream divides the loss of the whole run by the steps of this session."""
         super().on_log(args, state, control, **kwargs)
         logs = kwargs.get("logs")
         if self._checkpoint() is not None and logs is not None and "train_loss" in logs:
@@ -118,7 +117,7 @@ class ExactResume(Mixin):
         path = checkpoint / self._progress_file()
         if not path.is_file():  # another world size, which the user has allowed
             say(
-                "resume: on another number of processes the random generators start anew: close, not bit for bit"
+                "resume: on another number of processes the random generators are seeded again: close, not bit for bit"
             )
             return
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -7,9 +7,10 @@ from halfbyte.trainer.base import Mixin
 
 
 class LoRAPlus(Mixin):
-    """Makes the optimizer with B's learning rate a multiple of A's, where the plugin says so."""
+    """Makes the optimizer with B's learning rate a multiple of A's, where ``loraplus_lr_ratio`` is set."""
 
     loraplus_lr_ratio: float | None = None
+    optimizer: Any
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Return the Trainer's optimizer, or that of LoRA+ (arXiv 2402.12354)."""

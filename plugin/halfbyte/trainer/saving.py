@@ -83,7 +83,7 @@ class AtomicSaves(Mixin):
 
     def _make_room(self, needed: int) -> None:
         shutil.rmtree(self._pending, ignore_errors=True)
-        self._pending.mkdir()  # not its parents: a directory removed in mid-run is not created anew
+        self._pending.mkdir()  # not its parents: a directory removed in mid-run is not created again
         require_space(self._pending.parent, needed)
 
     def _publish(self, final: Path, finite: bool) -> None:
