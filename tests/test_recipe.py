@@ -145,3 +145,10 @@ def test_a_recipe_that_does_not_import_names_its_package(install: Install, code:
     with pytest.raises(UserError, match=r"'bad' of package broken 1\.0 cannot be imported") as caught:
         recipes.load("bad")
     assert reason in str(caught.value)
+
+
+def test_the_parts_of_the_fast_step_have_one_set_of_names() -> None:
+    """The recipe's module imports nothing heavy, and so holds the names a second time."""
+    from halfbyte.fast.scope import PARTS
+
+    assert recipes.FAST_PARTS == PARTS

@@ -25,7 +25,7 @@ def build_trainer(
     conduct: Conduct,
 ) -> Trainer:
     """The recipe's trainer; what upstream refuses while it is constructed is an error in the configuration."""
-    args, bound = options.args, RunPlugin(options.plugin, decisions, rows, conduct)
+    args, bound = options.args, RunPlugin(options.plugin, recipe, decisions, rows, conduct)
     try:
         if recipe.build is not None:
             trainer = recipe.build(args, bound, rows)
@@ -50,9 +50,16 @@ def build_trainer(
 class RunPlugin(QLoRAPlugin):
     """The plugin that a recipe's ``build`` receives: its trainer is the run's, over the rows' own tokenizer."""
 
-    def __init__(self, plugin: QLoRAPlugin, decisions: Decisions, rows: RunData, conduct: Conduct) -> None:
+    def __init__(
+        self,
+        plugin: QLoRAPlugin,
+        recipe: Recipe,
+        decisions: Decisions,
+        rows: RunData,
+        conduct: Conduct,
+    ) -> None:
         self.__dict__.update(vars(plugin))
-        self._decisions, self._rows, self._conduct = decisions, rows, conduct
+        self._recipe, self._decisions, self._rows, self._conduct = recipe, decisions, rows, conduct
 
     def trainer(self, trainer_cls: type[Trainer], *, args: Any, **kwargs: Any) -> Trainer:
         """Build ``trainer_cls`` as the run was decided; its rows are counted."""
@@ -68,5 +75,7 @@ class RunPlugin(QLoRAPlugin):
             tokenizer,
             self._rows.added_token_ids,
             conduct=self._conduct,
+            parts=self._recipe.fast,
+            sides=self._recipe.data.sides if self._recipe.data is not None else None,
             **kwargs,
         )

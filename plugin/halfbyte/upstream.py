@@ -62,6 +62,7 @@ OVERRIDES = (
     Override("transformers.Trainer.create_optimizer", "self model"),
     Override("transformers.Trainer.evaluate", "self eval_dataset ignore_keys metric_key_prefix"),
     Override("transformers.Trainer.get_batch_samples", "self epoch_iterator num_batches device"),
+    Override("transformers.Trainer.get_train_dataloader", "self"),
     Override("transformers.Trainer.save_model", "self output_dir _internal_call"),
     Override("transformers.Trainer.training_step", "self model inputs num_items_in_batch"),
     *(
@@ -114,6 +115,39 @@ PATCHES = (
         "accelerate 1.15",
         "it leaves 4-bit weights in uint8 storage whole on every rank, with a warning",
         "accelerator model",
+    ),
+    *(
+        Patch(
+            "transformers.PreTrainedModel.forward",
+            place,
+            "a model that a trainer trains",
+            "transformers 5.24, trl 1.16",
+            reason,
+        )
+        for place, reason in (
+            (
+                "fast/head.py:install",
+                "TRL puts its own fused head there (add_fused_lm_head), which this one replaces",
+            ),
+            (
+                "fast/autocast.py:leave",
+                "the Trainer enters autocast around the whole model, whose class is anyone's",
+            ),
+        )
+    ),
+    Patch(
+        "transformers.modeling_layers.GradientCheckpointingLayer.forward",
+        "fast/layer.py:fuse",
+        "a decoder layer that is fused",
+        "transformers 5.24",
+        "a loaded model's layers cannot be exchanged without renaming their parameters",
+    ),
+    Patch(
+        "peft.tuners.lora.bnb.Linear4bit.__class__",
+        "fast/linear.py:fuse",
+        "a 4-bit LoRA linear that is fused",
+        "peft 0.21",
+        "PEFT constructs its layers itself; the subclass changes the forward alone",
     ),
     Patch(
         "torch.optim.Optimizer.__class__",
@@ -183,6 +217,16 @@ PRIVATE = (
     Private("accelerate.Accelerator.__init__:_optimizers", "distributed/fsdp2.py"),
     Private("torch.distributed.distributed_c10d._get_default_store", "distributed/ranks.py", ""),
     Private("torch._foreach_norm", "trainer/finite.py"),
+    *(
+        Private("transformers.PreTrainedConfig._attn_implementation", place)
+        for place in ("fast/batches.py", "fast/family.py", "fast/layer.py")
+    ),
+    Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
+    Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),
+    Private("torch.nn.Module.__init__:_forward_hooks", "fast/family.py"),
+    Private("torch.nn.Module.__init__:_forward_pre_hooks", "fast/family.py"),
+    Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "fast/attention.py"),
+    Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "fast/attention.py"),
     Private("torch.distributed.distributed_c10d._get_default_store", "resilience/watch.py"),
     Private("wandb.sdk.wandb_setup.singleton", "tracking/wandb_run.py", ""),
     Private(

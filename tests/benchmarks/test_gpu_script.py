@@ -18,7 +18,7 @@ TINY = {
     **{"vocabulary": 512, "tokens": 32},
 }
 PARTS = [gpu.sized(part, TINY) for part in gpu.PARTS.values()]
-FUSED = "2 layers fused (save level {}), 14 linears fused, head in tiles, no padding, 0 MiB in all"
+FUSED = "2 layers fused (save level {}), 14 linears fused, chunked LM head, padding-free, 0 MiB in all"
 
 
 def test_sizes_that_are_not_given_stay() -> None:

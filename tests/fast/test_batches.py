@@ -1,4 +1,4 @@
-"""Padding-free batches: documents do not see each other, and losses and gradients equal padded batches'."""
+"""Padding-free batches: sequences do not attend to each other, and losses and gradients equal padded batches'."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests import tiny
 LENGTHS = (13, 5, 21, 1, 8)
 ARCHITECTURES = {
     **{name: tiny.CONFIGS[name] for name in ("llama", "opt", "qwen3", "gemma")},
-    # A window shorter than the longest document: the mask must hold both.
+    # A window shorter than the longest sequence: the mask must hold both.
     "mistral": lambda: MistralConfig(**tiny._GATED, sliding_window=6),
     "mistral wide": lambda: MistralConfig(**tiny._GATED, sliding_window=64),
     "gemma3": lambda: Gemma3TextConfig(**tiny._GATED, head_dim=16, sliding_window=6),
@@ -68,7 +68,7 @@ def test_loss_and_gradients_equal_padded_batches(name: str, checkpointing: bool)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "mistral"])
-def test_no_document_sees_another(name: str) -> None:
+def test_no_sequence_attends_to_another(name: str) -> None:
     model = make(name).eval()
     assert batches._use_attention(model) is None
     batch = {**DataCollatorForLanguageModeling(pad_token_id=3, padding_free=True)(rows()), "use_cache": False}
@@ -94,9 +94,7 @@ def test_the_mask_is_lengths_and_not_a_square() -> None:
     assert seen[0].flatten().tolist() == [0, 13, 18, 39, 40, 48]
 
 
-def test_one_document_has_no_mask() -> None:
-    model = make("llama")
-    assert batches._use_attention(model) is None
+def test_one_sequence_has_no_mask() -> None:
     assert batches.mask(1, 5, 5, mask_function=lambda b, h, q, k: k <= q, attention_mask=None) is None
 
 
@@ -107,13 +105,24 @@ def test_a_model_without_the_interface_keeps_its_attention() -> None:
     assert model.config._attn_implementation == before
 
 
-def test_a_model_that_hides_documents_from_its_attention_is_found_out(monkeypatch) -> None:
+def test_a_model_that_hides_boundaries_from_its_attention_is_found_out(monkeypatch) -> None:
     model = make("llama")
     inner = model.model.forward
     monkeypatch.setattr(
         model.model, "forward", lambda position_ids=None, cu_seq_lens_q=None, **kwargs: inner(**kwargs)
     )
-    assert "where documents begin" in (batches._use_attention(model) or "")
+    assert "does not pass sequence boundaries" in (batches._use_attention(model) or "")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_fails_on_such_a_batch_keeps_padded_ones(monkeypatch) -> None:
+    model = make("llama")
+
+    def fail(**kwargs) -> None:
+        raise RuntimeError("not with these arguments")
+
+    monkeypatch.setattr(model.model, "forward", fail)
+    assert "does not pass sequence boundaries" in (batches._use_attention(model) or "")
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -135,6 +144,6 @@ def test_noise_that_is_scaled_by_the_row_keeps_padded_rows(tmp_path) -> None:
     plugin = QLoRAPlugin(dtype="float32")
     rows = Dataset.from_list(tiny.texts(8))
     trainer = plugin.trainer(SFTTrainer, model=str(model), args=args, train_dataset=rows)
-    assert "neftune_noise_alpha" in str(plugin.fast_path.batches)
+    assert "neftune_noise_alpha" in str(trainer.report.fusion.batches)
     batch = next(iter(trainer.get_train_dataloader()))
     assert len(batch["input_ids"]) == 8

@@ -54,7 +54,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("build", [llama, gemma2])
 @pytest.mark.parametrize("masked", [True, False])
 def test_equals_trls_head_for_any_weights(batch, build, masked: bool, monkeypatch) -> None:
-    monkeypatch.setattr(head, "tile_rows", lambda vocabulary, device: 8)
+    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, device: 8)
     ids, labels = batch
     labels = labels if masked else ids
     weights = torch.linspace(-1, 2, 20)
@@ -128,9 +128,9 @@ def test_a_large_vocabulary_costs_no_precision() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [8_000, 32_000, 128_256, 262_144])
-def test_tiles_stay_small(vocabulary: int) -> None:
-    assert 64 <= head.tile_rows(vocabulary, "cpu") <= 256
-    assert head.tile_rows(vocabulary, "cuda") * vocabulary * 4 <= 2**30
+def test_chunks_stay_small(vocabulary: int) -> None:
+    assert 64 <= head.chunk_rows(vocabulary, "cpu") <= 256
+    assert head.chunk_rows(vocabulary, "cuda") * vocabulary * 4 <= 2**30
 
 
 @pytest.mark.parametrize(

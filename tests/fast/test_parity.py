@@ -1,6 +1,7 @@
 """The fast step equals plain TRL in float32, for every architecture, dropout, batch shape and mask."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from halfbyte import QLoRAPlugin
+from halfbyte import QLoRAPlugin, fast, resolve
 from halfbyte.fast import layer
 from tests import plain_trl, tiny
 from tests.plain_trl import Steps, assert_equal
@@ -74,10 +75,11 @@ def run_trl(
 
 def run_ours(
     base: Path, adapter: Path, args, rows: Dataset, *, cls: type = SFTTrainer, **options
-) -> tuple[Steps, QLoRAPlugin]:
+) -> tuple[Steps, fast.FusionReport]:
     dtype = "bfloat16" if args.bf16 else "float32"
     plugin = QLoRAPlugin(dtype=dtype, adapter_name_or_path=str(adapter), **options)
-    return Steps.of(plugin.trainer(cls, model=str(base), args=args, train_dataset=rows)), plugin
+    trainer = plugin.trainer(cls, model=str(base), args=args, train_dataset=rows)
+    return Steps.of(trainer), trainer.report.fusion
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -86,9 +88,9 @@ def test_padding_and_label_masks(arch: str, model_dir, adapter, tmp_path: Path) 
     rows = Dataset.from_list(tiny.conversations(12))
     options = {"assistant_only_loss": True}
     theirs = run_trl(model_dir(arch), arguments(tmp_path, **options), rows)
-    ours, plugin = run_ours(model_dir(arch), adapter(arch, 0.0), arguments(tmp_path, **options), rows)
+    ours, report = run_ours(model_dir(arch), adapter(arch, 0.0), arguments(tmp_path, **options), rows)
     assert_equal(ours, theirs)
-    assert plugin.fast_path.as_dict()["batches"] == plugin.fast_path.as_dict()["head"] == "on"
+    assert report.as_dict()["batches"] == report.as_dict()["head"] == "on"
     assert all(step.count_nonzero() > 0.99 * step.numel() for step in ours.gradients)
 
 
@@ -115,14 +117,14 @@ def test_packing(arch: str, dropout: float, model_dir, adapter, tmp_path: Path) 
 @pytest.mark.parametrize("arch", ["llama", "opt"])
 def test_preferences_keep_trls_head(arch: str, model_dir, adapter, tmp_path: Path) -> None:
     rows = Dataset.from_list(tiny.preferences(12))
-    ours, plugin = run_ours(
+    ours, report = run_ours(
         model_dir(arch), adapter(arch, 0.1), arguments(tmp_path, DPOConfig), rows, cls=DPOTrainer
     )
     theirs, _ = run_ours(
         model_dir(arch), adapter(arch, 0.1), arguments(tmp_path, DPOConfig), rows, cls=DPOTrainer, fast="none"
     )
     assert_equal(ours, theirs)
-    assert "head" not in plugin.fast_path.as_dict()
+    assert "head" not in report.as_dict()
 
 
 @pytest.mark.parametrize(("bf16", "within"), [(False, 1e-4), (True, 1e-2)])
@@ -145,17 +147,16 @@ def test_thirty_steps_without_checkpointing(
         assert abs(a - b) <= within
 
 
-def test_every_save_level(model_dir, adapter, tmp_path: Path) -> None:
+def test_every_save_level(model_dir, adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forced as a resume forces it, and as ``memory_budget: auto`` chooses."""
     rows = Dataset.from_list([{"text": tiny.text(5 * n)} for n in range(12)])
     base, options = model_dir("llama"), {"max_length": 6}
     theirs = run_trl(base, arguments(tmp_path, **options), rows, dropout=0.1)
+    decide = resolve.for_arguments
     for level in (None, *layer.LEVELS):
-        plugin = QLoRAPlugin(dtype="float32", adapter_name_or_path=str(adapter("llama", 0.1)))
-        plugin.recorded_level = level
-        args = arguments(tmp_path, **options)
-        ours = Steps.of(plugin.trainer(SFTTrainer, model=str(base), args=args, train_dataset=rows))
-        assert plugin.fast_path.level == (3 if level is None else level)
+        monkeypatch.setattr(resolve, "for_arguments", lambda *a, n=level: replace(decide(*a), save_level=n))
+        ours, report = run_ours(base, adapter("llama", 0.1), arguments(tmp_path, **options), rows)
+        assert report.level == (3 if level is None else level)
         assert_equal(ours, theirs)
 
 
@@ -165,18 +166,18 @@ def test_bfloat16_gradients_are_as_good_as_trls(arch: str, model_dir, adapter, t
     options = {"max_steps": 1}
     exact = run_trl(model_dir(arch), arguments(tmp_path, **options), rows).gradients[0]
     theirs = run_trl(model_dir(arch), arguments(tmp_path, bf16=True, **options), rows).gradients[0]
-    ours, plugin = run_ours(
+    ours, report = run_ours(
         model_dir(arch), adapter(arch, 0.0), arguments(tmp_path, bf16=True, **options), rows
     )
-    assert plugin.fast_path.autocast == "off: all in torch.bfloat16"
+    assert report.autocast == "off: all in torch.bfloat16"
     assert (ours.gradients[0] - exact).norm() <= 1.1 * (theirs - exact).norm()
 
 
 def test_metrics_are_trls(model_dir, adapter, tmp_path: Path) -> None:
     rows = Dataset.from_list(tiny.conversations(12))
     logged = []
-    for fast in ("auto", "none"):
-        plugin = QLoRAPlugin(dtype="float32", adapter_name_or_path=str(adapter("llama", 0.0)), fast=fast)
+    for choice in ("auto", "none"):
+        plugin = QLoRAPlugin(dtype="float32", adapter_name_or_path=str(adapter("llama", 0.0)), fast=choice)
         args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
         trainer = plugin.trainer(
             SFTTrainer, model=str(model_dir("llama")), args=args, train_dataset=rows, eval_dataset=rows

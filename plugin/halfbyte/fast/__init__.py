@@ -1,7 +1,16 @@
-"""The fast step: fused layers and NF4+LoRA linears, a tiled head and padding-free batches, with plain TRL's numbers."""
+"""The fast step: fused NF4+LoRA layers and linears, chunked LM head, padding-free batches; the numbers are plain TRL's.
 
-from halfbyte.fast.apply import Path, apply, refusal
+Shapes in this room are written with one letter a dimension, slowest first: B batch, T tokens of a row, H hidden size,
+N heads, D head size, F feed-forward size, V vocabulary, r rank. ``[B, T, H]`` is the residual stream. Where rows do
+not matter, tokens of all rows are flattened to ``[B*T, H]``; ``Nq`` and ``Nkv`` are the heads of queries and of keys
+and values, ``I`` and ``O`` the input and output features of any linear map. Tensors have the dtype of the stream
+(the compute dtype) unless another one is named.
+"""
+
 from halfbyte.fast.budget import check as check_memory_budget
+from halfbyte.fast.fusion import fuse, refusal
 from halfbyte.fast.layer import fell_back
+from halfbyte.fast.report import FusionReport
+from halfbyte.fast.scope import Scope, scope
 
-__all__ = ["Path", "apply", "check_memory_budget", "fell_back", "refusal"]
+__all__ = ["FusionReport", "Scope", "check_memory_budget", "fell_back", "fuse", "refusal", "scope"]

@@ -1,7 +1,8 @@
-"""Causal attention, over padded batches or document by document, with the gradient apart from autograd.
+"""Causal attention over padded or padding-free batches, with a gradient of its own outside autograd.
 
-A fused layer keeps the output and the log-sum of each row's weights instead of an autograd graph, so that it
-can drop queries, keys and values and still go backward without a second attention.
+A fused layer keeps the output and the log-sum of each query's weights instead of an autograd graph, so that it can
+discard queries, keys and values and still run the backward without a second attention. Heads come after tokens here:
+queries and outputs are ``[B, T, Nq, D]``, keys and values ``[B, T, Nkv, D]``.
 """
 
 import weakref
@@ -17,68 +18,73 @@ from torch.nn.attention.varlen import varlen_attn
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# What an attention keeps of its forward for its backward: the rows' log-sums, a graph, or nothing.
+# What an attention keeps of its forward for its backward: log-sums (float32 [B, Nq, T]), a graph, or nothing.
 Kept = Any
 
 
 class Attention(Protocol):
-    """Queries (batch, length, heads, size), keys and values (batch, length, kv heads, size) to outputs."""
+    """One attention, forward and backward: ``q``, ``o`` ``[B, T, Nq, D]``; ``k``, ``v`` ``[B, T, Nkv, D]``."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool) -> tuple[Tensor, Kept]: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool) -> tuple[Tensor, Kept]:
+        """Return the output and what :meth:`backward` needs of this call."""
 
     def backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Kept
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of ``q``, ``k`` and ``v`` for ``do``, that of the output ``o``."""
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Where the documents of one row of tokens begin and end.
+class Boundaries:
+    """Where the sequences (boundaries) that are packed into one row of tokens begin and end.
 
-    ``cumulative`` is int32 of shape (documents + 1,), from 0 to the number of tokens; ``bounds`` its values.
+    ``cumulative`` is int32 ``[sequences + 1]``, from 0 to T, as variable-length kernels read it (``cu_seqlens``);
+    ``bounds`` are its values on the host.
     """
 
     cumulative: Tensor
     bounds: Sequence[int]
 
     @classmethod
-    def of(cls, cumulative: Tensor) -> "Documents":
-        """Read the lengths, a tensor of any shape, off the device once for all layers of a forward."""
-        return _documents(cumulative)
+    def of(cls, cumulative: Tensor) -> "Boundaries":
+        """Read cumulative lengths, a tensor of any shape, off the device once for all layers of a forward."""
+        return _boundaries(cumulative)
 
     @classmethod
-    def of_positions(cls, positions: Tensor) -> "Documents | None":
-        """Documents that each count their positions from their first token; None where there is one only."""
+    def of_positions(cls, positions: Tensor) -> "Boundaries | None":
+        """Read boundaries off positions ``[1, T]``, which begin again in each sequence; None for one sequence."""
         return _positioned(positions)
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest sequence."""
         return max(end - start for start, end in self.spans)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
+        """First and past-the-last token of each sequence that is not empty."""
         return [(a, b) for a, b in zip(self.bounds, self.bounds[1:], strict=False) if b > a]
 
 
 def attention(
-    device: torch.device, dtype: torch.dtype, scale: float, mask: Tensor | None, documents: Documents | None
+    device: torch.device, dtype: torch.dtype, scale: float, mask: Tensor | None, boundaries: Boundaries | None
 ) -> Attention:
-    """The attention of one batch: within each of ``documents``, or under ``mask``, or causal.
+    """Return the attention of one batch: causal within ``boundaries``, or under ``mask``, or causal.
 
-    ``mask`` is (batch, 1, length, length): True or 0 where a query may look, False or -inf where it may not.
+    ``mask`` is ``[B, 1, T, T]``, bool or of ``dtype``: True or 0 where a query attends, False or -inf where not.
     """
     if device.type == "cpu":
-        return CpuAttention(scale, _additive(mask, dtype) if mask is not None else None, documents)
-    return GraphAttention(scale, mask, documents)
+        return CpuAttention(scale, _additive(mask, dtype) if mask is not None else None, boundaries)
+    return GraphAttention(scale, mask, boundaries)
 
 
 @dataclass(frozen=True)
 class CpuAttention:
-    """PyTorch's blocked CPU attention, whose backward needs the output and the rows' log-sums only."""
+    """PyTorch's blocked CPU attention, whose backward needs the output and each query's log-sum only."""
 
     scale: float
     mask: Tensor | None
-    documents: Documents | None
+    boundaries: Boundaries | None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
         parts = [self._forward_span(q, k, v, span) for span in self._spans(q)]
@@ -121,26 +127,26 @@ class CpuAttention:
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
     def _heads_first(self, q: Tensor, k: Tensor, v: Tensor, span: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The span as (batch, heads, length, size) each; the kernel shares a key between its query heads."""
+        """The span with heads first, ``[B, N, T, D]``; the kernel shares each key between its query heads."""
         query, key, value = (x[:, span].transpose(1, 2) for x in (q, k, v))
         return query, key, value
 
     def _spans(self, q: Tensor) -> list[slice]:
-        if self.documents is None:
+        if self.boundaries is None:
             return [slice(0, q.shape[1])]
-        return [slice(start, end) for start, end in self.documents.spans]
+        return [slice(start, end) for start, end in self.boundaries.spans]
 
 
 @dataclass(frozen=True)
 class GraphAttention:
     """Attention through PyTorch's public functions, with an autograd graph of its own for the gradient.
 
-    The graph is kept where queries, keys and values are kept anyway, and made again elsewhere.
+    The graph is kept where queries, keys and values are kept anyway, and rebuilt elsewhere.
     """
 
     scale: float
     mask: Tensor | None
-    documents: Documents | None
+    boundaries: Boundaries | None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Kept]:
         if not keep_graph:
@@ -162,10 +168,10 @@ class GraphAttention:
             return self._attend(*inputs), inputs
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.documents is None:
+        if self.boundaries is None:
             return self._attend_rows(q, k, v)
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            cumulative, longest = self.documents.cumulative, self.documents.longest
+            cumulative, longest = self.boundaries.cumulative, self.boundaries.longest
             out = varlen_attn(
                 q[0],
                 k[0],
@@ -180,7 +186,7 @@ class GraphAttention:
             )
             assert isinstance(out, Tensor)
             return out.unsqueeze(0)
-        lengths = [end - start for start, end in self.documents.spans]
+        lengths = [end - start for start, end in self.boundaries.spans]
         # Split, not sliced: the gradient of each slice would be as long as the row.
         parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
         return torch.cat([self._attend_rows(*part) for part in parts], dim=1)
@@ -202,7 +208,7 @@ class GraphAttention:
 
 
 def _once_per_tensor(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Remember the last result: every layer of a forward asks about the same tensor."""
+    """Remember the last result: every layer of a forward passes the same tensor."""
     last: list[tuple[weakref.ref[Tensor], tuple[Any, ...], Any]] = []
 
     def remembered(tensor: Tensor, *others: Any) -> Any:
@@ -216,23 +222,23 @@ def _once_per_tensor(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_once_per_tensor
-def _documents(cumulative: Tensor) -> Documents:
+def _boundaries(cumulative: Tensor) -> Boundaries:
     lengths = cumulative.flatten()
-    return Documents(lengths, lengths.tolist())
+    return Boundaries(lengths, lengths.tolist())
 
 
 @_once_per_tensor
-def _positioned(positions: Tensor) -> Documents | None:
+def _positioned(positions: Tensor) -> Boundaries | None:
     row = positions.flatten()
     begins = [0, *((row[1:] != row[:-1] + 1).nonzero().flatten() + 1).tolist(), len(row)]
     if len(begins) == 2:
         return None
-    return Documents(torch.tensor(begins, dtype=torch.int32, device=row.device), begins)
+    return Boundaries(torch.tensor(begins, dtype=torch.int32, device=row.device), begins)
 
 
 @_once_per_tensor
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers added to the scores."""
+    """The mask as values added to the scores."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

@@ -1,74 +1,58 @@
-"""Padding-free batches for SFT: one row of documents, positions from 0 in each, attention within each alone.
+"""Padding-free batches for SFT: sequences packed into one row, positions from 0 in each, attention within each alone.
 
-TRL can collate such a row and transformers masks it, but the mask costs tokens squared: here it stays a list
-of cumulative lengths, and attention runs document by document (one variable-length kernel on CUDA). The list
-travels as the mask, or beside it where a model (OPT) makes its mask without looking at positions; a model
-through which neither arrives is found out before training and keeps padded batches.
+TRL can collate such a row and transformers masks it, but the mask costs T^2 values: here it stays a tensor of
+cumulative lengths, and attention runs sequence by sequence (one variable-length kernel on CUDA). The lengths travel in
+the place of the mask, or beside it where a model (OPT) makes its mask without looking at positions. A model through
+which neither arrives is found out before training and keeps padded batches.
 """
 
-import types
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.data import DataLoader
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, Trainer
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-IMPLEMENTATION = "sdpa_by_document"
+IMPLEMENTATION = "sdpa_varlen"
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def install(trainer: Trainer, model: PreTrainedModel) -> str | None:
-    """Train ``trainer`` on padding-free batches; return why not, if they are not covered.
+def prepare(model: PreTrainedModel, args: TrainingArguments, collator: Any) -> str | None:
+    """Make ``model`` attend within each sequence of a padding-free batch; return why not, if it is not covered.
 
-    Evaluation keeps padded batches: the Trainer weighs each by the number of its rows. Batches that TRL packs
-    already keep their shape and get the attention.
+    ``args`` and ``collator`` are the SFT trainer's. Batches that TRL packs already keep their shape. The trainer itself
+    changes its batches: :class:`halfbyte.trainer.padding_free.PaddingFree`.
     """
-    reason = _uncovered(trainer, model) or _use_attention(model)
-    if reason is not None:
-        return reason
-    collator = trainer.data_collator
-    if not collator.padding_free:
-        unpadded = DataCollatorForLanguageModeling(pad_token_id=collator.pad_token_id, padding_free=True)
-        padded_loader = trainer.get_train_dataloader
-
-        def get_train_dataloader(self: Trainer) -> DataLoader[Any]:
-            self.data_collator = unpadded
-            try:
-                return padded_loader()
-            finally:
-                self.data_collator = collator
-
-        trainer.get_train_dataloader = types.MethodType(get_train_dataloader, trainer)
-    return None
+    return _uncovered(model, args, collator) or _use_attention(model)
 
 
-def _uncovered(trainer: Trainer, model: PreTrainedModel) -> str | None:
-    collator = trainer.data_collator
-    loading = trainer.args.accelerator_config
-    if not isinstance(trainer, SFTTrainer):
-        return f"{type(trainer).__name__} is not an SFT trainer"
+def register() -> None:
+    """Register :data:`IMPLEMENTATION` with transformers, for the process; registering twice changes nothing."""
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask)
+
+
+def _uncovered(model: PreTrainedModel, args: TrainingArguments, collator: Any) -> str | None:
+    loading: Any = args.accelerator_config
     if type(collator) is not DataCollatorForLanguageModeling:
         return f"the collator is {type(collator).__name__}"
     if collator.return_position_ids or collator.pad_to_multiple_of:
-        return "pad_to_multiple_of or sequence parallelism wants padding"
-    if trainer.args.neftune_noise_alpha is not None and not collator.padding_free:
+        return "pad_to_multiple_of and sequence parallelism require padding"
+    if args.neftune_noise_alpha is not None and not collator.padding_free:
         return "neftune_noise_alpha scales its noise by the length of a padded row"
     if loading.dispatch_batches or loading.split_batches:
-        return "dispatch_batches and split_batches cut a batch by rows"
+        return "dispatch_batches and split_batches split a batch by rows"
     if model._is_stateful or not set(getattr(model.config, "layer_types", None) or ()) <= _ATTENTION_LAYERS:
         return f"{type(model).__name__} has layers that carry a state along the row"
     return None
 
 
 def _use_attention(model: PreTrainedModel) -> str | None:
-    """Make ``model`` attend by document; return why it cannot."""
+    """Make ``model`` use :data:`IMPLEMENTATION`; return why it cannot."""
     before = model.config._attn_implementation
     if before in (*_FLASH, IMPLEMENTATION):
         return None
@@ -76,14 +60,15 @@ def _use_attention(model: PreTrainedModel) -> str | None:
         return f"attention is {before}; sdpa and flash attention are covered"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} does not use transformers' attention interface"
+    register()
     model.set_attn_implementation(IMPLEMENTATION)
-    if model.config._attn_implementation == IMPLEMENTATION and _documents_arrive(model):
+    if model.config._attn_implementation == IMPLEMENTATION and _boundaries_arrive(model):
         return None
     model.set_attn_implementation(before)
-    return f"{type(model).__name__} does not tell its attention where documents begin"
+    return f"{type(model).__name__} does not pass sequence boundaries to its attention"
 
 
-class _Arrived(Exception):  # noqa: N818  (not an error: it ends a forward that has told what it was asked)
+class _Arrived(Exception):  # noqa: N818 -- not an error: it ends a forward that has shown what it was run for
     def __init__(self, lengths: Tensor | None) -> None:
         self.lengths = lengths
 
@@ -92,8 +77,8 @@ _probing = False
 
 
 @torch.no_grad()
-def _documents_arrive(model: PreTrainedModel) -> bool:
-    """Whether documents of 2 and 3 tokens reach the first attention of ``model`` as such."""
+def _boundaries_arrive(model: PreTrainedModel) -> bool:
+    """Whether the boundaries of sequences of 2 and 3 tokens reach the first attention of ``model``."""
     global _probing
     device = model.get_input_embeddings().weight.device
     ids = torch.zeros(1, 5, dtype=torch.long, device=device)
@@ -105,7 +90,7 @@ def _documents_arrive(model: PreTrainedModel) -> bool:
             model.base_model(input_ids=ids, position_ids=positions, use_cache=False, cu_seq_lens_q=lengths)
     except _Arrived as arrived:
         return arrived.lengths is not None and arrived.lengths.tolist() == [0, 2, 5]
-    except (TypeError, ValueError):  # no `position_ids`, or more positions than it has embeddings for
+    except Exception:  # whatever a model raises on such a batch, it keeps padded ones
         return False
     finally:
         _probing = False
@@ -122,11 +107,11 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention; where documents are given, causal within each of them.
+    """Scaled dot-product attention; causal within each sequence where boundaries are given.
 
-    ``query`` is [1, heads, tokens, D], ``key`` and ``value`` [1, kv heads, tokens, D]; returns
-    [1, tokens, heads, D]. Documents are cumulative lengths: as :func:`mask` returns them, or
-    ``cu_seq_lens_q`` where there is no mask at all.
+    ``query`` is ``[B, Nq, T, D]``, ``key`` and ``value`` ``[B, Nkv, T, D]``; returns ``[B, T, Nq, D]``. B is 1 where
+    boundaries are given: cumulative lengths, int32, as :func:`mask` returns them in the place of the mask, or
+    ``cu_seq_lens_q`` where there is no mask at all. The signature is that of transformers' attention functions.
     """
     lengths = kwargs.get("cu_seq_lens_q")
     if attention_mask is not None:
@@ -144,25 +129,26 @@ def attention(
             q, k, v, lengths, lengths, longest, longest, scale=scaling, window_size=(-1, 0),
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-        assert isinstance(out, Tensor)  # a tuple only where log-sums are asked for
+        assert isinstance(out, Tensor)  # a tuple only where log-sums are requested
         return out.unsqueeze(0), None
     kwargs["is_causal"] = True
-    # split, and not slices: the backward of each slice would be as long as the row.
-    documents = zip(*(x.split(lengths.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
+    # Split, not sliced: the gradient of each slice would be as long as the row.
+    sequences = zip(*(x.split(lengths.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
     parts = [
         sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling, **kwargs)[0]
-        for q, k, v in documents
+        for q, k, v in sequences
     ]
     return torch.cat(parts, dim=1), None
 
 
 def mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
-    """transformers' sdpa mask, or cumulative lengths where all it says is: causal within each document.
+    """Return transformers' sdpa mask, or cumulative lengths where the mask is causal within each sequence and no more.
 
-    The lengths are int32 [1, 1, 1, documents + 1], from 0 to the number of tokens.
+    The mask is bool ``[B, 1, T, T]`` or None; lengths are int32 ``[1, 1, 1, sequences + 1]``, from 0 to T. The
+    signature is that of transformers' mask functions.
     """
     lengths = None
-    # A mask that may be skipped is plainly causal or padded; one that is applied with vmap is someone's own.
+    # A mask that may be skipped is plainly causal or padded; one applied with vmap is a custom one.
     packed = not kwargs.get("allow_is_causal_skip", True) and not kwargs.get("use_vmap")
     if packed and batch_size == 1 and q_length == kv_length and kwargs.get("attention_mask") is None:
         lengths = _lengths(q_length, kwargs["mask_function"], kwargs.get("device", "cpu"))
@@ -170,14 +156,14 @@ def mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tenso
 
 
 def _lengths(tokens: int, mask_function: Any, device: Any) -> Tensor | None:
-    """Read the documents off a mask: a token sees the one before it unless it is its document's first."""
+    """Read sequence boundaries off a mask: a token sees the one before it unless it is the first of its sequence."""
     zero = torch.zeros(1, dtype=torch.long, device=device)
     at = torch.arange(tokens, device=device)
     sees_last = mask_function(zero, zero, at[1:], at[:-1])
     begins = (~sees_last).nonzero().squeeze(1) + 1
     cumulative = torch.cat([zero, begins, zero + tokens])
     first, last = cumulative[:-1], cumulative[1:] - 1
-    sees_first = mask_function(zero, zero, last, first)  # no, where a window is shorter than the document
+    sees_first = mask_function(zero, zero, last, first)  # no, where a window is shorter than the sequence
     sees_next = mask_function(zero, zero, at[:-1], at[1:])  # yes, where a block is not causal
     if not bool(sees_first.all()) or bool(sees_next.any()):
         return None
@@ -186,7 +172,3 @@ def _lengths(tokens: int, mask_function: Any, device: Any) -> Tensor | None:
 
 def _has_varlen(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-AttentionInterface.register(IMPLEMENTATION, attention)
-AttentionMaskInterface.register(IMPLEMENTATION, mask)

@@ -1,7 +1,7 @@
-"""How much fused layers keep for the backward: the fastest save level that fits a memory budget.
+"""The save level of fused layers: the fastest one that fits a memory budget.
 
-The estimate counts what a step adds to a loaded model: what every layer keeps, what the backward of one layer
-works with, a tile of logits, and gradients and two moments of each trained weight.
+The estimate counts what a step adds to a loaded model, in bytes on one rank: what every layer keeps, the working
+memory of one layer's backward, a chunk of logits, and gradients and two moments of each trained weight.
 """
 
 import os
@@ -19,21 +19,21 @@ from torch import nn
 from halfbyte import distributed
 from halfbyte.errors import UserError
 from halfbyte.fast.family import Decoder, Linears
-from halfbyte.fast.head import tile_rows
+from halfbyte.fast.head import chunk_rows
 from halfbyte.fast.layer import LEVELS, FusedForward
 
 _UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40}
-# The share of what is free that a step may plan with. A host's free memory is others' as well, and where it
-# runs out a process is ended.
+# The share of free memory that a step may plan with. Other processes use a host's free memory as well, and where it
+# runs out the kernel kills one.
 _SHARE = {"cuda": 0.9, "cpu": 0.5}
 _LOG_SUM_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The level that was chosen, and why: bytes on one rank, for ``tokens`` a step.
+    """The level that was chosen, and why: bytes on one rank, for ``tokens`` a forward.
 
-    ``recorded`` says that a checkpoint was made with it; nothing was decided then.
+    ``recorded`` means that the level comes from the checkpoint and was not chosen here.
     """
 
     level: int
@@ -44,6 +44,7 @@ class Choice:
     recorded: bool = False
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields in JSON's types."""
         return asdict(self)
 
 
@@ -56,10 +57,9 @@ def check(budget: str) -> None:
 def apply(model: nn.Module, budget: str, tokens: int, recorded: int | None = None) -> Choice | None:
     """Set the level of every fused layer of ``model`` to what ``budget`` allows; None without fused layers.
 
-    ``tokens`` is the largest number that one forward takes on one rank. ``auto`` plans with what the device
-    has free now, ``min`` keeps nothing, a size is what a step may take beside the model. Rank 0 decides for
-    all; on CPU the ranks of a machine share its memory. ``recorded`` is the level that a checkpoint was made
-    with, which is kept.
+    ``tokens`` is the largest number in one forward on one rank. ``auto`` plans with the memory that is free on the
+    device now, ``min`` recomputes everything, a size is what a step may take beside the model. Rank 0 decides for
+    all; on CPU the ranks of a machine share its memory. ``recorded`` is the level of a checkpoint, which is kept.
     """
     layers = [each.forward for each in model.modules() if isinstance(each.forward, FusedForward)]
     if not layers:
@@ -76,10 +76,10 @@ def apply(model: nn.Module, budget: str, tokens: int, recorded: int | None = Non
 
 
 def needed(model: nn.Module, decoders: Sequence[Decoder], tokens: int) -> dict[int, int]:
-    """Bytes that a step of ``tokens`` tokens takes beside the loaded ``model``, by save level."""
+    """Return the bytes that a step of ``tokens`` tokens takes beside the loaded ``model``, by save level."""
     size = _item_size(decoders[0])
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1)
-    logits = 2 * tile_rows(vocabulary, decoders[0].input_norm.module.weight.device.type) * vocabulary * 4
+    logits = 2 * chunk_rows(vocabulary, decoders[0].input_norm.module.weight.device.type) * vocabulary * 4
     trained = 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     needs = {}
     for level in LEVELS:
@@ -90,7 +90,7 @@ def needed(model: nn.Module, decoders: Sequence[Decoder], tokens: int) -> dict[i
 
 
 def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
-    """Bytes that one layer keeps of a token from forward to backward, in a dtype of ``size`` bytes."""
+    """Return the bytes that one layer keeps of a token from forward to backward, in a dtype of ``size`` bytes."""
     stream, (attended, keys) = decoder.input_norm.module.weight.numel(), _widths(decoder)
     values = stream
     other = 0
@@ -140,13 +140,14 @@ def _size(budget: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]i?B)", budget.strip())
     if match is None:
         raise UserError(
-            f"memory_budget: {budget!r} is neither `auto` nor `min` nor a size such as `12GiB` or `800MB`"
+            f"{budget!r} is neither `auto` nor `min` nor a size; write a size such as `12GiB` or `800MB`",
+            option="memory_budget",
         )
     return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _widths(decoder: Decoder) -> tuple[int, int]:
-    """Values of a token in its queries, and in its keys."""
+    """Values of a token in its queries, and in its keys: Nq*D and Nkv*D."""
     return decoder.heads * decoder.head_size, decoder.kv_heads * decoder.head_size
 
 

@@ -1,4 +1,4 @@
-"""Which form of the elementwise steps a tensor gets: Triton's kernels on CUDA, torch elsewhere, block by block."""
+"""Elementwise steps by device: Triton kernels on CUDA, torch operations elsewhere, block by block."""
 
 import importlib
 import importlib.util
@@ -7,12 +7,12 @@ from types import ModuleType
 
 from torch import Tensor
 
-# Elements worked on at a time on a CPU: what a block needs beside it stays in the second-level cache.
+# Elements computed at a time on a CPU: a block and its temporaries stay in the second-level cache.
 _BLOCK = 1 << 17
 
 
 def kernels(x: Tensor) -> ModuleType | None:
-    """:mod:`halfbyte.fast.kernels` if they run where ``x`` is; PyTorch for CUDA brings Triton."""
+    """Return :mod:`halfbyte.fast.kernels` if they run where ``x`` is; PyTorch for CUDA includes Triton."""
     return _kernels() if x.is_cuda else None
 
 
@@ -24,7 +24,7 @@ def _kernels() -> ModuleType | None:
 
 
 def blocks(rows: Tensor) -> list[slice]:
-    """Row ranges of a size the cache holds; all rows at once off the CPU."""
+    """Return ranges of rows that fit the cache, for ``rows`` of two dimensions; one range off the CPU."""
     count = len(rows)
     step = max(1, _BLOCK // rows.shape[1]) if rows.device.type == "cpu" else max(1, count)
     return [slice(start, start + step) for start in range(0, count, step)]

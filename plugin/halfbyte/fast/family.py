@@ -1,4 +1,4 @@
-"""The decoder layers of the Llama family: which a fused layer covers, and what they are made of."""
+"""The decoder layers of the Llama family: which ones a fused layer covers, and their parts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ Linears = tuple[nn.Module, ...]
 
 @dataclass(frozen=True)
 class Decoder:
-    """The parts of one decoder layer."""
+    """The parts of one decoder layer; ``heads`` is Nq, ``kv_heads`` Nkv, ``head_size`` D, ``window`` in tokens."""
 
     input_norm: Norm
     qkv: Linears
@@ -43,16 +43,16 @@ class Decoder:
 
     @property
     def linears(self) -> Linears:
-        """Every linear map, in the order in which the layer applies them."""
+        """Every linear map, in the order of application."""
         return (*self.qkv, *self.out, *self.gate_up, *self.down)
 
 
 class Uncovered(Exception):  # noqa: N818 -- a reason, which the caller reports; nothing went wrong
-    """Why a layer, or one call of it, is not computed fused."""
+    """The reason why a layer, or one call of it, is not computed fused."""
 
 
 def read(layer: nn.Module) -> Decoder:
-    """The parts of ``layer``; raises :class:`Uncovered` if it is not of the family or has something added."""
+    """Return the parts of ``layer``; raise :class:`Uncovered` if it is not of the family or was extended."""
     family = type(layer).__module__.removeprefix("transformers.models.").split(".")[0]
     if family not in _LAYERS or not type(layer).__name__.endswith("DecoderLayer"):
         raise Uncovered(f"{type(layer).__name__} is not one of the layers that are fused")
@@ -96,10 +96,10 @@ def check_adapter(layer: nn.Module, decoder: Decoder, adapter: str) -> None:
 
 
 def projections(decoder: Decoder) -> tuple[Projections, Projections, Projections, Projections]:
-    """The maps of ``decoder`` as one call of it applies them: with the adapters that are active now.
+    """Return the maps of ``decoder`` with the adapters that are active now: query-key-value, out, gate-up, down.
 
-    In the order query-key-value, out, gate-up, down. Raises :class:`Uncovered` for several active adapters,
-    merged ones, one that is more than LoRA, and weights that are sharded at this moment.
+    Raises :class:`Uncovered` for several active adapters, merged ones, one that is more than LoRA, and weights that
+    are sharded at this moment.
     """
 
     def of(maps: Linears) -> Projections:
@@ -109,7 +109,7 @@ def projections(decoder: Decoder) -> tuple[Projections, Projections, Projections
 
 
 def check_call(decoder: Decoder, training: bool, hidden: torch.Tensor) -> None:
-    """Raise :class:`Uncovered` if a call on ``hidden`` may not be computed fused at this moment."""
+    """Raise :class:`Uncovered` if a call on ``hidden`` ``[B, T, H]`` may not be computed fused at this moment."""
     _check_attention(decoder)
     for linear in decoder.linears:
         base = _base(linear)
@@ -136,7 +136,7 @@ def _norm(module: Any) -> Norm:
 
 
 def _window(attention: Any) -> int | None:
-    """How far back the attention looks, where it is limited."""
+    """The sliding window of the attention in tokens, if it has one."""
     if getattr(attention, "layer_type", None) == "full_attention":
         return None
     window = getattr(attention, "sliding_window", None)
@@ -166,7 +166,7 @@ def _base(linear: Any) -> nn.Linear:
 
 
 def _active(linear: nn.Module) -> Adapter | None:
-    """The one LoRA of ``linear`` that is active at this moment, with its dropout if it trains."""
+    """The one LoRA of ``linear`` that is active at this moment, with its dropout in training mode."""
     if isinstance(_base(linear).weight, DTensor):
         raise Uncovered("weights are sharded")
     if not isinstance(linear, LoraLayer) or linear.disable_adapters:
@@ -189,7 +189,7 @@ def _active(linear: nn.Module) -> Adapter | None:
 
 
 def _beyond_lora(linear: LoraLayer, adapter: str) -> str | None:
-    """What ``adapter`` is beside plain LoRA, if anything."""
+    """What ``adapter`` has beyond plain LoRA, if anything."""
     if adapter in linear.lora_variant:
         return f"{type(linear.lora_variant[adapter]).__name__.removesuffix('LinearVariant')} adapter"
     if linear.lora_B[adapter].bias is not None:

@@ -8,23 +8,24 @@ from torch.nn import functional
 
 from halfbyte.fast.device import blocks, kernels
 
-# transformers' activation modules that have a closed gradient in torch, and how torch names them.
+# transformers' activation modules whose gradient is one operation in torch, and torch's name for them.
 _NAMES = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "tanh", "GELUActivation": "none"}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """``act(gate) * up`` for ``gate_up`` (tokens, 2 x width), the two halves side by side."""
+    """``act(gate) * up`` of ``gate_up`` ``[B*T, 2F]``, the two halves side by side."""
 
     name: str
 
     @classmethod
     def of(cls, module: nn.Module) -> "Gate | None":
-        """The gate that ``module`` is the activation of; None for an activation that is not covered."""
+        """Return the gate with the activation ``module``; None for an activation that is not covered."""
         name = _NAMES.get(type(module).__name__)
         return cls(name) if name is not None else None
 
     def forward(self, gate_up: Tensor) -> Tensor:
+        """Return ``act(gate) * up``, ``[B*T, F]``."""
         fused = kernels(gate_up)
         if fused is not None and self.name == "silu":
             return fused.swiglu_forward(gate_up)
@@ -35,7 +36,7 @@ class Gate:
         return product
 
     def backward(self, dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of ``gate_up`` for ``dy``, the product's; and the product again, in the place of ``dy``."""
+        """Return the gradient of ``gate_up`` for ``dy`` ``[B*T, F]``, and the product, which overwrites ``dy``."""
         fused = kernels(gate_up)
         if fused is not None and self.name == "silu":
             return fused.swiglu_backward(dy, gate_up)
@@ -46,7 +47,7 @@ class Gate:
             activated = self._activate(gate)
             torch.mul(dy[rows], activated, out=dup)
             self._derivative(dy[rows] * up, gate, dgate)
-            torch.mul(activated, up, out=dy[rows])  # the product in its place: no second buffer to write
+            torch.mul(activated, up, out=dy[rows])  # the product overwrites dy: no second buffer to write
         return gradient, dy
 
     def _activate(self, gate: Tensor) -> Tensor:

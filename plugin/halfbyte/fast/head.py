@@ -1,9 +1,9 @@
-"""The output head of an SFT step: log-probabilities of labelled tokens, with their gradient made at once.
+"""The chunked LM head of an SFT step: log-probabilities of labelled tokens, with their gradient in the forward.
 
-Takes the place of TRL's fused head (``trl.trainer.utils.add_fused_lm_head``), which multiplies by the
-vocabulary three times and, off Triton devices, scores prompts and padding too. A token's log-probability
-depends on its own hidden state alone, so its gradient row can be made while its logits are at hand and be
-weighted later by whatever gradient arrives: two products, and any loss over ``log_probs`` is right.
+Replaces TRL's fused head (``trl.trainer.utils.add_fused_lm_head``), which multiplies by the vocabulary three times
+and, off Triton devices, scores prompts and padding too. A token's log-probability depends on its own hidden state
+alone, so its gradient is computed while its logits are in memory and weighted later by the gradient that arrives: two
+products, and any loss over ``log_probs`` is right.
 """
 
 import functools
@@ -19,15 +19,16 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from halfbyte.fast.device import kernels
 
-# Configuration fields by which some architectures scale their logits; TRL's head knows them all.
+# Configuration fields by which some architectures scale their logits; TRL's head supports them all.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def install(model: PreTrainedModel) -> str | None:
-    """Replace the fused head that TRL gave ``model``; return why not, if it is not covered.
+    """Replace the fused head that TRL installed on ``model``; return why not, if it is not covered.
 
-    ``model(..., labels=labels, fused_lm_head=True)`` then returns ``log_probs``, ``entropy`` and ``is_top1``
-    as TRL does; only ``log_probs`` (and ``loss``) has a gradient, which reaches the backbone, not the head.
+    ``model(..., labels=labels, fused_lm_head=True)``, with ``labels`` int64 ``[B, T]``, then returns ``log_probs``,
+    ``entropy`` and ``is_top1`` ``[B, T-1]`` as TRL does. Only ``log_probs`` (and ``loss``) has a gradient, which
+    reaches the backbone, not the head. Replaces the instance's ``forward``, as TRL does.
     """
     reason = _uncovered(model)
     if reason is not None:
@@ -110,10 +111,10 @@ def log_probabilities(
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each label, entropy of its distribution (nats), and whether it is the likeliest.
+    """Return the log-probability of each label, the entropy of its distribution (nats), and whether it is the top one.
 
-    ``hidden`` is [batch, tokens, H], ``weight`` [V, H], ``labels`` and ``mask`` [batch, tokens]; where
-    ``mask`` is False all three are zero. float32, whatever the inputs are.
+    ``hidden`` is ``[B, T, H]``, ``weight`` ``[V, H]``, ``bias`` ``[V]``, ``labels`` int64 and ``mask`` bool ``[B, T]``.
+    All three are ``[B, T]``, float32 (the last bool) whatever the inputs are, and zero where ``mask`` is False.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     device = rows.device.type
@@ -129,7 +130,7 @@ def log_probabilities(
             index,
             targets,
             softcap,
-            tile_rows(weight.shape[0], device),
+            chunk_rows(weight.shape[0], device),
             needs_gradient,
         )
     if index is None:
@@ -140,8 +141,8 @@ def log_probabilities(
     return log_probs, entropy, top1
 
 
-def tile_rows(vocabulary: int, device: str) -> int:
-    """How many tokens to score at a time: tiles that caches hold on a CPU, and that fill a GPU."""
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Return how many tokens to score at a time: chunks that caches hold on a CPU, and that fill a GPU."""
     elements, least, most = (2**22, 64, 256) if device == "cpu" else (2**28, 512, 4096)
     return min(max(elements // vocabulary, least), most)
 
@@ -156,15 +157,15 @@ class _LogProbs(torch.autograd.Function):
         index: Tensor | None,
         targets: Tensor,
         softcap: float | None,
-        tile: int,
+        chunk: int,
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = len(targets)
         log_probs = torch.empty(count, dtype=torch.float32, device=rows.device)
         entropy, top1 = torch.empty_like(log_probs), torch.empty_like(log_probs, dtype=torch.bool)
         gradient = rows.new_empty(count, rows.shape[1]) if needs_gradient else None
-        for start in range(0, count, tile):
-            part = slice(start, start + tile)
+        for start in range(0, count, chunk):
+            part = slice(start, start + chunk)
             logits = torch.mm(rows[part] if index is None else rows[index[part]], weight.t())
             if bias is not None:
                 logits.add_(bias)
@@ -176,7 +177,7 @@ class _LogProbs(torch.autograd.Function):
             )
             if gradient is not None:
                 torch.mm(dlogits.to(rows.dtype), weight, out=gradient[part])
-            del logits, dlogits  # or the next tile would be made beside them
+            del logits, dlogits  # or the next chunk would be computed beside them
         ctx.save_for_backward(gradient, index)
         ctx.rows = len(rows)
         ctx.mark_non_differentiable(entropy, top1)
@@ -197,9 +198,10 @@ class _LogProbs(torch.autograd.Function):
 def score(
     logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probability, entropy, top-1 and d(-log-probability)/d(logits) of a tile; overwrites ``logits``.
+    """Return log-probability, entropy, top-1 and d(-log-probability)/d(logits) of a chunk; overwrites ``logits``.
 
-    ``logits`` is float32 [tokens, V]. On a tie the first of the likeliest tokens is the top one, as in TRL.
+    ``logits`` is float32 ``[B*T, V]``, ``targets`` int64 ``[B*T]``. On a tie the first of the likeliest tokens is the
+    top one, as in TRL.
     """
     slope = None
     if softcap is not None:

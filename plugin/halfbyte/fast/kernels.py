@@ -1,8 +1,8 @@
-"""Triton kernels for what torch cannot fuse on a GPU: RMSNorm, rotary positions, SwiGLU, both ways, and the head.
+"""Triton kernels for what torch cannot fuse on a GPU: RMSNorm, rotary embeddings, SwiGLU, both ways, and the LM head.
 
-Each computes in float32 and rounds once, to the dtype of its input. Checked against the torch forms by
-Triton's interpreter and compiled for Hopper; not yet run on a GPU. There is none for adding LoRA's product to
-the base's: ``addmm_`` in place has cuBLAS add it as it writes, which a kernel could not do in fewer passes.
+Each computes in float32 and rounds once, to the dtype of its input. Checked against the torch forms by Triton's
+interpreter and compiled for Hopper; not yet run on a GPU. LoRA's product needs no kernel: with ``addmm_`` in place,
+cuBLAS adds it while writing.
 """
 
 # mypy: disable-error-code="import-not-found, no-untyped-def, untyped-decorator"
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements a program holds at a time: what fits the registers of a block of threads.
+# Elements that a program holds at a time: they fit the registers of a block of threads.
 _TILE = 4096
 _GATE_BLOCK = 1024
 _LOGITS_BLOCK = 4096
@@ -20,7 +20,7 @@ _LOGITS_BLOCK = 4096
 
 @triton.jit
 def _whole_rows(x, weight, rows, offset, width: tl.constexpr, block: tl.constexpr, tile: tl.constexpr):
-    """The tile of rows that this program has: where they are, which places exist, their values and scales."""
+    """This program's tile of rows: row numbers, offsets, which offsets exist, values and scales."""
     row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)[:, None]
     column = tl.arange(0, block)[None, :]
     inside = (row < rows) & (column < width)
@@ -162,7 +162,7 @@ def _score(
 
 
 def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`halfbyte.fast.norm.norm_forward`, but for rounding once only."""
+    """Return what :func:`halfbyte.fast.norm.norm_forward` does, rounded only once."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch.empty_like(rows)
     inverse = rows.new_empty(len(rows), 1, dtype=torch.float32)
@@ -174,7 +174,7 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tu
 def norm_backward(
     dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, unit_offset: bool, residual: Tensor | None
 ) -> Tensor:
-    """As :func:`halfbyte.fast.norm.norm_backward`."""
+    """Return what :func:`halfbyte.fast.norm.norm_backward` does."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     gradients = dy.reshape(rows.shape).contiguous()
     around = gradients if residual is None else residual.reshape(rows.shape).contiguous()
@@ -186,7 +186,7 @@ def norm_backward(
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As :func:`halfbyte.fast.rope.rotate_`: ``x`` (batch, length, heads, size) in place."""
+    """Do what :func:`halfbyte.fast.rope.rotate_` does: ``x`` is ``[B, T, N, D]``, D contiguous."""
     assert x.stride(-1) == 1, x.stride()
     cos, sin = cos.contiguous(), sin.contiguous()
     batch, length, heads, size = x.shape
@@ -207,7 +207,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` for contiguous ``gate_up`` (tokens, 2 x width)."""
+    """Return ``silu(gate) * up``, ``[B*T, F]``, for contiguous ``gate_up`` ``[B*T, 2F]``."""
     tokens, width = len(gate_up), gate_up.shape[1] // 2
     y = gate_up.new_empty(tokens, width)
     _swiglu_forward[_gate_blocks(tokens, width)](gate_up, y, width, block=_GATE_BLOCK)
@@ -215,7 +215,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ``gate_up`` for contiguous ``dy`` (tokens, width); ``dy`` becomes :func:`swiglu_forward`'s."""
+    """Return the gradient of ``gate_up`` for contiguous ``dy`` ``[B*T, F]``; the product overwrites ``dy``."""
     tokens, width = dy.shape
     gradient = torch.empty_like(gate_up)
     _swiglu_backward[_gate_blocks(tokens, width)](dy, gate_up, gradient, width, block=_GATE_BLOCK)
@@ -225,7 +225,7 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 def score(
     logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`halfbyte.fast.head.score`, for contiguous logits of any dtype, which the gradient overwrites."""
+    """Return what :func:`halfbyte.fast.head.score` does, for contiguous logits of any dtype, overwritten too."""
     count, vocabulary = logits.shape
     log_probs = torch.empty(count, dtype=torch.float32, device=logits.device)
     entropy, top1 = torch.empty_like(log_probs), torch.empty_like(log_probs, dtype=torch.bool)

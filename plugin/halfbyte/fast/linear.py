@@ -1,8 +1,8 @@
 """An NF4 linear with its LoRA adapter as one autograd function, on any architecture.
 
-PEFT computes base and adapter as separate autograd graphs: it clones the base output, casts, scales and adds
-in full-size temporaries, and keeps an input per branch. Here :class:`Projections` adds the adapter in place
-into the base output, and the backward pass makes all three gradients from one dequantized weight.
+PEFT computes base and adapter as separate autograd graphs: it clones the base output, casts, scales and adds in
+full-size temporaries, and keeps an input per branch. Here :class:`Projections` adds the adapter in place to the base
+output, and the backward computes all three gradients from one dequantized weight.
 """
 
 from typing import Any
@@ -23,6 +23,7 @@ class FusedLinear4bit(Linear4bit):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``x`` ``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
         adapter = None if args or kwargs else fusable_adapter(self)
         if adapter is None or _is_one_token(x):
             return super().forward(x, *args, **kwargs)
@@ -31,9 +32,9 @@ class FusedLinear4bit(Linear4bit):
 
 
 def fuse(module: torch.nn.Module) -> bool:
-    """Make ``module`` run fused if it is a PEFT 4-bit LoRA linear; return whether it is one."""
+    """Make ``module`` compute fused if it is a PEFT 4-bit LoRA linear; return whether it is one."""
     if type(module) is Linear4bit:
-        # The class and not the forward: a copied module stays fused, and its methods are its own.
+        # The class, not the instance's forward: a copied module stays fused, and its methods are its own.
         module.__class__ = FusedLinear4bit
     return isinstance(module, FusedLinear4bit)
 
@@ -45,7 +46,7 @@ def unfuse(module: torch.nn.Module) -> None:
 
 
 def fusable_adapter(module: Linear4bit) -> str | None:
-    """Name of the one active adapter the fused function covers as ``module`` stands now, else None."""
+    """Return the name of the one active adapter that the fused function covers now, else None."""
     if module.disable_adapters or module.merged or not module.base_layer.compute_type_is_set:
         return None
     if getattr(quantization_state(module.base_layer), "packing_format_for_cpu", False):
@@ -86,5 +87,5 @@ class _Linear(torch.autograd.Function):
 
 
 def _is_one_token(x: Tensor) -> bool:
-    """One token without gradients, as in generation: bitsandbytes multiplies the packed weight directly."""
+    """Whether this is one token without gradients, as in generation: bitsandbytes multiplies the packed weight."""
     return x.numel() == x.shape[-1] and not torch.is_grad_enabled()

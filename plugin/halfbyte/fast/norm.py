@@ -1,4 +1,4 @@
-"""RMSNorm and its gradient: float32 inside, whatever the dtype outside, one pass over the rows each way."""
+"""RMSNorm and its gradient: float32 inside, whatever the dtype outside, one pass over the data each way."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +22,14 @@ class Norm:
     unit_offset: bool
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalize the last dimension; return the result and, per row, ``1 / rms`` in float32."""
+        """Normalize the last dimension of ``x`` ``[..., H]``; return it and ``1 / rms``, float32 ``[rows, 1]``."""
         weight: Tensor = self.module.weight.detach()
         fused = kernels(x)
         forward = norm_forward if fused is None else fused.norm_forward
         return forward(x, weight, self.eps, self.unit_offset)
 
     def backward(self, dy: Tensor, x: Tensor, inverse: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The gradient of ``x``, plus ``residual`` (the gradient that reaches ``x`` around the norm)."""
+        """Return the gradient of ``x`` ``[..., H]`` plus ``residual``, its gradient around the norm."""
         weight: Tensor = self.module.weight.detach()
         fused = kernels(x)
         backward = norm_backward if fused is None else fused.norm_backward
@@ -37,6 +37,7 @@ class Norm:
 
 
 def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
+    """Return :meth:`Norm.forward` of ``x`` ``[..., H]`` and ``weight`` ``[H]``, block by block."""
     rows = x.reshape(-1, x.shape[-1])
     y = torch.empty_like(rows)
     inverse = rows.new_empty(len(rows), 1, dtype=torch.float32)
@@ -55,6 +56,7 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tu
 def norm_backward(
     dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, unit_offset: bool, residual: Tensor | None
 ) -> Tensor:
+    """Return :meth:`Norm.backward` for ``dy`` and ``x`` ``[..., H]``, block by block."""
     rows, gradients = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
     around = residual.reshape(rows.shape) if residual is not None else None
     dx = torch.empty_like(rows)

@@ -1,9 +1,11 @@
-"""Frozen linear maps with LoRA that read the same input, taken as one.
+"""Frozen linear maps with LoRA that read the same input, computed as one.
 
     y_i = x W_i' + b_i + s_i d_i(x) A_i' B_i'        (' transposes; d_i is the dropout of adapter i)
 
 The weights of all maps and their A are stacked, so that the three projections of attention cost the large matrix
-products of one; each B adds to its own columns.
+products of one; each B adds to its own columns. Inputs ``x`` are ``[B*T, I]``, outputs side by side ``[B*T, O]`` with
+O summed over the maps, inner values ``d_i(x) A_i'`` ``[B*T, r]`` with r summed over the adapters; all in the compute
+dtype, the adapters' parameters in float32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA of one map: ``a`` (rank, inputs), ``b`` (outputs, rank), PEFT's own parameters."""
+    """LoRA of one map: ``a`` ``[r, I]`` and ``b`` ``[O, r]``, PEFT's own parameters."""
 
     a: Tensor
     b: Tensor
@@ -29,7 +31,7 @@ class Adapter:
 
     @classmethod
     def of(cls, module: LoraLayer, name: str) -> "Adapter":
-        """The adapter ``name`` of ``module`` as it stands now: it drops nothing in evaluation."""
+        """Read the adapter ``name`` of ``module`` as it is now: without dropout in evaluation."""
         dropout = module.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         a: Tensor = module.lora_A[name].weight
@@ -38,9 +40,9 @@ class Adapter:
 
 
 class Dropout:
-    """One draw of dropout, which can be drawn again: it remembers the state of the generator.
+    """One dropout mask, which can be drawn again: it remembers the state of the generator.
 
-    Drawn where PEFT draws it, the mask is the one that PEFT would have got.
+    Drawn where PEFT draws it, the mask equals PEFT's.
     """
 
     def __init__(self, p: float) -> None:
@@ -48,7 +50,7 @@ class Dropout:
         self.state: Tensor | None = None
 
     def factors(self, x: Tensor) -> Tensor:
-        """0 or ``1 / (1 - p)`` for each element of ``x``, the same at every call."""
+        """Return 0 or ``1 / (1 - p)`` for each element of ``x``, the same at every call; shape and dtype of ``x``."""
         generator = torch.cuda if x.is_cuda else torch.random
         if self.state is None:
             self.state = generator.get_rng_state()
@@ -75,11 +77,11 @@ class Projections:
         self.bases, self.adapters = bases, adapters
 
     def parameters(self) -> list[Tensor]:
-        """A and B of every map that has an adapter, in order: the order of the gradients."""
+        """Return A and B of every map that has an adapter, in the order of the gradients."""
         return [parameter for _, adapter in self._adapted() for parameter in (adapter.a, adapter.b)]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weights of all maps, dequantized and stacked: (outputs of all, inputs)."""
+        """Return the weights of all maps, dequantized to ``dtype`` and stacked: ``[O, I]``."""
         stacked = _stacked(self.bases) if len(self.bases) > 1 else None
         if stacked is not None:
             return bnb.dequantize_4bit(*stacked).to(dtype)
@@ -89,9 +91,9 @@ class Projections:
     def forward(
         self, x: Tensor, weight: Tensor, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Map ``x`` (tokens, inputs); return the outputs side by side, plus ``residual``, and inner values.
+        """Map ``x`` ``[B*T, I]``; return the outputs ``[B*T, O]`` plus ``residual``, and the inner values.
 
-        The inner values (:meth:`inner`) are what :meth:`backward` wants back.
+        :meth:`backward` takes the inner values (:meth:`inner`) back.
         """
         y = functional.linear(x, weight, self._bias(x.dtype))
         inner = self.inner(x)
@@ -103,7 +105,7 @@ class Projections:
     def backward(
         self, dy: Tensor, x: Tensor, inner: Tensor | None, weight: Tensor | None
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """The gradients of ``x``, which is not wanted without ``weight``, and of :meth:`parameters`."""
+        """Return the gradients of ``x`` (None without ``weight``) and of :meth:`parameters` for ``dy`` ``[B*T, O]``."""
         dx = torch.mm(dy, weight) if weight is not None else None
         dinner = self._inner_gradient(dy)
         if dinner is None or inner is None:
@@ -111,7 +113,7 @@ class Projections:
         return dx, self._pairs(self._through_a(dinner, x, dx), self._b_gradients(dy, inner))
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gradients of the input and of the inner values: :meth:`backward` in two, where no input is at hand."""
+        """Return the gradients of input and inner values: the half of :meth:`backward` that needs no input."""
         dx, dinner = torch.mm(dy, weight), self._inner_gradient(dy)
         if dinner is not None:
             self._through_a(dinner, None, dx)
@@ -120,13 +122,13 @@ class Projections:
     def parameter_gradients(
         self, dy: Tensor, dinner: Tensor | None, x: Tensor, inner: Tensor | None
     ) -> list[Tensor]:
-        """The gradients of :meth:`parameters`: the rest of what :meth:`input_gradient` began."""
+        """Return the gradients of :meth:`parameters`: the half of :meth:`backward` after :meth:`input_gradient`."""
         if dinner is None or inner is None:
             return []
         return self._pairs(self._through_a(dinner, x, None), self._b_gradients(dy, inner))
 
     def inner(self, x: Tensor) -> Tensor | None:
-        """``d_i(x) A_i'`` of every adapter side by side: (tokens, ranks of all); None without adapters."""
+        """Return ``d_i(x) A_i'`` of every adapter side by side, ``[B*T, sum of r]``; None without adapters."""
         if not self.parameters():
             return None
         if not self._dropped():
@@ -146,7 +148,7 @@ class Projections:
         return dinner
 
     def _through_a(self, dinner: Tensor, x: Tensor | None, dx: Tensor | None) -> list[Tensor]:
-        """The gradients of every A, if ``x`` is given; what passes on to the input is added to ``dx``, if it is."""
+        """The gradients of every A, where ``x`` is given; the gradient of the input is added to ``dx``, where given."""
         if not self._dropped():
             if dx is not None:
                 dx.addmm_(dinner, self._stacked_a(dinner.dtype))
@@ -209,10 +211,10 @@ class Projections:
 
 
 def dequantized(base: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The weight of ``base`` (outputs, inputs) in ``dtype``, exactly as bitsandbytes computes with it.
+    """Return the weight of ``base`` in ``dtype``, ``[O, I]``, exactly as bitsandbytes computes with it.
 
-    Scales that are quantized themselves are restored at each pass: a cached copy would cost half a bit a
-    weight and saves 1% of the matrix product.
+    Double-quantized scales are dequantized at each call: a cached copy would cost half a bit a weight and saves 1% of
+    the matrix product.
     """
     if not isinstance(base, Linear4bit):
         return base.weight.detach().to(dtype)
@@ -222,16 +224,16 @@ def dequantized(base: nn.Linear, dtype: torch.dtype) -> Tensor:
 
 def _packed(base: Linear4bit) -> Tensor:
     packed: Tensor = base.weight.data
-    # FSDP2 gathers a divided weight around its layer, DeepSpeed when it is read; bitsandbytes would read on past one
-    # that is not gathered.
+    # FSDP2 gathers a sharded weight around its layer, DeepSpeed when it is read; bitsandbytes would read past the end
+    # of one that is not gathered.
     assert 2 * packed.numel() * packed.element_size() >= quantization_state(base).shape.numel(), (
-        "a part of a weight, not gathered"
+        "a shard of a weight that was not gathered"
     )
     return packed
 
 
 def _stacked(bases: Sequence[nn.Linear]) -> tuple[Tensor, bnb.QuantState] | None:
-    """The packed weights of all maps as those of one; None where they cannot be put end to end.
+    """The packed weights of all maps as those of one; None where they cannot be concatenated.
 
     Copying them packed moves a fraction of the bytes of copying them dequantized, and makes one call of several.
     """
@@ -247,7 +249,7 @@ def _stacked(bases: Sequence[nn.Linear]) -> tuple[Tensor, bnb.QuantState] | None
     packed = torch.cat([_packed(base).reshape(-1, 1) for base in bases])
     shape = torch.Size((sum(state.shape[0] for state in states), *first.shape[1:]))
     assert 2 * packed.numel() * packed.element_size() == shape.numel(), (
-        "packed weights with something between them"
+        "packed weights are not contiguous in their storage dtype"
     )
     kind = {"quant_type": first.quant_type, "blocksize": first.blocksize, "dtype": first.dtype}
     return packed, bnb.QuantState(absmax=scales, shape=shape, code=first.code, **kind)
@@ -262,13 +264,13 @@ def _scales(state: bnb.QuantState) -> Tensor:
 
 
 def quantization_state(base: Any) -> bnb.QuantState:
-    """The quantization state of ``base``, which the weight loses where FSDP2 replaces it."""
+    """Return the quantization state of ``base``, which the weight loses where FSDP2 replaces it."""
     state = getattr(base.weight, "quant_state", None)
     return base.quant_state if state is None else state
 
 
 def compute_dtype(base: Any, x: Tensor) -> torch.dtype:
-    """The dtype ``base`` multiplies in: autocast's where it is on, else the one the base was loaded for."""
+    """Return the dtype ``base`` multiplies in: autocast's where it is on, else the one the base was loaded for."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return base.compute_dtype or x.dtype

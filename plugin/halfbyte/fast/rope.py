@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of channels turned by an angle that grows with the position."""
+"""Rotary position embeddings: pairs of channels rotated by an angle that grows with the position."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from halfbyte.fast.device import kernels
 
 
 class Rotary:
-    """The rotation of one batch: ``cos`` and ``sin`` as the model made them, (1 or batch, length, size).
+    """The rotation of one batch: ``cos`` and ``sin`` as the model computes them, ``[1 or B, T, D]``, cast to ``dtype``.
 
     Both halves of the last dimension hold the same angles (transformers' ``rotate_half``): one is kept.
     """
@@ -18,9 +18,9 @@ class Rotary:
         self.sin = sin[..., None, :half].to(dtype)
 
     def rotate_(self, x: Tensor, *, back: bool = False) -> Tensor:
-        """Turn ``x`` (batch, length, heads, head size) in place; ``back`` turns the other way.
+        """Rotate ``x`` ``[B, T, N, D]`` in place and return it; ``back`` rotates by the opposite angle.
 
-        A rotation's inverse is its transpose, so turning back is also how a gradient passes through it.
+        A rotation's inverse is its transpose, so rotating back also computes the gradient.
         """
         sin = -self.sin if back else self.sin
         fused = kernels(x)
@@ -29,6 +29,7 @@ class Rotary:
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x`` ``[B, T, N, D]`` in place by ``cos`` and ``sin`` ``[1 or B, T, 1, D/2]``, all of one dtype."""
     first, second = x.chunk(2, dim=-1)
     turned_first = (first * cos).addcmul_(second, sin, value=-1)
     turned_second = (second * cos).addcmul_(first, sin)

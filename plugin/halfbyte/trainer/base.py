@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback
 
 from halfbyte.checkpoint.manifest import Manifest
-from halfbyte.fast import Path as FusionReport
+from halfbyte.fast import FusionReport
 from halfbyte.quantization import Coverage
 
 if TYPE_CHECKING:

@@ -45,12 +45,16 @@ def build(
     fused: bool = True,
     memory_budget: str = "auto",
     save_level: int | None = None,
+    parts: frozenset[str] | None = None,
+    sides: int | None = None,
     **kwargs: Any,
 ) -> Trainer:
     """Construct ``trainer_cls`` under ``mixins`` over a loaded ``model``; its ``report`` is a :class:`BuildReport`.
 
-    ``fresh_adapter`` says that the adapter is new, so that the base is the reference of a preference trainer.
-    ``kwargs`` are the trainer's own. Raises :class:`UserError` for an optimizer or schedule that cannot be made.
+    ``parts`` of the fast step may apply, all that fit the class by default; ``sides`` is the number of sequences that
+    a row brings to one forward. ``fresh_adapter`` says that the adapter is new, so that the base is the reference of a
+    preference trainer. ``kwargs`` are the trainer's own. Raises :class:`UserError` for an optimizer or schedule that
+    cannot be made.
     """
     composed = compose(trainer_cls, mixins)
     with _hidden(args, "model_init_kwargs", "chat_template_path"):
@@ -63,17 +67,26 @@ def build(
     trainer.loraplus_lr_ratio = loraplus_lr_ratio
     refusal = fast.refusal(args)
     if refusal is not None or not fused:
-        fusion = fast.Path(mode="none", reason=refusal or "as given")
+        fusion = fast.FusionReport(mode="none", reason=refusal or "as given")
     else:
-        fusion = fast.apply(
+        fusion = fast.fuse(
             model,
-            trainer,
+            scope=_scope(trainer_cls, parts, sides),
+            args=args,
+            collator=trainer.data_collator,
             checkpointing=args.gradient_checkpointing,
             memory_budget=memory_budget,
             recorded_level=save_level,
         )
+    trainer.unpads_batches = fusion.padding_free
     trainer.report = BuildReport(coverage=coverage, fusion=fusion)
     return trainer
+
+
+def _scope(trainer_cls: type[Trainer], parts: frozenset[str] | None, sides: int | None) -> fast.Scope:
+    """What of a step may be fused: as the class allows, narrowed by ``parts``, with the ``sides`` that are known."""
+    scope = fast.scope(trainer_cls)
+    return fast.Scope(scope.parts if parts is None else scope.parts & parts, sides or scope.sides)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from halfbyte.trainer.finite import FiniteSteps
 from halfbyte.trainer.float32_adapters import Float32Adapters
 from halfbyte.trainer.invariants import RankInvariants
 from halfbyte.trainer.loraplus import LoRAPlus
+from halfbyte.trainer.padding_free import PaddingFree
 from halfbyte.trainer.run_directory import RunDirectory
 from halfbyte.trainer.saving import AtomicSaves
 from halfbyte.trainer.stopping import StopTogether
@@ -18,6 +19,7 @@ from halfbyte.trainer.whole_adapters import WholeAdapters
 # event after them.
 LIBRARY: tuple[type, ...] = (
     LoRAPlus,  # makes the optimizer; nothing else does
+    PaddingFree,  # makes the training loader; nothing else does
     WholeAdapters,  # writes what every save of a sharded run writes
     Float32Adapters,  # innermost: it restores what the constructor below it changed, before any other looks
 )

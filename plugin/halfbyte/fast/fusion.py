@@ -1,0 +1,113 @@
+"""Fuse a model for training: each part where it is covered, and a report of what was fused and why the rest was not."""
+
+from collections import Counter
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.bnb import Linear4bit
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from halfbyte.fast import autocast, batches, budget, head, layer, linear
+from halfbyte.fast.report import ON, FusionReport
+from halfbyte.fast.scope import Scope
+
+
+def refusal(args: TrainingArguments) -> str | None:
+    """Return why a trainer with ``args`` must run plain TRL, or None."""
+    if args.torch_compile:
+        return "torch_compile is on, which fuses by itself; remove it to use the fast step"
+    if args.use_liger_kernel:
+        return "use_liger_kernel is on, which patches the same modules; remove it to use the fast step"
+    return None
+
+
+def fuse(
+    model: PreTrainedModel | PeftModel,
+    *,
+    scope: Scope | None = None,
+    args: TrainingArguments | None = None,
+    collator: Any = None,
+    checkpointing: bool = True,
+    memory_budget: str = "auto",
+    recorded_level: int | None = None,
+) -> FusionReport:
+    """Fuse what is covered in ``model``, as far as ``scope`` allows; the rest stays as it is.
+
+    Nothing is copied or renamed: parameters, adapters and hooks stay PEFT's. ``args`` and ``collator`` are a trainer's;
+    without ``args`` (a loop of one's own) nothing says how many tokens a step has. Fused layers keep all intermediates
+    without ``checkpointing``; with it, what ``memory_budget`` allows (``recorded_level`` where a resumed run has
+    decided already), and nothing but their input without ``args``.
+
+    Raises :class:`UserError` for an invalid ``memory_budget``.
+    """
+    scope = Scope() if scope is None else scope
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    unpadded = None
+    if (
+        "padding_free" in scope.parts
+    ):  # before the layers: a fused one no longer shows what attention receives
+        assert args is not None
+        unpadded = batches.prepare(base, args, collator) or ON
+    linears, plain = _fuse_linears(base) if "linears" in scope.parts else (0, {})
+    layers, level, choice = 0, None, None
+    apart: dict[str, int] = {}
+    if "layers" in scope.parts and _has_4bit_adapters(model):
+        level = layer.LEVELS[0] if checkpointing else layer.LEVELS[-1]
+        layers, apart = _fuse_layers(model, level)
+    if layers and checkpointing and args is not None:
+        choice = budget.apply(model, memory_budget, _tokens(args, base, scope.sides), recorded_level)
+        level = choice.level if choice is not None else level
+    chunked = (head.install(base) or ON) if "head" in scope.parts else None
+    return FusionReport(
+        layers=layers,
+        level=level,
+        memory=choice,
+        layers_apart=apart,
+        linears=linears,
+        plain=plain,
+        head=chunked,
+        batches=unpadded,
+        autocast=autocast.leave(base),
+    )
+
+
+def _tokens(args: Any, base: PreTrainedModel, sides: int) -> int:
+    """The most tokens that one forward can have on one rank."""
+    length = getattr(args, "max_length", None) or base.config.get_text_config().max_position_embeddings
+    return int(sides * length * args.per_device_train_batch_size)
+
+
+def _has_4bit_adapters(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and any(isinstance(each, Linear4bit) for each in model.modules())
+
+
+def _fuse_layers(model: Any, level: int) -> tuple[int, dict[str, int]]:
+    """Fuse decoder layers at save ``level``; return how many, and how many not by reason."""
+    count = 0
+    apart: Counter[str] = Counter()
+    for module in model.get_base_model().modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            reason = layer.fuse(module, model.active_adapter, level)
+            if reason is None:
+                count += 1
+            else:
+                apart[reason] += 1
+    return count, dict(apart)
+
+
+def _fuse_linears(base: nn.Module) -> tuple[int, dict[str, int]]:
+    """Fuse 4-bit LoRA linears; return how many, and how many run PEFT's forward by reason."""
+    count = 0
+    plain: Counter[str] = Counter()
+    for module in base.modules():
+        if linear.fuse(module):
+            count += 1
+            variants: dict[str, Any] = module.lora_variant  # type: ignore[assignment]
+            for name, variant in variants.items():
+                plain[f"{name} is {type(variant).__name__.removesuffix('LinearVariant')}"] += 1
+        elif isinstance(module, LoraLayer):
+            plain[f"adapter on {type(module.get_base_layer()).__name__}"] += 1
+    return count, dict(plain)

@@ -1,0 +1,59 @@
+"""The fusion report: what of a run is fused, and why the rest is not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from halfbyte.fast.budget import Choice
+from halfbyte.wording import plural
+
+ON = "on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionReport:
+    """What is fused, and why the rest is not; ``run.json`` keeps it under ``fast``.
+
+    ``level`` is the save level of the fused layers, ``memory`` how it was chosen. ``layers_apart`` and ``plain`` count
+    layers and linears that are not fused, by reason. ``head`` (chunked LM head) and ``batches`` (padding-free) are
+    ``on``, a reason, or None where the trainer has no such part. ``autocast`` says whether the base runs outside it.
+    """
+
+    mode: str = "auto"
+    reason: str | None = None
+    layers: int = 0
+    level: int | None = None
+    memory: Choice | None = None
+    layers_apart: Mapping[str, int] = field(default_factory=dict)
+    linears: int = 0
+    plain: Mapping[str, int] = field(default_factory=dict)
+    autocast: str | None = None
+    head: str | None = None
+    batches: str | None = None
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether training batches may be padding-free."""
+        return self.batches == ON
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report in JSON's types, without what is empty."""
+        if self.mode == "none":
+            return {"mode": self.mode, "reason": self.reason}
+        found = {name: value for name, value in vars(self).items() if value not in (None, {})}
+        return found | ({"memory": self.memory.as_dict()} if self.memory is not None else {})
+
+    def line(self) -> str:
+        """Return the report in one line, to print."""
+        if self.mode == "none":
+            return f"fast: none ({self.reason})"
+        parts = []
+        if self.layers:
+            parts.append(f"{plural(self.layers, 'layer')} fused (save level {self.level})")
+        parts += [f"{plural(n, 'layer')} not fused ({why})" for why, n in self.layers_apart.items()]
+        parts.append(f"{plural(self.linears, 'linear')} fused")
+        parts += [f"{plural(n, 'linear')} not fused ({why})" for why, n in self.plain.items()]
+        for name, state in (("chunked LM head", self.head), ("padding-free", self.batches)):
+            if state is not None:
+                parts.append(name if state == ON else f"not {name} ({state})")
+        return "fast: " + ", ".join(parts)

@@ -1,0 +1,33 @@
+"""Padding-free training batches: TRL's own collator, asked for one row without padding."""
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from halfbyte.trainer.base import Mixin
+
+
+class PaddingFree(Mixin):
+    """Trains on padding-free batches where ``unpads_batches`` is set: the model's attention must keep sequences apart.
+
+    :func:`halfbyte.fast.fuse` decides it (``FusionReport.padding_free``), for SFT trainers with TRL's text collator.
+    Evaluation keeps padded batches: the Trainer weights each batch by its rows, and a padding-free one has one row.
+    (``padding_free`` itself is an attribute of TRL's SFTTrainer, which says what the options request.)
+    """
+
+    unpads_batches: bool = False
+    data_collator: Any
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the Trainer's own loader, over a collator that packs the rows of a batch into one without padding."""
+        padded: Any = self.data_collator
+        if not self.unpads_batches or padded.padding_free:
+            return super().get_train_dataloader()
+        self.data_collator = DataCollatorForLanguageModeling(
+            pad_token_id=padded.pad_token_id, padding_free=True
+        )
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padded
