@@ -6,7 +6,7 @@ DEV := build hatchling hypothesis mypy pytest pytest-xdist ruff types-PyYAML
 # One thread a process: tests start several, and two processes on shared threads are slower than on their own.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo quick test lint test-distributed test-faults bench clean
+.PHONY: setup demo quick test lint test-distributed test-faults bench docs clean
 
 setup: $(VENV)/.installed
 
@@ -46,6 +46,9 @@ lint: setup
 
 bench: setup
 	$(TEST_ENV) $(BIN)/python -m tests.benchmarks
+
+docs: setup
+	$(TEST_ENV) $(BIN)/python -m tests.documentation
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist
