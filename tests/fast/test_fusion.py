@@ -18,6 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 from halfbyte import QLoRAPlugin, fast, loading, resolve
 from halfbyte.errors import UserError
 from halfbyte.fast import batches
+from halfbyte.recipe import FAST_PARTS
 from halfbyte.fast.linear import FusedLinear4bit
 from tests import tiny
 from tests.fast import models
@@ -183,6 +184,12 @@ def test_sft_has_all_parts(cls: type) -> None:
 @pytest.mark.parametrize("cls", [DPOTrainer, RewardTrainer, Trainer])
 def test_other_trainers_have_the_models_parts(cls: type) -> None:
     assert fast.scope(cls) == fast.Scope(frozenset({"linears", "layers"}), sides=2)
+
+
+def test_a_recipe_may_allow_less() -> None:
+    assert fast.scope(SFTTrainer, frozenset({"layers", "head"})).parts == {"layers", "head"}
+    assert fast.scope(DPOTrainer, frozenset({"layers", "head"})).parts == {"layers"}
+    assert FAST_PARTS == fast.scope(SFTTrainer).parts
 
 
 @pytest.mark.parametrize("parts", [set(), {"linears"}, {"layers"}, {"head"}, {"linears", "layers"}])
