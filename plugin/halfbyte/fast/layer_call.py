@@ -122,7 +122,7 @@ class LayerCall:
         product = self.decoder.gate.forward(gate_up)
         y, down_inner = self.down.forward(product, self.down.weight(x.dtype), residual=_rows(stream))
         # No view: autograd refuses to change a view that a function returns in place.
-        return torch._unsafe_view(y, stream.shape), Transformed(gate_up, inner, down_inner)
+        return torch.ops.aten._unsafe_view(y, stream.shape), Transformed(gate_up, inner, down_inner)
 
     def transform_backward(
         self, dy: Tensor, stream: Tensor, transformed: Transformed

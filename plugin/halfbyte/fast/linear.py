@@ -71,7 +71,7 @@ class _Linear(torch.autograd.Function):
         ctx.map, ctx.dtype_in = map_, x.dtype
         ctx.save_for_backward(rows, inner, *parameters)
         # No view: a model may multiply the output in place (Gemma 3n does), which autograd refuses for a view.
-        return torch._unsafe_view(y, (*x.shape[:-1], y.shape[1])).to(x.dtype)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])).to(x.dtype)
 
     @staticmethod
     @once_differentiable
