@@ -9,6 +9,7 @@ import pytest
 
 from halfbyte import recipe as recipes
 from halfbyte.errors import UserError
+from halfbyte.fast.scope import PARTS
 from halfbyte.recipe import Recipe
 from halfbyte.task import CAUSAL_LM
 from halfbyte.tracking.figures import DEFAULT
@@ -40,6 +41,7 @@ def test_the_shipped_recipes_are_announced_like_any_other() -> None:
 def test_a_recipe_s_parts_are_checked() -> None:
     recipe = Recipe(config=int, trainer=object, summary="")
     assert (recipe.task, recipe.figures, recipe.fast) == (CAUSAL_LM, DEFAULT, recipes.FAST_PARTS)
+    assert recipes.FAST_PARTS == PARTS
     with pytest.raises(ValueError, match="no part of the fast step is named 'heads'; did you mean head"):
         Recipe(config=int, trainer=object, summary="", fast=frozenset({"heads", "layers"}))
 

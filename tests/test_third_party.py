@@ -20,10 +20,12 @@ from transformers import AutoModelForSequenceClassification
 from halfbyte.cli import main
 from tests import launch, tiny
 
-TRAINING = (
-    *("--max_steps", "2", "--logging_steps", "1", "--report_to", "none", "--save_strategy", "no"),
+STEPS = (
+    *("--max_steps", "2", "--logging_steps", "1", "--report_to", "none"),
     *("--dtype", "float32", "--per_device_train_batch_size", "2"),
 )
+TRAINING = (*STEPS, "--save_strategy", "no")
+SAVED = (*STEPS, "--save_strategy", "steps", "--save_steps", "1")
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +204,20 @@ def test_a_reward_model(tmp_path: Path, model: str, capsys: pytest.CaptureFixtur
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
     loaded = PeftModel.from_pretrained(base, str(output)).base_model.model
     assert torch.equal(loaded.score.modules_to_save["default"].weight, last[head])
+
+
+@pytest.mark.usefixtures("imported")
+def test_a_resumed_reward_model_is_the_uninterrupted_one(tmp_path: Path, model: str) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    data = tiny.write_rows(tmp_path / "rows", tiny.preferences(16))
+    options = ("scores", "--model_name_or_path", model, "--dataset_name", data, *SAVED)
+    assert main([*options, "--output_dir", str(whole)]) == 0
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-2")
+    assert main([*options, "--output_dir", str(resumed), "--resume_from_checkpoint", "auto"]) == 0
+    first, second = (load_file(output / "adapter_model.safetensors") for output in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.usefixtures("imported")

@@ -1,7 +1,10 @@
-"""Files that survive a crash: written aside and renamed, forced to disk, told apart by their sha256."""
+"""Files that survive a crash: written aside and renamed, forced to disk, identified by their sha256."""
 
 import hashlib
 import os
+import shutil
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 _CHUNK = 1 << 20
@@ -58,3 +61,21 @@ def next_free(directory: Path, stem: str = "") -> Path:
     while (candidate := directory / f"{stem}{number}").exists():
         number += 1
     return candidate
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a symbolic link or a whole directory; a path that does not exist is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def total_size(path: Path) -> int:
+    """Return the bytes of the regular files at and below ``path``, without following links."""
+    size = 0
+    for found in (path, *path.rglob("*")):
+        with suppress(OSError):
+            state = found.lstat()
+            size += state.st_size if stat.S_ISREG(state.st_mode) else 0
+    return size

@@ -1,35 +1,32 @@
-"""Directories that never change, kept under the user's cache by a key that decides their content.
+"""A store of immutable directories, keyed by content: built once per user and machine, used by every rank and run.
 
-Quantized bases are one kind; whatever else is expensive to make and the same for all runs can be another. An entry is
-named by a hash of all that decides its bytes. It is written aside, verified, and renamed into place; from then on it
-is never written again, since running processes map it into memory. A file lock beside it is held shared by whoever
-uses it, so that nothing in use is removed.
+Quantized bases are one kind of entry. An entry is named by a hash of everything that decides its bytes. It is written
+beside its final name, verified and renamed into place. It is never written again, since running processes map its
+files into memory. Each process that uses an entry shares the lock beside it, so that no entry in use is removed.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import platformdirs
 
-from halfbyte.files import digest, entry, sync, write_file
-from halfbyte.wording import say
+from halfbyte import locks
+from halfbyte.files import delete, digest, entry, sync, total_size, write_file
+from halfbyte.wording import first_line, say
 
-# The least recently used entries of all kinds are removed when they take more than this together.
+# The least recently used entries of all kinds are removed when the store grows beyond this many bytes.
 BOUND = 200 * 2**30
-# Entries up to this size are hashed at every load (3 s for an 8B base, whose pages the load then finds in
-# memory); of larger ones only files whose modification time is not the recorded one.
+# Entries up to this many bytes are hashed at every load (3 s for an 8B base, whose pages the load then finds in
+# memory). In larger ones only files whose modification time differs from the recorded one are hashed.
 HASHED = 8 * 2**30
 _MANIFEST = "manifest.json"
 _LOCK, _ASIDE = ".lock", ".tmp-"
-_MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 M = TypeVar("M")
 _in_use: list[int] = []  # open lock files: the kernel releases them when this process ends, however it ends
@@ -37,19 +34,23 @@ _in_use: list[int] = []  # open lock files: the kernel releases them when this p
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of entry: the directory that holds it, and what to call one."""
+    """One kind of entry: its directory in the cache, and its name in messages."""
 
     name: str
     noun: str
 
 
 BASES = Kind("bases", "quantized base")
-KINDS = (BASES,)
+# `halfbyte cache` and the size bound cover these.
+KINDS: tuple[Kind, ...] = (BASES,)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored directory; ``base`` is what it was made from, for people. ``damaged``: its manifest is unreadable."""
+    """One stored directory: its size in bytes, its last use in seconds since the epoch.
+
+    ``base`` is its label. A damaged entry has no valid manifest, or lacks a file.
+    """
 
     key: str
     base: str
@@ -61,7 +62,10 @@ class Entry:
 
 
 def cache_directory() -> Path:
-    """The user's cache for halfbyte, by the platform's convention. Raises OSError where there is no home."""
+    """Return halfbyte's directory in the user's cache, by the platform's convention.
+
+    Raises OSError where the user has no home directory and ``XDG_CACHE_HOME`` is not set.
+    """
     try:
         return platformdirs.user_cache_path("halfbyte", appauthor=False)
     except RuntimeError as error:  # neither HOME nor a password entry, as in some containers
@@ -69,7 +73,7 @@ def cache_directory() -> Path:
 
 
 def root(kind: Kind = BASES) -> Path:
-    """Where the entries of ``kind`` are."""
+    """Return the directory that holds the entries of ``kind``."""
     return cache_directory() / kind.name
 
 
@@ -83,58 +87,56 @@ def obtain(
 ) -> M:
     """Return ``load(entry)``, after ``save(make(), entry)`` if there is no sound entry yet.
 
-    ``description`` holds all that decides the entry's bytes, ``label`` names it for people. ``save`` raises
-    ValueError when what it wrote would load as something else. A cache that cannot be written, or an entry that is
-    damaged while others use it, is reported in a line, and what ``make`` returns is used as it is.
+    ``description`` is JSON, everything that decides the entry's bytes; ``label`` names it for people. ``save`` writes
+    files into a new directory, and raises ValueError if they would load as something else. If the entry cannot be
+    written, or is damaged and in use by another process, one line says so and the result of ``make`` is returned.
     """
-    key = _key(description)
     try:
-        place = root(kind) / key
-        lock = _lock_to_use(kind, key)
+        place = root(kind) / _key(description)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = locks.share(_beside(place, _LOCK), otherwise=place)
     except OSError as error:
         return _not_kept(kind, _reason(error), make())
-    if lock is None:  # a cache that is read-only
-        return load(place) if _is_sound(place) else _not_kept(kind, f"{place.parent} is read-only", make())
-    if not _is_sound(place):
-        with _building(kind, key):
-            if not _is_sound(place):  # still: nobody has built it while this process waited
-                if place.exists() and not _remove(kind, key, lock):
-                    return _not_kept(
-                        kind, "its entry in the store is damaged, and in use by another process", make()
-                    )
-                fcntl.flock(lock, fcntl.LOCK_SH)
-                made = make()
-                try:
-                    _publish(made, place, {"label": label, "description": description}, save)
-                except Exception as error:  # of the disk, or of a format's own library
-                    return _not_kept(kind, _reason(error), made)
-                del made
-    with suppress(OSError):
-        os.utime(lock)
+    # Older versions read the label as the description's base.
+    about = {"label": label, "description": {"base": label, **description}}
+    try:
+        made = _build_missing(kind, place, lock, about, make, save)
+    except BaseException:
+        os.close(lock)
+        raise
+    if made is not None:
+        os.close(lock)
+        return made[0]
     _in_use.append(lock)
-    _evict(keep=(kind.name, key))
+    with suppress(OSError):  # a read-only cache
+        os.utime(lock)
+        _evict(keep=place)
     return load(place)
 
 
 def entries() -> list[Entry]:
-    """What is stored of all kinds, the latest used first."""
+    """Return what is stored of all kinds, the most recently used first; an entry that is being written is left out."""
     found = []
     for kind in KINDS:
         with suppress(OSError):
-            for path in root(kind).iterdir():
-                if path.suffix == _LOCK or _ASIDE in path.name:
-                    continue  # being written, or left by a process that died
+            names = {path.name.partition(_ASIDE)[0] for path in root(kind).iterdir() if path.suffix != _LOCK}
+            for name in names - {""}:
                 with suppress(OSError):  # removed since
-                    found.append(_entry(kind, path))
-    return sorted(found, key=lambda each: -each.used)
+                    found.append(_entry(kind, root(kind) / name))
+    return sorted((each for each in found if each is not None), key=lambda each: -each.used)
 
 
 def remove(kind: str, key: str) -> bool:
-    """Remove the entry ``key`` and what was written aside for it; False if it is in use."""
-    of_kind = next(each for each in KINDS if each.name == kind)
-    lock = _open(of_kind, key)
+    """Remove an entry and what interrupted builds left beside it. Return False if it is in use.
+
+    Raises OSError if it cannot be removed.
+    """
+    place = cache_directory() / kind / key
+    if _beside(place, _LOCK).is_dir():  # not made by the store
+        delete(_beside(place, _LOCK))
+    lock = locks.open_lock(_beside(place, _LOCK))
     try:
-        return _remove(of_kind, key, lock)
+        return _remove(place, lock)
     finally:
         os.close(lock)
 
@@ -143,130 +145,146 @@ def _key(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _entry(kind: Kind, path: Path) -> Entry:
-    lock = path.with_name(f"{path.name}{_LOCK}")
-    used = lock.stat().st_mtime if lock.exists() else path.lstat().st_mtime
+def _build_missing(
+    kind: Kind,
+    place: Path,
+    lock: int,
+    about: Mapping[str, Any],
+    make: Callable[[], M],
+    save: Callable[[M, Path], None],
+) -> tuple[M] | None:
+    """Build the entry unless it is sound. Return what was made if it cannot be kept."""
+    if _is_sound(place):
+        return None
     try:
-        manifest = _manifest(path)
-        size = sum(file["size"] for file in manifest["files"].values())
-        # Entries of the first version name what they were made from in their description.
-        label = str(manifest["label"] if "label" in manifest else manifest["description"]["base"])
-        damaged = False
-    except _MALFORMED:
-        size = (
-            sum(file.lstat().st_size for file in path.rglob("*")) if path.is_dir() else path.lstat().st_size
-        )
-        label, damaged = "", True
-    return Entry(path.name, label, size, used, _is_in_use(kind, path.name), kind.name, damaged)
-
-
-def _manifest(place: Path) -> dict[str, Any]:
-    return dict(json.loads((place / _MANIFEST).read_text(encoding="utf-8")))
+        building = locks.hold(_beside(place, f".build{_LOCK}"))
+    except OSError as error:
+        return (_not_kept(kind, _reason(error), make()),)
+    try:
+        if _is_sound(place):  # another process built it while this one waited for the lock
+            return None
+        try:
+            if os.path.lexists(place) and not _remove(place, lock):
+                raise OSError("its entry in the store is damaged, and in use by another process")
+            locks.share_open(lock)
+        except OSError as error:
+            return (_not_kept(kind, _reason(error), make()),)
+        made = make()
+        try:
+            _publish(made, place, about, save)
+        except Exception as error:  # of the disk, or of a format's own library
+            return (_not_kept(kind, _reason(error), made),)
+    finally:
+        os.close(building)
+    return None
 
 
 def _publish(made: M, place: Path, about: Mapping[str, Any], save: Callable[[M, Path], None]) -> None:
-    for left in place.parent.glob(f"{place.name}{_ASIDE}*"):  # of a process that died: we hold the lock
-        shutil.rmtree(left)
-    aside = place.parent / f"{place.name}{_ASIDE}{os.getpid()}"
+    _delete_leftovers(place)  # this process holds the build lock
+    aside = _beside(place, f"{_ASIDE}{os.getpid()}")
     try:
         aside.mkdir()
         save(made, aside)
-        files = {}
-        for path in sorted(aside.iterdir()):
-            files[path.name] = {**entry(path, durable=True), "mtime_ns": path.stat().st_mtime_ns}
+        files = {
+            path.name: {**entry(path, durable=True), "mtime_ns": path.stat().st_mtime_ns}
+            for path in sorted(aside.iterdir())
+        }
         write_file(aside / _MANIFEST, json.dumps({**about, "files": files}, indent=2).encode())
         aside.rename(place)
         sync(place.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            delete(aside)
+
+
+def _entry(kind: Kind, place: Path) -> Entry | None:
+    in_use = locks.is_in_use(_beside(place, _LOCK))
+    if in_use and not os.path.lexists(place):
+        return None  # being written
+    manifest, files = _manifest(place)
+    size = sum(file["size"] for file in files.values())
+    if damaged := not _is_complete(place, files):
+        size = sum(map(total_size, (place, *_leftovers(place))))
+    used = 0.0
+    for path in (place, _beside(place, _LOCK)):
+        with suppress(OSError):
+            used = path.lstat().st_mtime
+    # Entries of older versions have the label in their description alone.
+    label = manifest.get("label") or manifest.get("description", {}).get("base", "")
+    return Entry(place.name, str(label), size, used, in_use, kind.name, damaged)
+
+
+def _manifest(place: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the entry's manifest, and its size, sha256 and modification time of each file; both empty if invalid."""
+    path = place / _MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        files = manifest["files"]
+        sizes = [file["size"] for file in files.values() if file["sha256"] and file["mtime_ns"]]
+        if isinstance(manifest["description"], dict) and all(type(size) is int for size in sizes):
+            return manifest, files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    return {}, {}
+
+
+def _is_complete(place: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether every file has the size that was written."""
+    with suppress(OSError, ValueError):
+        return bool(files) and all(
+            (place / name).is_file() and (place / name).stat().st_size == file["size"]
+            for name, file in files.items()
+        )
+    return False
 
 
 def _is_sound(place: Path) -> bool:
-    """Whether every file is there as it was written."""
-    try:
-        files = _manifest(place)["files"]
-        hash_all = sum(file["size"] for file in files.values()) <= HASHED
-        for name, recorded in files.items():
-            state = (place / name).stat()
-            if state.st_size != recorded["size"]:
-                return False
-            changed = hash_all or state.st_mtime_ns != recorded["mtime_ns"]
-            if changed and digest(place / name) != recorded["sha256"]:
-                return False
-    except _MALFORMED:
-        return False
-    return bool(files)
+    """Return whether every file is as it was written."""
+    _, files = _manifest(place)
+    hash_all = sum(file["size"] for file in files.values()) <= HASHED
+    with suppress(OSError):
+        return _is_complete(place, files) and all(
+            digest(place / name) == file["sha256"]
+            for name, file in files.items()
+            if hash_all or (place / name).stat().st_mtime_ns != file["mtime_ns"]
+        )
+    return False
 
 
-def _remove(kind: Kind, key: str, lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _remove(place: Path, lock: int) -> bool:
+    if not locks.try_to_hold(lock):
         return False
-    place = root(kind) / key
-    if place.exists() or place.is_symlink():
-        place.rename(
-            place.with_name(f"{key}{_ASIDE}gone-{os.getpid()}")
-        )  # at once: no reader sees half an entry
-    for path in place.parent.glob(f"{key}{_ASIDE}*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    if os.path.lexists(place):
+        # In one step, so that no reader sees half an entry.
+        place.rename(_beside(place, f"{_ASIDE}gone-{os.getpid()}"))
+    _delete_leftovers(place)
     return True
 
 
-def _evict(keep: tuple[str, str]) -> None:
+def _leftovers(place: Path) -> list[Path]:
+    """Return what interrupted builds and removals left beside ``place``."""
+    return [path for path in place.parent.iterdir() if path.name.startswith(f"{place.name}{_ASIDE}")]
+
+
+def _delete_leftovers(place: Path) -> None:
+    for path in _leftovers(place):
+        with suppress(OSError):
+            delete(path)
+
+
+def _evict(keep: Path) -> None:
     stored = entries()
     total = sum(each.size for each in stored)
     for each in reversed(stored):
         if total <= BOUND:
             break
         with suppress(OSError):  # another user's
-            if (each.kind, each.key) != keep and remove(each.kind, each.key):
+            if (each.kind, each.key) != (keep.parent.name, keep.name) and remove(each.kind, each.key):
                 total -= each.size
 
 
-def _is_in_use(kind: Kind, key: str) -> bool:
-    try:
-        lock = os.open(root(kind) / f"{key}{_LOCK}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
-
-
-@contextmanager
-def _building(kind: Kind, key: str) -> Iterator[None]:
-    """Let one process build at a time; the others wait, and find the entry when they get here."""
-    descriptor = _open(kind, f"{key}.build")
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock_to_use(kind: Kind, key: str) -> int | None:
-    """A lock on ``key``, held shared; None where an existing store cannot be written."""
-    try:
-        root(kind).mkdir(parents=True, exist_ok=True)
-        lock = _open(kind, key)
-    except OSError:
-        if not (root(kind) / key).is_dir():
-            raise
-        return None
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    return lock
-
-
-def _open(kind: Kind, name: str) -> int:
-    return os.open(root(kind) / f"{name}{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def _beside(place: Path, ending: str) -> Path:
+    return place.with_name(f"{place.name}{ending}")
 
 
 def _not_kept(kind: Kind, reason: str, made: M) -> M:
@@ -275,5 +293,6 @@ def _not_kept(kind: Kind, reason: str, made: M) -> M:
 
 
 def _reason(error: Exception) -> str:
-    place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-    return f"{error.strerror if isinstance(error, OSError) and error.strerror else error}{place}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return first_line(error)

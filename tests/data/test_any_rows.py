@@ -17,13 +17,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halfbyte.cli import main
-from halfbyte.data import PreferencePairs, Text
+from halfbyte.data import PreferencePairs, Text, UnpairedPreferences
 from halfbyte.errors import UserError
 from tests.data.conftest import run_data
 
 COLUMNS = [
     *("text", "messages", "prompt", "completion", "chosen", "rejected", "conversations", "input_ids"),
-    *("labels", "seq_lengths", "attention_mask", "tools", "chat_template_kwargs", "image", "other", ""),
+    *(
+        "label",
+        "labels",
+        "seq_lengths",
+        "attention_mask",
+        "tools",
+        "chat_template_kwargs",
+        "image",
+        "other",
+        "",
+    ),
 ]
 HUGE = "word " * 20_000
 WORDS = st.one_of(
@@ -66,6 +76,11 @@ ROWS = st.one_of(
     st.lists(st.fixed_dictionaries({"prompt": WORDS, "completion": WORDS}), min_size=1, max_size=5),
     st.lists(
         st.fixed_dictionaries({"prompt": WORDS, "chosen": WORDS, "rejected": WORDS}), min_size=1, max_size=5
+    ),
+    st.lists(
+        st.fixed_dictionaries({"prompt": WORDS, "completion": WORDS, "label": st.booleans()}),
+        min_size=1,
+        max_size=5,
     ),
     st.lists(st.fixed_dictionaries({"text": SCALARS}), min_size=1, max_size=5),
 )
@@ -123,6 +138,7 @@ def test_arrow_still_crashes_on_a_row_that_is_null() -> None:
     assert done.returncode == -signal.SIGSEGV
 
 
+FORMATS = (Text, PreferencePairs, UnpairedPreferences)
 TRIED: Counter[str] = Counter()
 FILES = {
     "content": st.one_of(ROWS, RAW),
@@ -156,11 +172,11 @@ def outcome(name: str, **options: Any) -> str:
 
 def test_any_rows_are_read_or_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     @quiet(60)
-    @given(**FILES, streaming=st.booleans(), pairs=st.booleans())
-    def tried(content: Any, ending: str, streaming: bool, pairs: bool) -> None:
+    @given(**FILES, streaming=st.booleans(), format=st.sampled_from(FORMATS))
+    def tried(content: Any, ending: str, streaming: bool, format: Any) -> None:
         told = outcome(
             str(written(place, content, ending)),
-            format=PreferencePairs if pairs else Text,
+            format=format,
             dataset_streaming=streaming,
         )
         TRIED["refused" if told else "read"] += 1

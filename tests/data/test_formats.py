@@ -3,7 +3,8 @@
 import datasets
 import pytest
 
-from halfbyte.data import PreferencePairs, Text, UnpairedPreferences
+from halfbyte.data import DataFormat, Layout, PreferencePairs, Text, UnpairedPreferences
+from halfbyte.data.kinds import boolean, messages
 from halfbyte.errors import UserError
 from tests import tiny
 from tests.data.conftest import dpo, plain, refusal, run_data, sft, turn
@@ -199,6 +200,17 @@ def test_a_conversation_that_the_template_refuses(write, streaming):
     pair = {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": [turn("assistant", "bad")]}
     path = write("b.jsonl", [{**pair, "rejected": OTHER[1:]}] * 2 + [pair])
     refused(path, "train row 3", "no bad words", tokenizer=tokenizer, format=PreferencePairs)
+
+
+def test_a_third_party_format_is_rendered_by_its_own_columns(write):
+    format = DataFormat("questions", (Layout({"question": messages, "score": boolean}),))
+    rows = [{"question": TALK, "score": True}] * 3
+    data = run_data(write("a.jsonl", rows), format=format)
+    assert data.report.train.check.conversational
+    path = write("b.jsonl", [*rows, {"question": [turn("user", "bad")], "score": True}])
+    refused(
+        path, "train row 4", "no bad words", format=format, tokenizer=tiny.tokenizer(chat_template=REFUSES)
+    )
 
 
 def test_conversations_without_a_template(write, tmp_path):

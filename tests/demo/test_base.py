@@ -78,5 +78,5 @@ def test_cache_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert base.cache_directory() == tmp_path / "halfbyte" / "demo"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert base.cache_directory() == tmp_path / "home" / ".cache" / "halfbyte" / "demo"

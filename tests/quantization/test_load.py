@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from halfbyte.errors import UserError
 from halfbyte.quantization import fingerprint, load_base, measure_coverage
+from halfbyte.task import SEQUENCE_CLASSIFICATION
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -63,8 +64,23 @@ def test_experts_left_in_16_bits_are_an_error_that_names_them(model_dir: Callabl
     model = load(model_dir("qwen3_moe"))
     coverage = measure_coverage(model)
     assert coverage.left_out["routers"] > 0
-    with pytest.raises(UserError, match=r"% of the decoder.*experts\.gate_up_proj"):
+    assert coverage.unquantized_classes == ("Qwen3MoeExperts",)
+    with pytest.raises(UserError, match=r"% of the decoder.*experts\.gate_up_proj") as refused:
         coverage.require()
+    assert "Qwen3MoeExperts" in str(refused.value)
+
+
+def test_a_classification_head_of_several_linears_is_left_out_by_design(tmp_path: Path) -> None:
+    from transformers import BartConfig, BartForSequenceClassification
+
+    config = BartConfig(
+        vocab_size=tiny.VOCABULARY, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, num_labels=1,
+    )  # fmt: skip
+    BartForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    coverage = measure_coverage(load(tmp_path / "base", task=SEQUENCE_CLASSIFICATION))
+    assert coverage.four_bit_share == 1.0
+    assert coverage.left_out["head"] > 0
 
 
 def test_a_prequantized_checkpoint_reloads_to_the_same_bytes(

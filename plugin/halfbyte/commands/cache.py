@@ -2,11 +2,12 @@
 
 import json
 import time
+from pathlib import Path
 
 from halfbyte import store
 from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
-from halfbyte.wording import plural
+from halfbyte.wording import first_line, plural, say, suggestion
 
 _COMMAND = "halfbyte cache"
 
@@ -19,51 +20,65 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="rm: remove every entry")
     parser.add_argument("--json", action="store_true", help="ls: print a JSON list")
     options = parser.parse(arguments)
+    if options.action == "ls" and (options.keys or options.all):
+        parser.error("ls takes no KEY and no --all")
+    if options.action == "rm" and (options.json or bool(options.keys) == options.all):
+        parser.error("rm takes KEY... or --all")
+    try:
+        directory = store.cache_directory()
+    except OSError as error:
+        raise UserError(first_line(error), option=_COMMAND) from error
+    entries = store.entries()
     if options.action == "ls":
-        if options.keys or options.all:
-            parser.error("ls takes no KEY and no --all")
-        _list(as_json=options.json)
+        _list(entries, directory, as_json=options.json)
     else:
-        if options.json or bool(options.keys) == options.all:
-            parser.error("rm takes KEY... or --all")
-        _remove([entry.key for entry in store.entries()] if options.all else options.keys)
+        _remove(entries if options.all else _named(options.keys, entries, directory))
     return 0
 
 
-def _list(*, as_json: bool) -> None:
-    entries = store.entries()
+def _list(entries: list[store.Entry], directory: Path, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([vars(entry) for entry in entries], indent=2))
+        say(json.dumps([vars(entry) for entry in entries], indent=2))
         return
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        state = "damaged" if entry.damaged else "in use" if entry.in_use else ""
-        size = f"{entry.size / 2**30:8.2f} GiB"
-        print(f"{entry.key}  {entry.kind}  {size}  {used}  {entry.base}  {state}".rstrip())
+        states = ("damaged" if entry.damaged else "", "in use" if entry.in_use else "")
+        columns = (entry.key, entry.kind, f"{entry.size / 2**30:8.2f} GiB", used, entry.base)
+        _say("  ".join((*columns, ", ".join(filter(None, states)))).rstrip())
     total = sum(entry.size for entry in entries)
     kinds = " and ".join(
         plural(sum(entry.kind == kind.name for entry in entries), kind.noun) for kind in store.KINDS
     )
-    print(f"{kinds}, {total / 2**30:.2f} of {store.BOUND / 2**30:.0f} GiB, in {store.cache_directory()}")
+    _say(f"{kinds}, {total / 2**30:.2f} of {store.BOUND / 2**30:.0f} GiB, in {directory}")
 
 
-def _remove(keys: list[str]) -> None:
-    known = {entry.key: entry for entry in store.entries()}
-    unknown = [key for key in keys if key not in known]
-    if unknown:
-        raise UserError(
-            f"nothing is stored as {unknown[0]!r} in {store.cache_directory()}; `halfbyte cache ls` shows the keys",
-            option=_COMMAND,
-        )
-    kept = []
+def _named(keys: list[str], entries: list[store.Entry], directory: Path) -> list[store.Entry]:
+    known = {entry.key for entry in entries}
     for key in keys:
-        entry = known[key]
+        if key not in known:
+            raise UserError(
+                f"nothing is stored as {key!r} in {directory}{suggestion(key, known)}; "
+                f"`halfbyte cache ls` shows the keys",
+                option=_COMMAND,
+            )
+    return [entry for entry in entries if entry.key in keys]
+
+
+def _remove(entries: list[store.Entry]) -> None:
+    in_use, problems = [], []
+    for entry in entries:
         try:
-            if store.remove(entry.kind, key):
-                print(f"removed {key} ({entry.base or 'damaged'})")
+            if store.remove(entry.kind, entry.key):
+                _say(f"removed {entry.key} ({entry.base or 'damaged'})")
             else:
-                kept.append(key)
+                in_use.append(entry.key)
         except OSError as error:
-            raise UserError(f"cannot remove {key}: {error.strerror}", option=_COMMAND) from error
-    if kept:
-        raise UserError(f"in use by a running process, and not removed: {', '.join(kept)}", option=_COMMAND)
+            problems.append(f"cannot remove {entry.key}: {error.strerror}")
+    if in_use:
+        problems.append(f"in use by a running process, and not removed: {', '.join(in_use)}")
+    if problems:
+        raise UserError("\n".join(problems), option=_COMMAND)
+
+
+def _say(line: str) -> None:
+    say(line.encode(errors="replace").decode())  # a file's name need not be text

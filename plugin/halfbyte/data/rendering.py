@@ -3,13 +3,15 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 import jinja2
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import extract_prompt, maybe_convert_to_chatml
+from trl.data_utils import maybe_convert_to_chatml
 
-from halfbyte.data.kinds import ROLES
+from halfbyte.data.formats import Layout
+from halfbyte.data.kinds import ROLES, from_value
 from halfbyte.errors import UserError
 from halfbyte.wording import first_line, shorten
 
@@ -56,13 +58,13 @@ def training_template(tokenizer: Any, training: Any) -> str | None:
         ) from error
 
 
-def refusal(row: Mapping[str, Any], tokenizer: Any, template: str | None) -> str | None:
+def refusal(row: Mapping[str, Any], layout: Layout, tokenizer: Any, template: str | None) -> str | None:
     """Return why the chat template cannot render a row, or None."""
     tools = row.get("tools")
     options = dict(row.get("chat_template_kwargs") or {})
     try:
         options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-        for messages, prompt_only in _renderings(row):
+        for messages, prompt_only in _renderings(row, layout):
             tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
@@ -75,16 +77,22 @@ def refusal(row: Mapping[str, Any], tokenizer: Any, template: str | None) -> str
     return None
 
 
-def _renderings(row: Mapping[str, Any]) -> Iterator[tuple[Messages, bool]]:
+def _renderings(row: Mapping[str, Any], layout: Layout) -> Iterator[tuple[Messages, bool]]:
     """What TRL renders of a row: conversations, each with whether the generation prompt follows."""
-    if "conversations" in row:
-        turns = [dict(turn) for turn in row["conversations"]]
-        yield maybe_convert_to_chatml({"conversations": turns})["messages"], False
-    elif "messages" in row:
-        yield row["messages"], False
-    else:
-        parts = row if "prompt" in row else extract_prompt(dict(row))
-        yield parts["prompt"], True
-        for side in ("completion", "chosen", "rejected"):
-            if side in parts:
-                yield parts["prompt"] + parts[side], False
+    if layout.begin_alike:
+        sides = [row[column] for column in layout.spoken]
+        alike = takewhile(lambda turns: all(turn == turns[0] for turn in turns), zip(*sides, strict=False))
+        # As in TRL's `extract_prompt`, each side keeps a message of its own.
+        yield [turns[0] for turns in alike][: min(map(len, sides)) - 1], True
+        for side in sides:
+            yield side, False
+        return
+    prompt: Messages = row["prompt"] if "prompt" in layout.spoken else []
+    if prompt:
+        yield prompt, True
+    for column in layout.spoken:
+        if layout.columns[column] is from_value:
+            turns = [dict(turn) for turn in row[column]]
+            yield maybe_convert_to_chatml({"conversations": turns})["messages"], False
+        elif column != "prompt":
+            yield prompt + row[column], False

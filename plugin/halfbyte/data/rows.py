@@ -86,7 +86,7 @@ class RowCheck:
         if wrong is None and self.assistant_only and not self.layout.answered(row):
             wrong, option = "no message of the assistant's", "assistant_only_loss"
         if wrong is None and render and self.conversational:
-            reason = refusal(row, self.tokenizer, self.template)
+            reason = refusal(row, self.layout, self.tokenizer, self.template)
             wrong = reason and f"the chat template cannot render it: {reason}"
         if wrong is not None:
             raise UserError(
@@ -124,7 +124,7 @@ class RowCheck:
 def first_refused(dataset: Any, check: RowCheck) -> tuple[int, str] | None:
     """Return the first row of a Dataset that the template cannot render, and why."""
     for number, row in numbered(dataset, _read_columns(dataset, check.layout)):
-        if reason := refusal(row, check.tokenizer, check.template):
+        if reason := refusal(row, check.layout, check.tokenizer, check.template):
             return number, reason
     return None
 

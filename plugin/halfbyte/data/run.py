@@ -136,7 +136,7 @@ def _refuse_options(
         raise UserError(f"needs conversations, but the data has {layout}", option="assistant_only_loss")
     if getattr(training, "completion_only_loss", None) and not layout.masks_prompt(first):
         raise UserError(
-            f"needs prompt + completion, but the data has {layout}", option="completion_only_loss"
+            f"needs prompts with completions, but the data has {layout}", option="completion_only_loss"
         )
     if not conversational and layout.token_ids is None and tokenizer.eos_token is None:
         advice = "; set `eos_token`" if hasattr(training, "eos_token") else ""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from typing import Any
 
 from halfbyte.demo.corpus import Corpus, held_out
 from halfbyte.demo.tokenizer import VOCABULARY, train_tokenizer
+from halfbyte.store import cache_directory as user_cache
 
 # 0.9M parameters: small enough to learn English and Python from scratch in a minute and a half.
 ARCHITECTURE: dict[str, Any] = {
@@ -64,8 +64,8 @@ def cache_key(corpus: Corpus, training: dict[str, Any]) -> str:
 
 
 def cache_directory() -> Path:
-    """Where bases are kept: ``halfbyte/demo`` in the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte" / "demo"
+    """Return where bases are kept: ``halfbyte/demo`` in the user's cache directory."""
+    return user_cache() / "demo"
 
 
 def store(run: Path, entry: Path) -> None:

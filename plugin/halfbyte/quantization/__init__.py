@@ -1,6 +1,6 @@
-"""NF4 double-quantized bases: loading, the compute dtype, what is really in four bits.
+"""NF4 double-quantized bases: loading, compute dtype, coverage.
 
-The only room that touches bitsandbytes' weights.
+Only this package touches bitsandbytes' weights.
 """
 
 from halfbyte.quantization.checkpoint import fingerprint

@@ -1,4 +1,4 @@
-"""What a base checkpoint is, told from its bytes: the same model under two names has one fingerprint."""
+"""What identifies a base checkpoint: its bytes, so that one model under two names has one fingerprint."""
 
 import hashlib
 from pathlib import Path
@@ -10,18 +10,17 @@ _BLOCKS = 16
 
 
 def fingerprint(name_or_path: str, revision: str = "main") -> str | None:
-    """Return a sha256 over ``config.json`` and samples of every weight file, or None if no file is at hand.
+    """Return a sha256 over ``config.json`` and samples of every weight file, or None if no file is local.
 
-    Weight files are read at their head (where safetensors keeps names, dtypes and shapes) and at sixteen
-    evenly spaced blocks of 64 KiB, with their sizes: milliseconds for a checkpoint of any size, and two
-    different trainings never agree on all samples.
+    A weight file is sampled at its head (where safetensors keeps names, dtypes and shapes) and at sixteen evenly
+    spaced blocks of 64 KiB, and its size is included. That takes milliseconds for a checkpoint of any size, and two
+    different trainings never agree in all samples.
     """
     directory = directory_of(name_or_path, revision)
     if directory is None:
         return None
     digest = hashlib.sha256()
-    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin"))
-    for path in [directory / "config.json", *files]:
+    for path in [directory / "config.json", *weight_files(directory)]:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}\n".encode())
         with path.open("rb") as file:
@@ -32,8 +31,13 @@ def fingerprint(name_or_path: str, revision: str = "main") -> str | None:
 
 
 def directory_of(name_or_path: str, revision: str) -> Path | None:
-    """The local directory, or the hub cache's snapshot, that holds the checkpoint."""
+    """Return the local directory, or the hub cache's snapshot, that holds the checkpoint; None if neither exists."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path) if (Path(name_or_path) / "config.json").is_file() else None
     cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the checkpoint's weight files, sorted by name."""
+    return sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin"))

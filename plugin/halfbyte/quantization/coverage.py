@@ -1,4 +1,4 @@
-"""How much of a loaded base is really in four bits, and what is not."""
+"""How much of a loaded base is in 4 bits, and what is not."""
 
 from dataclasses import dataclass, field
 
@@ -15,10 +15,11 @@ REQUIRED_SHARE = 0.95
 
 @dataclass(frozen=True)
 class Coverage:
-    """Bytes of a base, and the share of its matrix-product weights that four bits hold.
+    """Bytes of a base, and the share of its matrix-product weights that is in 4 bits.
 
-    ``sixteen_bit_weights`` counts the decoder weights that are not quantized, by name; ``left_out`` bytes by what is
-    never quantized; ``unquantized_classes`` names the modules that hold the former.
+    ``sixteen_bit_weights`` counts the weights that should be in 4 bits and are not, by parameter;
+    ``unquantized_classes`` are the classes of their modules. ``left_out`` counts the bytes of what stays in 16 bits by
+    design.
     """
 
     bytes_16bit: int = 0
@@ -30,11 +31,12 @@ class Coverage:
 
     @property
     def four_bit_share(self) -> float:
-        """Four-bit weights over all decoder weights used in matrix products; 0 to 1."""
+        """Weights in 4 bits over all decoder weights used in matrix products; 0 to 1."""
         total = self.four_bit_weights + sum(self.sixteen_bit_weights.values())
         return self.four_bit_weights / total if total else 0.0
 
     def as_dict(self) -> dict[str, float | int | dict[str, int]]:
+        """Return what run.json records of the base."""
         return {
             "bytes_16bit": self.bytes_16bit,
             "bytes_4bit": self.bytes_4bit,
@@ -43,7 +45,7 @@ class Coverage:
         }
 
     def line(self) -> str:
-        """One line for people: sizes, the share in four bits, and what was left out of it."""
+        """Return one line for people: sizes, the share in 4 bits, and what stays in 16 bits by design."""
         left = ", ".join(f"{kind} {_megabytes(size)}" for kind, size in self.left_out.items())
         return (
             f"base: {_megabytes(self.bytes_16bit)} in 16 bits, {_megabytes(self.bytes_4bit)} as loaded; "
@@ -51,7 +53,7 @@ class Coverage:
         )
 
     def require(self) -> None:
-        """Raise :class:`UserError` if less than 95% of the matrix-product weights is in four bits."""
+        """Raise :class:`UserError` if less than 95% of the matrix-product weights is in 4 bits."""
         if self.four_bit_share >= REQUIRED_SHARE:
             return
         largest = sorted(self.sixteen_bit_weights.items(), key=lambda item: -item[1])
@@ -61,16 +63,17 @@ class Coverage:
         raise UserError(
             f"only {self.four_bit_share:.1%} of the decoder's matrix weights is in 4 bits; not quantized: "
             f"{shown}{more}.\n"
-            f"bitsandbytes quantizes nn.Linear only, and leaves {classes} in 16 bits without a warning; use a model "
-            f"whose decoder is nn.Linear throughout, or `load_in_4bit: false` to train on the unquantized base.",
+            f"Only nn.Linear and Conv1D are quantized, not their subclasses: {classes} stay in 16 bits. Use another "
+            f"model, or write `load_in_4bit: false` to train on the unquantized base.",
             option="model_name_or_path",
         )
 
 
 def measure_coverage(model: PreTrainedModel) -> Coverage:
-    """Walk ``model`` once and sort every parameter: four bits, sixteen bits, or left out by design.
+    """Walk ``model`` once and sort every parameter: 4 bits, 16 bits, or left out by design.
 
-    Left out by design: embeddings, the output head, routers, and everything of one dimension (norms, biases).
+    Left out by design: embeddings, the output head or a classification head, routers, and everything of one
+    dimension (norms, biases).
     """
     heads = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     seen: set[int] = set()
@@ -105,7 +108,8 @@ def _left_out_kind(
 ) -> str | None:
     if isinstance(module, nn.Embedding):
         return "embeddings"
-    if is_head or name.rpartition(".")[2] in SEQUENCE_CLASSIFICATION.unquantized:
+    # A classification head may have linears of its own, as in BART.
+    if is_head or not set(SEQUENCE_CLASSIFICATION.unquantized).isdisjoint(name.split(".")):
         return "head"
     experts = {
         getattr(config, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")

@@ -1,19 +1,18 @@
-"""Which dtype the 4-bit base computes in, decided by what this device does natively."""
+"""The dtype that a 4-bit base computes in: the one that this device supports natively."""
 
-import contextlib
 import hashlib
 import json
 import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halfbyte import store
-from halfbyte.files import replace_file
+from halfbyte import files, store
 
 
 def choose_compute_dtype(
@@ -22,11 +21,11 @@ def choose_compute_dtype(
     capability: Callable[[torch.device], tuple[int, int]] = torch.cuda.get_device_capability,
     bfloat16_is_faster: Callable[[], bool] | None = None,
 ) -> torch.dtype:
-    """Return bfloat16 where it is native, else what the device is fast and safe in.
+    """Return bfloat16 where it is native, else a dtype that is fast and safe on the device.
 
-    CUDA: bfloat16 from compute capability 8.0; below it float16 (to be run with a gradient scaler), since
-    bfloat16 is emulated there. CPU: the faster of bfloat16 and float32 by measurement, since bfloat16
-    without AVX512-BF16 or AMX can be a hundred times slower.
+    CUDA: bfloat16 from compute capability 8.0. Below it float16, which requires a gradient scaler, since bfloat16
+    is emulated there. CPU: the faster of bfloat16 and float32, measured, since bfloat16 without AVX512-BF16 or AMX
+    can be a hundred times slower.
     """
     if device.type == "cuda":
         return torch.bfloat16 if capability(device) >= (8, 0) else torch.float16
@@ -37,26 +36,27 @@ def choose_compute_dtype(
 
 
 def cpu_bfloat16_is_faster() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32: measured once, and kept in the user's cache.
+    """Return whether this CPU multiplies bfloat16 faster than float32. The times are kept in the user's cache.
 
-    Measured again by another torch, on another CPU, with other threads, and where the file is damaged.
+    They are measured again with another torch, CPU or number of threads, and where the file is damaged.
     """
     seconds = _read()
     if seconds is None:
         seconds = {name: _best_time(getattr(torch, name)) for name in ("bfloat16", "float32")}
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs a few milliseconds a run
-            replace_file(_record(), json.dumps({"machine": _machine(), "seconds": seconds}).encode())
+        content = json.dumps({"machine": _machine(), "seconds": seconds})
+        with suppress(OSError):  # without a cache a run measures again, in a few milliseconds
+            files.replace_file(_record(), content.encode())
     return seconds["bfloat16"] < seconds["float32"]
 
 
 def _record() -> Path:
-    """Where the times on this machine are kept."""
+    """The file that keeps the times on this machine. Raises OSError if the user has no cache."""
     key = hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:16]
     return store.cache_directory() / "dtype" / f"{key}.json"
 
 
 def _machine() -> dict[str, Any]:
-    """All that decides which dtype is faster."""
+    """Everything that decides which dtype is faster."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = [next((x for x in lines if x.startswith(name)), "") for name in ("model name", "flags")]
@@ -75,12 +75,12 @@ def _read() -> dict[str, float] | None:
     try:
         seconds = json.loads(_record().read_text(encoding="utf-8"))["seconds"]
         return {name: float(seconds[name]) for name in ("bfloat16", "float32")}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def _best_time(dtype: torch.dtype) -> float:
-    """Seconds of one matrix product of training size, the best of five."""
+    """Seconds of one matrix product [256, 512] x [512, 512], the best of five."""
     a = torch.ones(256, 512, dtype=dtype)
     b = torch.ones(512, 512, dtype=dtype)
     best = float("inf")

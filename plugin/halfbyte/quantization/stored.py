@@ -1,54 +1,75 @@
-"""Quantized bases in the store: what decides the bytes of one, and a save that is verified by loading it again."""
+"""Quantized bases in the store: what identifies one, how it is written, and what is compared after reloading it."""
 
-import hashlib
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
-from halfbyte.quantization.checkpoint import directory_of
+from halfbyte import files
+from halfbyte.quantization.checkpoint import directory_of, weight_files
 
 FORMAT = 1
 
 
 def describe(name: str, revision: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """All that decides the bytes of a quantized base, or None if the checkpoint's files are not at hand.
+    """Return what decides the bytes of a quantized base, or None if the checkpoint's files are not local.
 
-    No weight is read: a file is told by its name in the hub's cache (a hash of its content), else by its path, size
-    and modification time.
+    No weights are read. A file is identified by its name in the hub's cache (a hash of its content), else by its
+    path, size and modification time.
     """
     directory = directory_of(name, revision)
     if directory is None:
         return None
-    weights = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin"))
+    weights = weight_files(directory)
     if not weights:
         return None
     return {
         "format": FORMAT,
-        "config": hashlib.sha256((directory / "config.json").read_bytes()).hexdigest(),
+        "config": files.digest(directory / "config.json"),
         "weights": [_identity(path) for path in weights],
         "settings": {key: str(value) for key, value in sorted(settings.items())},
         "versions": {package: version(package) for package in ("bitsandbytes", "transformers")},
     }
 
 
-def save(model: PreTrainedModel, entry: Path, reload: Callable[..., PreTrainedModel]) -> None:
-    """Write ``model`` to ``entry``; ValueError if ``reload(entry, device)`` would load other bytes."""
-    model.save_pretrained(entry, max_shard_size="4GB")
-    written = reload(entry, torch.device("cpu")).state_dict()
-    expected = model.state_dict()
-    if written.keys() != expected.keys():
+def download(name: str, revision: str) -> None:
+    """Download the weight files of a hub model, so that :func:`describe` can identify them."""
+    if Path(name).is_dir():
+        return
+    with suppress(OSError):  # other formats, or no connection: loading itself reports what is wrong
+        index = cached_file(
+            name,
+            "model.safetensors.index.json",
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        shards = {"model.safetensors"}
+        if index is not None:
+            shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        for shard in sorted(shards):
+            cached_file(name, shard, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def save(model: PreTrainedModel, directory: Path, reload: Callable[[Path], PreTrainedModel]) -> None:
+    """Write ``model`` to ``directory``. Raises ValueError if ``reload(directory)`` has other weights."""
+    model.save_pretrained(directory, max_shard_size="4GB")
+    reloaded = reload(directory).state_dict()
+    weights = model.state_dict()
+    if reloaded.keys() != weights.keys():
         raise ValueError("saved and loaded again, this architecture has other weights")
-    for name, tensor in expected.items():
-        if not same_bytes(tensor, written[name]):
+    for name, tensor in weights.items():
+        if not same_bytes(tensor, reloaded[name]):
             raise ValueError(f"saved and loaded again, {name} is not the same")
 
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of any shape and dtype are equal in dtype, shape and bits."""
+    """Return whether two tensors of any shape agree in dtype, shape and every byte."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(t.cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))

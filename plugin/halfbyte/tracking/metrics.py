@@ -1,4 +1,4 @@
-"""metrics.jsonl: every row that the Trainer logs, and what is read from it."""
+"""metrics.jsonl: every row that the Trainer logs, its summary for run.json, and the throughput."""
 
 import json
 import time
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """Return the rows of a ``metrics.jsonl``; an incomplete last line, of a run that was killed, is ignored."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -26,10 +26,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class MetricsLog:
-    """Appends rows to ``metrics.jsonl``, each flushed as it is logged.
+    """Append rows to ``metrics.jsonl``, each flushed as it is logged.
 
-    A resumed run goes on in the file of the run before it. The file is opened at the first row, so that a
-    run which never starts leaves nothing.
+    A resumed run appends to the file of the run before it. The file is opened at the first row, so that a run that
+    never starts creates no file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +38,7 @@ class MetricsLog:
         self._file: TextIO | None = None
 
     def append(self, logs: Mapping[str, Any], step: int, epoch: float | None) -> Row:
-        """Writes one row and returns it: step, epoch, time (seconds since 1970), then what was logged."""
+        """Write one row and return it: step, epoch, time (seconds since 1970), then what was logged."""
         row: Row = plain({"step": step, "epoch": epoch, "time": round(time.time(), 3), **logs})
         if self._file is None:
             self._file = self._open()
@@ -52,7 +52,7 @@ class MetricsLog:
         self.rows = read_rows(self.path)
         file = self.path.open("a", encoding="utf-8")
         if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
-            file.write("\n")  # a killed run left half a row: keep ours off its line
+            file.write("\n")  # a killed run left half a row
         return file
 
     def close(self) -> None:
@@ -61,12 +61,10 @@ class MetricsLog:
             self._file = None
 
     def summary(self, kept_step: int | None = None) -> dict[str, Row]:
-        """The last figures under TRL's own keys; of the model that is kept, where that is an earlier step's.
+        """Return the last figures under TRL's own keys, each with its step.
 
-        Returns:
-            ``train``: the last training row and the Trainer's closing one; ``eval``: the last evaluation
-            after step 0, or that of ``kept_step``; ``before``: the evaluation at step 0 (`eval_on_start`). Each
-            carries its step.
+        ``train``: the last training row and the Trainer's closing one; ``eval``: the last evaluation after step 0, or
+        that of ``kept_step``, whose weights the run ends with; ``before``: the evaluation at step 0 (`eval_on_start`).
         """
         train: Row = {}
         closing: Row = {}
@@ -94,9 +92,9 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
 
 
 class Throughput:
-    """Training tokens per second, evaluations and saves left out.
+    """Training tokens per second, without the time of evaluations and saves.
 
-    Tokens are TRL's `num_tokens`, which counts those of all ranks; a resumed run's begins where it stopped.
+    Tokens are TRL's `num_tokens`, which counts those of all ranks; that of a resumed run continues.
     """
 
     def __init__(self) -> None:
@@ -107,22 +105,22 @@ class Throughput:
         self._before = 0.0
 
     def begin(self, tokens: float | None) -> None:
-        """Starts the clock of a session that finds `tokens` counted already."""
+        """Start the clock of a session that begins with `tokens` counted."""
         self._before = tokens or 0.0
         self.resume()
 
     def resume(self) -> None:
-        """Starts the clock, after an evaluation or a save."""
+        """Start the clock, after an evaluation or a save."""
         self._mark = time.perf_counter()
 
     def step(self) -> None:
-        """Counts the time since the last step or `resume`."""
+        """Count the time since the last step or `resume`."""
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
 
     def count(self, tokens: float) -> float | None:
-        """Takes the tokens of the run so far; returns the rate since the last call."""
+        """Take the tokens of the run so far; return the rate since the last call."""
         tokens -= self._before
         seconds, before = self._counted
         self.tokens, self._counted = tokens, (self.seconds, tokens)
