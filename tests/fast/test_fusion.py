@@ -19,7 +19,6 @@ from halfbyte import QLoRAPlugin, fast, loading, resolve
 from halfbyte.errors import UserError
 from halfbyte.fast import batches
 from halfbyte.fast.linear import FusedLinear4bit
-from halfbyte.recipe import FAST_PARTS
 from tests import tiny
 from tests.fast import models
 from tests.fast.test_parity import arguments
@@ -184,12 +183,6 @@ def test_sft_has_all_parts(cls: type) -> None:
 @pytest.mark.parametrize("cls", [DPOTrainer, RewardTrainer, Trainer])
 def test_other_trainers_have_the_models_parts(cls: type) -> None:
     assert fast.scope(cls) == fast.Scope(frozenset({"linears", "layers"}), sides=2)
-
-
-def test_a_recipe_may_allow_less() -> None:
-    assert fast.scope(SFTTrainer, frozenset({"layers", "head"})).parts == {"layers", "head"}
-    assert fast.scope(DPOTrainer, frozenset({"layers", "head"})).parts == {"layers"}
-    assert fast.scope(SFTTrainer).parts == FAST_PARTS
 
 
 @pytest.mark.parametrize("parts", [set(), {"linears"}, {"layers"}, {"head"}, {"linears", "layers"}])

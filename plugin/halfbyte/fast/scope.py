@@ -25,11 +25,10 @@ class Scope:
         assert self.sides >= 1, self.sides
 
 
-def scope(trainer_cls: type[Trainer], parts: frozenset[str] = PARTS) -> Scope:
-    """Return what of a step of ``trainer_cls`` may be fused, at most ``parts``.
+def scope(trainer_cls: type[Trainer]) -> Scope:
+    """Return what of a step of ``trainer_cls`` may be fused.
 
     The chunked head and padding-free batches replace parts of TRL's SFT step. All other trainers count as preference
     trainers, which run chosen and rejected sequences in one forward.
     """
-    supervised = issubclass(trainer_cls, SFTTrainer)
-    return Scope((PARTS if supervised else _MODEL_PARTS) & parts, sides=1 if supervised else 2)
+    return Scope(PARTS) if issubclass(trainer_cls, SFTTrainer) else Scope(sides=2)
