@@ -233,6 +233,7 @@ PRIVATE = (
     Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),
     Private("torch.nn.Module.__init__:_forward_hooks", "fast/family.py"),
     Private("torch.nn.Module.__init__:_forward_pre_hooks", "fast/family.py"),
+    *(Private("torch.ops.aten._unsafe_view", place) for place in ("fast/layer_call.py", "fast/linear.py")),
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "fast/attention.py"),
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "fast/attention.py"),
     Private("torch.distributed.distributed_c10d._get_default_store", "resilience/watch.py"),

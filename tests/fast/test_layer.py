@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
+from halfbyte import fast
 from halfbyte.fast import batches, layer
 from halfbyte.fast.attention import GraphAttention
 from tests.fast import models
@@ -284,3 +285,19 @@ def test_attention_dropout_goes_to_the_original() -> None:
     assert layer.fell_back(model) == {"dropout inside attention": 2}
     model.eval()(**BATCHES["causal"], use_cache=False)
     assert fell_back(model) == [None, None]
+
+
+@pytest.mark.parametrize("linears_only", [False, True])
+def test_an_output_may_be_changed_in_place(linears_only: bool) -> None:
+    """Gemma 3n multiplies what a projection returns in place."""
+    found = []
+    for fused in (False, True):
+        model = models.make("llama")
+        if fused and linears_only:
+            assert fast.fuse(model, scope=fast.Scope(frozenset({"linears"}))).linears == 14
+        elif fused:
+            fuse_all(model)
+        changed = models.layers(model)[0].mlp.up_proj if linears_only else models.layers(model)[0]
+        changed.register_forward_hook(lambda module, args, output: output.mul_(2))
+        found.append(step(model, BATCHES["causal"]))
+    assert_same(found[1], found[0])

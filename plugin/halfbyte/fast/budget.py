@@ -107,9 +107,9 @@ def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
 def _working(decoder: Decoder, level: int, size: int, tokens: int) -> int:
     """Bytes that the backward of one layer holds at its peak beside what was kept."""
     stream = decoder.input_norm.module.weight.numel()
-    again = kept_per_token(decoder, 2, size) - kept_per_token(decoder, 0, size) if level == 0 else 0
+    recomputed = kept_per_token(decoder, 2, size) - kept_per_token(decoder, 0, size) if level == 0 else 0
     gate_up = _outputs(decoder.gate_up)
-    of_a_token = again + (2 * gate_up + gate_up + 6 * stream) * size
+    of_a_token = recomputed + (2 * gate_up + gate_up + 6 * stream) * size
     weights = (gate_up + gate_up // 2) * stream * size
     return tokens * of_a_token + weights
 

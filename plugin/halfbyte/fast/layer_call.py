@@ -121,7 +121,8 @@ class LayerCall:
         gate_up, inner = self.gate_up.forward(_rows(x), self.gate_up.weight(x.dtype))
         product = self.decoder.gate.forward(gate_up)
         y, down_inner = self.down.forward(product, self.down.weight(x.dtype), residual=_rows(stream))
-        return y.view(stream.shape), Transformed(gate_up, inner, down_inner)
+        # No view: autograd refuses to change a view that a function returns in place.
+        return torch.ops.aten._unsafe_view(y, stream.shape), Transformed(gate_up, inner, down_inner)
 
     def transform_backward(
         self, dy: Tensor, stream: Tensor, transformed: Transformed

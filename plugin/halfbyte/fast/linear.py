@@ -70,7 +70,8 @@ class _Linear(torch.autograd.Function):
             y, inner = map_.forward(rows, map_.weight(dtype))
         ctx.map, ctx.dtype_in = map_, x.dtype
         ctx.save_for_backward(rows, inner, *parameters)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        # No view: a model may multiply the output in place (Gemma 3n does), which autograd refuses for a view.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])).to(x.dtype)
 
     @staticmethod
     @once_differentiable

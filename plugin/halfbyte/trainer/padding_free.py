@@ -1,4 +1,4 @@
-"""Padding-free training batches: TRL's own collator, asked for one row without padding."""
+"""Padding-free training batches, made by TRL's own collator."""
 
 from typing import Any
 
