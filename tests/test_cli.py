@@ -89,7 +89,7 @@ def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
         (["stf"], "did you mean 'sft'"),
         (["--config", "x.yaml"], "the recipe comes first"),
         (["merge"], "reserved for future releases"),
-        (["cache", "clear"], "is no command"),
+        (["cache", "clear"], "invalid choice: 'clear' (choose from 'ls', 'rm')"),
         (["sft", "--config", "no-such.yaml"], "no-such.yaml"),
     ],
 )
