@@ -1,6 +1,7 @@
 """Files that survive a crash: written aside and renamed, forced to disk, identified by their sha256."""
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -32,6 +33,11 @@ def write_file(path: Path, content: bytes) -> None:
 def digest(path: Path) -> str:
     """The sha256 of the file at ``path``."""
     return entry(path)["sha256"]  # type: ignore[return-value]
+
+
+def digest_of(value: object) -> str:
+    """The sha256 of a value in JSON's types, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def entry(path: Path, *, durable: bool = False) -> dict[str, int | str]:

@@ -5,7 +5,6 @@ beside its final name, verified and renamed into place. It is never written agai
 files into memory. Each process that uses an entry shares the lock beside it, so that no entry in use is removed.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 import platformdirs
 
 from halfbyte import locks
-from halfbyte.files import delete, digest, entry, sync, total_size, write_file
+from halfbyte.files import delete, digest, digest_of, entry, sync, total_size, write_file
 from halfbyte.wording import first_line, say
 
 # The least recently used entries of all kinds are removed when the store grows beyond this many bytes.
@@ -142,7 +141,7 @@ def remove(kind: str, key: str) -> bool:
 
 
 def _key(description: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:24]
+    return digest_of(description)[:24]
 
 
 def _build_missing(

@@ -1,12 +1,12 @@
 """Which options decide a run's trajectory, and what a resume may change of them."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.errors import UserError
+from halfbyte.files import digest_of
 from halfbyte.tracking.redaction import redact
 from halfbyte.wording import shorten, suggestion
 
@@ -69,7 +69,7 @@ def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """One hash over the options that decide the trajectory."""
-    return hashlib.sha256(json.dumps(relevant(config), sort_keys=True).encode()).hexdigest()
+    return digest_of(relevant(config))
 
 
 def compare(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halfbyte.files import digest, entry, sync, write_file
+from halfbyte.files import digest, digest_of, entry, sync, write_file
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -156,4 +156,4 @@ def _read(directory: Path) -> tuple[Manifest, Listing]:
 
 
 def _own_hash(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digest_of(content)

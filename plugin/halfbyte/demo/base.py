@@ -1,6 +1,5 @@
 """The demo's base model: a small Llama, and the cache that keeps a trained one for the next demo."""
 
-import hashlib
 import json
 import platform
 import shutil
@@ -11,6 +10,7 @@ from typing import Any
 
 from halfbyte.demo.corpus import Corpus, held_out
 from halfbyte.demo.tokenizer import VOCABULARY, train_tokenizer
+from halfbyte.files import digest, digest_of
 from halfbyte.store import cache_directory as user_cache
 
 # 0.9M parameters: small enough to learn English and Python from scratch in a minute and a half.
@@ -60,7 +60,7 @@ def cache_key(corpus: Corpus, training: dict[str, Any]) -> str:
         "training": training,
         "versions": versions,
     }
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of(made_of)[:16]
 
 
 def cache_directory() -> Path:
@@ -106,4 +106,4 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest(path)

@@ -1,6 +1,5 @@
 """The dtype that a 4-bit base computes in: the one that this device supports natively."""
 
-import hashlib
 import json
 import os
 import platform
@@ -51,7 +50,7 @@ def cpu_bfloat16_is_faster() -> bool:
 
 def _record() -> Path:
     """The file that keeps the times on this machine. Raises OSError if the user has no cache."""
-    key = hashlib.sha256(json.dumps(_machine(), sort_keys=True).encode()).hexdigest()[:16]
+    key = files.digest_of(_machine())[:16]
     return store.cache_directory() / "dtype" / f"{key}.json"
 
 

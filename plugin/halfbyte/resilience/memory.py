@@ -8,7 +8,7 @@ from halfbyte.wording import shorten
 def advice(args: Any, step: int, reason: str) -> str:
     """What ran out in ``step``, and what to change in ``args`` (TrainingArguments), in at most six lines."""
     rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    lines = [f"out of memory in step {step}: {shorten((reason.splitlines() or [''])[0], 300)}"]
+    lines = [f"out of memory in step {step}: {shorten(reason.partition(chr(10))[0], 300)}"]
     if rows > 1:
         lines.append(
             f"  the same training in less: `per_device_train_batch_size: {-(-rows // 2)}` and "

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from halfbyte.tracking.figures import DEFAULT, Figures
 from halfbyte.tracking.metrics import Row, is_evaluation
-from halfbyte.wording import count
+from halfbyte.wording import count, say
 
 _SLOW_EVALUATION = 2.0  # seconds, after which an evaluation gets a bar of its own
 
@@ -87,7 +87,7 @@ class RunProgress:
         if self._live is not None:
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(line, flush=True)
+            say(line)
 
 
 def figures(
@@ -127,6 +127,6 @@ def print_summary(rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str,
     else:
         width = max(len(label) for label, _ in rows)
         for label, value in rows:
-            print(f"{label:<{width}}  {value}")
+            say(f"{label:<{width}}  {value}")
     for label, command in commands:
-        print(f"{label}: {command}", flush=True)
+        say(f"{label}: {command}")

@@ -16,6 +16,7 @@ from halfbyte.errors import UserError
 from halfbyte.tracking.metrics import Row
 from halfbyte.tracking.record import RunRecord
 from halfbyte.tracking.redaction import redact
+from halfbyte.wording import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class WandbRun:
         try:
             return wandb.init(**options)
         except Exception as error:
-            reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
+            reason = redact(first_line(error))
             logger.warning("W&B does not answer (%s): this run is recorded offline.", reason)
             return wandb.init(**options, mode="offline")
 
