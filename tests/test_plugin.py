@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from halfbyte import QLoRAPlugin
+from halfbyte.errors import UserError
 from tests import launch, tiny
 from tests.distributed import loop
 
@@ -119,6 +120,13 @@ def test_a_loop_of_one_s_own(model_dir: ModelDir) -> None:
     assert all(not torch.equal(start[name], end[name]) for name in start if "lora_B" in name)
     assert {weight.dtype for weight in end.values()} == {torch.float32}
     assert all(torch.equal(weight, base[name]) for name, weight in frozen(model).items())
+
+
+def test_a_loaded_model_is_refused_in_one_sentence(model_dir: ModelDir, tmp_path: Path) -> None:
+    plugin = QLoRAPlugin(dtype="float32")
+    model = plugin.load(str(model_dir("llama")))
+    with pytest.raises(UserError, match=r"model: PeftModelForCausalLM is a loaded model; give a name"):
+        plugin.trainer(trl.SFTTrainer, model=model, args=trl.SFTConfig(**options(tmp_path)))
 
 
 def test_two_processes_do_what_one_does(model_dir: ModelDir, tmp_path: Path) -> None:

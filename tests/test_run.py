@@ -286,10 +286,37 @@ def test_a_used_output_directory_is_refused_or_moved_aside(
     options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("sft"))
     assert run("sft", output, *options) == 2
     assert "is not empty" in capsys.readouterr().err
+    assert run("sft", output, *options, "--overwrite_output_dir") == 2
+    assert "holds no run" in capsys.readouterr().err
     assert [p.name for p in output.iterdir()] == ["precious.txt"]
+    (output / "run.json").write_text("{}")
     assert run("sft", output, *options, "--overwrite_output_dir") == 0
     assert (tmp_path / "run.1" / "precious.txt").read_text() == "mine"
     assert record(output)["status"] == "completed"
+
+
+def test_what_a_run_reads_is_not_moved_aside(model_dir: ModelDir, tmp_path: Path, rows, capsys) -> None:
+    """The adapter it starts from, in the directory that it would move: refused, and left where it was."""
+    output = tmp_path / "sft"
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("sft"))
+    assert run("sft", output, *options) == 0
+    before = sorted(path.name for path in output.iterdir())
+    again = ("--adapter_name_or_path", str(output), "--dataset_name", rows("sft"), "--overwrite_output_dir")
+    assert run("sft", output, *again) == 2
+    assert "which this run reads" in capsys.readouterr().err
+    assert sorted(path.name for path in output.iterdir()) == before
+    assert not (tmp_path / "sft.1").exists()
+
+
+def test_a_run_that_takes_no_step_is_an_error(model_dir: ModelDir, tmp_path: Path, capsys) -> None:
+    """A stream of which no row is left: an untrained adapter would be saved as the result."""
+    short = [{"prompt": tiny.text(n) * 40, "completion": " x"} for n in range(4)]
+    data = tiny.write_rows(tmp_path / "rows", [*short, *short])
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", data)
+    streamed = ("--dataset_streaming", "true", "--max_length", "8")
+    output = tmp_path / "run"
+    assert run("sft", output, *options, *streamed) in (1, 2)
+    assert not (output / "adapter_model.safetensors").exists()
 
 
 def test_an_unexpected_failure_is_recorded_and_ends_with_1(

@@ -25,6 +25,18 @@ class Options:
     plugin: QLoRAPlugin
     mixture: DatasetMixtureConfig
 
+    def paths(self, decisions: Decisions) -> list[str]:
+        """What the run reads: names that may be paths."""
+        named = [
+            decisions.base,
+            decisions.adapter,
+            self.settings["model_name_or_path"],
+            self.script.dataset_name,
+        ]
+        named += [getattr(self.args, "chat_template_path", None), self.settings["resume_from_checkpoint"]]
+        named += [part.path for part in self.mixture.datasets or ()]
+        return [str(name) for name in named if name]
+
     @classmethod
     def decided(cls, settings: Settings, decisions: Decisions) -> "Options":
         """The options that ``decisions`` make of ``settings``.

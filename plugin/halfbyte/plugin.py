@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from halfbyte import distributed, loading, optimizers, resolve
 from halfbyte import fast as fast_step  # `fast` is an option here
 from halfbyte.assembly import assemble
+from halfbyte.errors import UserError
 from halfbyte.model_options import ModelOptions
 from halfbyte.trainer.build import with_values
 from halfbyte.trainer.compose import LIBRARY
@@ -68,6 +69,12 @@ class QLoRAPlugin(ModelOptions):
         each. Without ``processing_class`` the tokenizer is the adapter's or the base's. The trainer's ``report`` says
         how much of the base is in four bits and what of the step is fused.
         """
+        if model is not None and not isinstance(model, str):
+            raise UserError(
+                f"{type(model).__name__} is a loaded model; give a name or a directory, which the plugin loads in four "
+                f"bits for this rank",
+                option="model",
+            )
         distributed.refuse_unsupported()
         decisions = resolve.for_arguments(self, args, model)
         say(*decisions.lines, error=True)

@@ -24,7 +24,7 @@ from halfbyte.checkpoint.output import claim, left_as_it_was, save_final
 from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.config import RunArguments, Settings
 from halfbyte.data import RunData
-from halfbyte.errors import Stopped, UserError
+from halfbyte.errors import Halted, Stopped, UserError
 from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe
@@ -84,7 +84,7 @@ def train(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> Non
     options = Options.decided(settings, decisions)
     output = options.args.output_dir
     overwrite = options.script.overwrite_output_dir and resume.path is None
-    resume.require_usable(output, overwrite=overwrite)
+    resume.require_usable(output, overwrite=overwrite, inputs=options.paths(decisions))
     allowed = _allowed_changes(options)
     changed = resume.changes(_identity(options, decisions), allowed)
     inputs = _read(recipe, options, decisions)
@@ -218,7 +218,12 @@ def _out_of_memory_advised(trainer: Trainer) -> Iterator[None]:
 
 
 def _finish(trainer: Trainer, record: RunRecord) -> None:
-    """Evaluate once more where the last step was not, and write the final weights."""
+    """Evaluate once more where the last step was not, and write the final weights.
+
+    Raises :class:`Halted` for a run that took no step: its adapter would be untrained.
+    """
+    if trainer.state.global_step == 0:
+        raise Halted("no step was taken: the training data is empty once unusable rows are dropped")
     if trainer.eval_dataset is not None and not _evaluated_last(trainer):
         trainer.evaluate()
     output = trainer.args.output_dir

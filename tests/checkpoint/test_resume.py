@@ -17,6 +17,7 @@ from tests.checkpoint.runs import STEPS, Finished, assert_equal, options, read_r
 from tests.checkpoint.test_manifest import recorded
 from tests.tracking import wandb_file
 
+STATES = ("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
 DAMAGES = ("truncated", "flipped", "emptied", "deleted")
 
 
@@ -33,11 +34,13 @@ def damage(path: Path, kind: str) -> None:
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Path:
-    """A run directory with checkpoint-2 and checkpoint-10, of a file each."""
+    """A run directory with checkpoint-2 and checkpoint-10, of weights and empty states."""
     for step in (2, 10):
         directory = tmp_path / "run" / f"checkpoint-{step}"
         directory.mkdir(parents=True)
         (directory / "weights").write_bytes(b"w" * step)
+        for name in STATES:
+            (directory / name).touch()
         manifest.write(directory, recorded(step=step))
     return tmp_path / "run"
 
@@ -73,6 +76,52 @@ def test_what_cannot_be_continued_is_skipped(checkpoints: Path, given: dict, why
     assert why in found.lines[0]
     with pytest.raises(UserError, match=why):
         find(str(checkpoints), str(newest))
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_checkpoint_without_a_state_is_skipped_though_it_verifies(checkpoints: Path, name: str) -> None:
+    """Upstream would start that state over without a word."""
+    newest = checkpoints / "checkpoint-10"
+    (newest / name).unlink()
+    (newest / "manifest.json").unlink()
+    manifest.write(newest, recorded(step=10))
+    assert manifest.check(newest)[1] == []
+    found = find(str(checkpoints), "auto")
+    assert found.path == str(checkpoints / "checkpoint-2")
+    assert f"it holds no {name}" in found.lines[0]
+
+
+def test_a_checkpoint_of_another_step_is_skipped(checkpoints: Path) -> None:
+    shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-20")
+    found = find(str(checkpoints), "auto")
+    assert found.path == str(checkpoints / "checkpoint-10")
+    assert found.lines[0].startswith("skipped checkpoint-20: its manifest is that of checkpoint-2")
+    with pytest.raises(UserError, match="renamed or copied"):
+        find(str(checkpoints), str(checkpoints / "checkpoint-20"))
+    assert (checkpoints / "checkpoint-20").is_dir(), "nothing was moved"
+
+
+def test_only_an_earlier_run_is_moved_aside(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def why(output: Path | str, *inputs: Path) -> str:
+        return str(history.not_to_be_moved(Path(output), map(str, inputs)))
+
+    foreign, link, base = tmp_path / "thesis", tmp_path / "link", checkpoints / "checkpoint-2" / "base"
+    foreign.mkdir()
+    assert why(foreign) == why(tmp_path / "new") == "None"
+    (foreign / "thesis.tex").touch()
+    assert "holds no run" in why(foreign)
+    assert why(checkpoints) == "None"
+    link.symlink_to(checkpoints)
+    assert "is a link" in why(link)
+    base.mkdir()
+    assert "which this run reads" in why(checkpoints, base)
+    assert "which this run reads" in why(checkpoints, checkpoints)
+    assert why(checkpoints, foreign, tmp_path / "no-such") == "None"
+    monkeypatch.chdir(checkpoints / "checkpoint-2")
+    for above in (".", "..", "/", str(checkpoints)):
+        assert "is the working directory or above it" in why(above)
 
 
 def test_a_checkpoint_that_is_a_link_is_skipped(checkpoints: Path, tmp_path: Path) -> None:

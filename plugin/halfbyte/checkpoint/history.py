@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from halfbyte.files import next_free, replace_file
@@ -32,6 +33,26 @@ def holds_a_run(output_dir: Path) -> bool:
     """Whether everything visible in ``output_dir`` can be a run's own: an empty directory too."""
     visible = [path.name for path in output_dir.iterdir() if not path.name.startswith((".", "_"))]
     return not visible or any((output_dir / name).exists() for name in (METRICS, "run.json", EARLIER))
+
+
+def not_to_be_moved(output_dir: Path, inputs: Iterable[str]) -> str | None:
+    """Why ``output_dir`` may not be moved aside, or None: it must hold a run, and nothing that this run reads."""
+    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return None
+    if output_dir.is_symlink():
+        return f"{output_dir} is a link, which is not moved aside; name the directory that it points at"
+    place = output_dir.resolve()
+    if place == Path.cwd() or place in Path.cwd().parents:
+        return f"{output_dir} is the working directory or above it, which is not moved aside; choose another"
+    for name in inputs:
+        path = Path(name).expanduser()
+        if path.exists() and (path.resolve() == place or place in path.resolve().parents):
+            return f"{output_dir} holds {name}, which this run reads, and is not moved aside; choose another"
+    if not any((output_dir / name).is_file() for name in (METRICS, "run.json")) and not checkpoints(
+        output_dir
+    ):
+        return f"{output_dir} holds no run, and only an earlier run is moved aside; choose another"
+    return None
 
 
 def cut(output_dir: Path, step: int | None) -> list[str]:

@@ -1,6 +1,6 @@
 """Where a run resumes from: the newest checkpoint that verifies, and why others were skipped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,15 @@ class Resume:
         """Compare ``now`` with what the checkpoint was made with; see :func:`halfbyte.checkpoint.changes.compare`."""
         return changes.compare(self.manifest, self.path, allowed, now)
 
-    def require_usable(self, output_dir: str, *, overwrite: bool) -> None:
-        """Raise :class:`UserError` on every rank if this run may not write into ``output_dir``."""
-        if (problem := distributed.agree(self.problem(output_dir, overwrite=overwrite))) is not None:
+    def require_usable(self, output_dir: str, *, overwrite: bool, inputs: Iterable[str] = ()) -> None:
+        """Raise :class:`UserError` on every rank if this run may not write into ``output_dir``.
+
+        With ``overwrite`` what is there is moved aside: an earlier run only, and never what holds one of ``inputs``.
+        """
+        problem = self.problem(output_dir, overwrite=overwrite)
+        if problem is None and overwrite:
+            problem = history.not_to_be_moved(Path(output_dir), inputs)
+        if (problem := distributed.agree(problem)) is not None:
             raise UserError(problem, option="output_dir")
 
     def problem(self, output_dir: str, *, overwrite: bool) -> str | None:
@@ -136,7 +142,25 @@ def usable(path: Path) -> tuple[Manifest | None, list[str]]:
             problems.append("it was saved with save_only_model, without the optimizer")
         if not found.finite:
             problems.append("its weights are not finite")
+        if found.step != history.step_of(path) and history.step_of(path) is not None:
+            problems.append(f"its manifest is that of checkpoint-{found.step}: it was renamed or copied")
+        if found.resumable and (absent := _absent_state(path, found)):
+            problems.append(f"it holds no {absent}, without which a resume would start over silently")
     return found, problems
+
+
+def _absent_state(path: Path, found: Manifest) -> str | None:
+    """What of the training state a checkpoint lacks, or None: optimizer, schedule, the Trainer's, generators."""
+    generators = ["rng_state.pth"] if found.world_size == 1 else []
+    generators += [f"rng_state_{rank}.pth" for rank in range(found.world_size) if found.world_size > 1]
+    # DeepSpeed, which leaves `latest`, may keep the schedule in its own state.
+    schedule = [] if (path / "latest").is_file() else ["scheduler.pt"]
+    for name in ("trainer_state.json", *schedule, *generators):
+        if not (path / name).is_file():
+            return name
+    # One file, FSDP2's directory of shards, or DeepSpeed's, which is named after the step.
+    states = ("optimizer.pt", "optimizer.bin", "optimizer_0", f"global_step{found.step}")
+    return None if any((path / name).exists() for name in states) else "optimizer.pt"
 
 
 def _joined(problems: list[str]) -> str:
