@@ -269,6 +269,8 @@ def test_equal_sides_of_conversations_and_of_a_stream(write):
     assert "unknown (streaming)" in stream.report.lines()[0]
     path = write("c.jsonl", pairs(1200, list(range(1, 30))))
     refused(path, "equal in 29 of 1,000 rows", format=PreferencePairs, dataset_streaming=True)
+    path = write("d.jsonl", pairs(8, list(range(1, 9))))
+    refused(path, "train: in every row both sides are equal", format=PreferencePairs, dataset_streaming=True)
 
 
 def test_without_a_format_rows_are_left_alone(write):

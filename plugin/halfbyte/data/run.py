@@ -108,6 +108,10 @@ def _split(
         )
     if streaming:
         if format.compared:
+            # A filter of its own: it counts what it drops.
+            kept = dataset.filter(unequal_arriving(name, format), with_indices=True)
+            if next(iter(kept), None) is None:
+                raise UserError("in every row both sides are equal: there is nothing to train on", split=name)
             dataset = dataset.filter(unequal_arriving(name, format), with_indices=True)
         return dataset, counts
     if format.compared and (equal := equal_rows(dataset, name, format)):
