@@ -8,6 +8,7 @@ NOT_QUICK = (
     "tests/adapters/test_fresh.py::test_a_fresh_adapter_changes_nothing",
     "tests/benchmarks/test_gpu_script.py",
     "tests/checkpoint/test_faults.py",
+    "tests/checkpoint/test_held.py",
     "tests/checkpoint/test_resume.py::test_a_resumed_run_has_each_row_once",
     "tests/checkpoint/test_security.py",
     "tests/config/test_fields.py::test_every_field",

@@ -20,6 +20,7 @@ from trl import DatasetMixtureConfig
 from halfbyte import config, data, distributed, fast, loading, quantization, resolve
 from halfbyte.bound import build_trainer
 from halfbyte.checkpoint import changes, manifest
+from halfbyte.checkpoint.held import held
 from halfbyte.checkpoint.output import claim, left_as_it_was, save_final
 from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.config import RunArguments, Settings
@@ -53,7 +54,11 @@ def main(name: str, recipe: Recipe, argv: list[str], written: config.Written | N
     """Train ``recipe`` with the settings of ``argv``, which is ``written`` once collected; return the exit code."""
     settings = read(name, recipe, argv if written is None else written)
     try:
-        train(name, recipe, argv, settings)
+        _quieten()
+        settings.check(QLoRAPlugin)  # before what depends on the machine
+        resolve.join(settings)
+        with held(settings["output_dir"]):
+            train(name, recipe, argv, settings)
     except UserError as error:
         settings.placed(error)
         raise
@@ -76,9 +81,6 @@ def read(name: str, recipe: Recipe, written: list[str] | config.Written) -> Sett
 
 def train(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> None:
     """Run ``recipe`` with ``settings`` from the first decision to the last file; on every rank."""
-    _quieten()
-    settings.check(QLoRAPlugin)  # before what depends on the machine
-    resolve.join(settings)
     resume = find(settings["output_dir"], settings["resume_from_checkpoint"])
     decisions = resolve.for_run(settings, resume.manifest)
     options = Options.decided(settings, decisions)
