@@ -48,6 +48,22 @@ def test_a_signal_stops_at_the_next_boundary(
     assert signal.getsignal(signal.Signals[name]) is before
 
 
+def test_a_closed_terminal_stops_a_run_as_sigterm_does(saboteur_options, tmp_path: Path) -> None:
+    with pytest.raises(Stopped) as stopped:
+        run.main("saboteur", saboteur.recipe, saboteur_options(fault="SIGHUP"))
+    assert (stopped.value.code, stopped.value.signal) == (143, "SIGTERM")
+    assert checkpoints(tmp_path / "run") == [3]
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(saboteur_options, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        ending = saboteur_options(fault="SIGHUP", max_steps=4, eval_strategy="no")
+        assert run.main("saboteur", saboteur.recipe, ending) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_what_a_signal_cut_off_is_made_up_for(saboteur_options, tmp_path: Path) -> None:
     """Stopped in an evaluation and resumed: the rows and the weights of a run that never was, dropout on."""
     chosen = {"max_steps": 7, "lora_dropout": 0.1, "logging_steps": 2, "learning_rate": 1e-2}
