@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.checkpoint import manifest
+from halfbyte.checkpoint import manifest, resume
 from halfbyte.cli import main
 from tests.checkpoint.test_manifest import recorded
 
@@ -18,6 +18,8 @@ def output(tmp_path: Path) -> Path:
         directory = tmp_path / f"checkpoint-{step}"
         directory.mkdir()
         (directory / "weights").write_bytes(b"w" * step)
+        for name in ("trainer_state.json", "scheduler.pt", "rng_state.pth", "optimizer.pt"):
+            (directory / name).write_bytes(b"state")
         manifest.write(directory, recorded(step=step))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"final")
     listed = manifest.listing(tmp_path, ["adapter_model.safetensors"])
@@ -63,6 +65,29 @@ def test_a_checkpoint_that_is_whole_but_not_usable(output: Path, capsys, given: 
     out = capsys.readouterr().out
     assert printed in out
     assert "no checkpoint can be resumed from" in out
+
+
+def test_it_names_the_checkpoint_that_a_resume_takes(output: Path, capsys) -> None:
+    (output / "checkpoint-10").rename(output / "checkpoint-20")
+    assert main(["verify", str(output)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == (
+        "checkpoint-20 (it cannot be resumed from: its manifest is that of checkpoint-10: it was renamed or "
+        "copied): ok"
+    )
+    assert printed[-1] == "a resume starts from checkpoint-5"
+    assert resume.find(str(output), "auto").path == str(output / "checkpoint-5")
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_resumed_from(output: Path, capsys) -> None:
+    for step in (5, 10):
+        directory = output / f"checkpoint-{step}"
+        (directory / "optimizer.pt").unlink()
+        manifest.write(directory, recorded(step=step))
+    assert main(["verify", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "it holds no optimizer.pt" in printed
+    assert "no checkpoint can be resumed from" in printed
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], ["--json"], [".", "--json"], ["no-such-directory"]])

@@ -48,9 +48,8 @@ def not_to_be_moved(output_dir: Path, inputs: Iterable[str]) -> str | None:
         path = Path(name).expanduser()
         if path.exists() and (path.resolve() == place or place in path.resolve().parents):
             return f"{output_dir} holds {name}, which this run reads, and is not moved aside; choose another"
-    if not any((output_dir / name).is_file() for name in (METRICS, "run.json")) and not checkpoints(
-        output_dir
-    ):
+    logged = any((output_dir / name).is_file() for name in (METRICS, "run.json"))
+    if not logged and not checkpoints(output_dir):
         return f"{output_dir} holds no run, and only an earlier run is moved aside; choose another"
     return None
 

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import PartialState
 
 from halfbyte import distributed
-from halfbyte.checkpoint import changes, history, manifest
+from halfbyte.checkpoint import changes, history, usable
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.errors import UserError
 
@@ -98,7 +98,7 @@ def find(output_dir: str, wanted: str | bool | None) -> Resume:
 
 
 def _named(path: Path) -> Resume:
-    found, problems = usable(path)
+    found, problems = usable.check(path)
     if problems:
         raise UserError(
             f"{path} failed verification: {_joined(problems)}; "
@@ -112,7 +112,7 @@ def _newest(output_dir: Path) -> Resume:
     lines: list[str] = []
     present = history.checkpoints(output_dir)
     for path in present:
-        found, problems = usable(path)
+        found, problems = usable.check(path)
         if not problems:
             return Resume(True, str(path), found, (*lines, f"resuming from {path}"))
         lines.append(f"skipped {path.name}: {_joined(problems)}")
@@ -130,37 +130,6 @@ def _newest(output_dir: Path) -> Resume:
         ),
         option="resume_from_checkpoint",
     )
-
-
-def usable(path: Path) -> tuple[Manifest | None, list[str]]:
-    """Return the manifest of ``path``, and why it cannot be resumed from: damage, or what it never held."""
-    found, problems = manifest.check(path)
-    if path.is_symlink():
-        problems = ["it is a link", *problems]
-    if found is not None and not problems:
-        if not found.resumable:
-            problems.append("it was saved with save_only_model, without the optimizer")
-        if not found.finite:
-            problems.append("its weights are not finite")
-        if found.step != history.step_of(path) and history.step_of(path) is not None:
-            problems.append(f"its manifest is that of checkpoint-{found.step}: it was renamed or copied")
-        if found.resumable and (absent := _absent_state(path, found)):
-            problems.append(f"it holds no {absent}, without which a resume would start over silently")
-    return found, problems
-
-
-def _absent_state(path: Path, found: Manifest) -> str | None:
-    """What of the training state a checkpoint lacks, or None: optimizer, schedule, the Trainer's, generators."""
-    generators = ["rng_state.pth"] if found.world_size == 1 else []
-    generators += [f"rng_state_{rank}.pth" for rank in range(found.world_size) if found.world_size > 1]
-    # DeepSpeed, which leaves `latest`, may keep the schedule in its own state.
-    schedule = [] if (path / "latest").is_file() else ["scheduler.pt"]
-    for name in ("trainer_state.json", *schedule, *generators):
-        if not (path / name).is_file():
-            return name
-    # One file, FSDP2's directory of shards, or DeepSpeed's, which is named after the step.
-    states = ("optimizer.pt", "optimizer.bin", "optimizer_0", f"global_step{found.step}")
-    return None if any((path / name).exists() for name in states) else "optimizer.pt"
 
 
 def _joined(problems: list[str]) -> str:

@@ -5,8 +5,8 @@ import errno
 import shutil
 from pathlib import Path
 
-from halfbyte.checkpoint import manifest as manifests
 from halfbyte.checkpoint.history import checkpoints
+from halfbyte.checkpoint.usable import is_usable
 from halfbyte.errors import Halted
 from halfbyte.wording import first_line
 
@@ -36,12 +36,6 @@ def explain_failure(final: Path, needed: int, error: Exception) -> str:
         f"{last} is whole, `--resume_from_checkpoint auto` resumes from it" if last else "there is none yet"
     )
     return f"cannot save {final}: {reason}. The last good checkpoint: {left}"
-
-
-def is_usable(path: Path) -> bool:
-    """Whether the checkpoint ``path`` verifies, is finite, and holds what a resume needs."""
-    manifest, problems = manifests.check(path)
-    return manifest is not None and manifest.finite and manifest.resumable and not problems
 
 
 def _is_full(error: Exception) -> bool:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from halfbyte.checkpoint import manifest
+from halfbyte.checkpoint import manifest, usable
 from halfbyte.checkpoint.history import checkpoints, step_of
 from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
@@ -41,9 +41,9 @@ def _run(directory: Path) -> int:
             if (problem := manifest.deviation(directory / name, entry)) is not None
         ]
         final = _print_result("final weights", problems)
-    usable = next((path for path, sound, resumable in results if sound and resumable), None)
-    if usable is not None:
-        print(f"a resume starts from {usable.name}")
+    newest = next((path for path, sound, resumable in results if sound and resumable), None)
+    if newest is not None:
+        print(f"a resume starts from {newest.name}")
     elif present:
         print("no checkpoint can be resumed from")
     return 0 if final and all(sound for _, sound, _ in results) else 1
@@ -68,9 +68,12 @@ def _checkpoint(path: Path) -> tuple[bool, bool]:
     found, problems = manifest.check(path)
     if found is not None and not problems and not found.finite:
         problems = ["its weights are not finite"]
-    resumable = found is not None and found.resumable
-    note = "" if found is None or resumable else " (weights only: it cannot be resumed from)"
-    return _print_result(f"{path.name}{note}", problems), resumable
+    note = ""
+    if found is not None and not found.resumable:
+        note = " (weights only: it cannot be resumed from)"
+    elif found is not None and not problems and (obstacles := usable.obstacles(path, found)):
+        note = f" (it cannot be resumed from: {'; '.join(obstacles)})"
+    return _print_result(f"{path.name}{note}", problems), not note
 
 
 def _print_result(name: str, problems: list[str]) -> bool:

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 
+from halfbyte.checkpoint.history import checkpoints
 from halfbyte.errors import Stopped
 from halfbyte.files import replace_file
 from halfbyte.tracking.card import model_card
@@ -19,7 +20,7 @@ from halfbyte.tracking.metrics import MetricsLog, Row, Throughput, is_evaluation
 from halfbyte.tracking.progress import RunProgress, print_summary
 from halfbyte.tracking.record import RunRecord, peak_memory_bytes, wandb_id
 from halfbyte.tracking.wandb_run import WandbRun
-from halfbyte.wording import count, memory
+from halfbyte.wording import count, memory, say
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Tracker(TrainerCallback):
             self.record.update(wandb_id=self._wandb.id)
             self.record.write()
             if self._wandb.url:
-                print(f"wandb: {self._wandb.url}", flush=True)
+                say(f"wandb: {self._wandb.url}")
         self._progress.begin(state.global_step, state.max_steps)
         self._throughput.begin(self._tokens(counted_tokens, state.epoch))
 
@@ -192,7 +193,7 @@ class Tracker(TrainerCallback):
             self.record.write()
 
     def write_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Writes README.md; takes the place of `Trainer.create_model_card`, whose arguments it accepts."""
+        """Write README.md; takes the place of `Trainer.create_model_card`, whose arguments it accepts."""
         if self._main:
             self._try("the model card", lambda: self._write_card(model_name))
 
@@ -206,9 +207,8 @@ class Tracker(TrainerCallback):
         self.record.write()
 
     def _update_record(self) -> None:
-        self.record.update(
-            metrics=self.metrics.summary(self._kept_step), checkpoints=_checkpoints(self.record.output_dir)
-        )
+        saved = [path.name for path in reversed(checkpoints(self.record.output_dir))]
+        self.record.update(metrics=self.metrics.summary(self._kept_step), checkpoints=saved)
 
     def _draw(self) -> list[Path]:
         self._drawn_at = time.monotonic()
@@ -269,10 +269,3 @@ class Tracker(TrainerCallback):
             rows.append(("plots", os.fspath(plots[0].parent / "*.png")))
         commands = [("wandb", where), ("next", values["next"])]
         print_summary(rows, [(label, line) for label, line in commands if line])
-
-
-def _checkpoints(output_dir: Path) -> list[str]:
-    found = [
-        path.name for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()
-    ]
-    return sorted(found, key=lambda name: int(name[11:]))

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Conduct:
     """The values of one run that its trainer's mixins read; all are made before the trainer is.
 
-    ``checkpoint`` is where the run resumes from, with its ``manifest``; None begins at step 0. ``config``, ``inputs``
-    and ``versions`` are repeated in the manifest of every checkpoint.
+    ``checkpoint`` is where the run resumes from, with its ``manifest``; None begins at step 0. ``config`` and
+    ``inputs`` are repeated in the manifest of every checkpoint.
     """
 
     tracker: Tracker

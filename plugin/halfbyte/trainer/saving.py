@@ -18,7 +18,8 @@ from halfbyte.checkpoint import manifest as manifests
 from halfbyte.checkpoint.changes import config_hash, relevant
 from halfbyte.checkpoint.history import checkpoints, step_of
 from halfbyte.checkpoint.manifest import Manifest
-from halfbyte.checkpoint.space import SaveError, explain_failure, is_usable, require_space
+from halfbyte.checkpoint.space import SaveError, explain_failure, require_space
+from halfbyte.checkpoint.usable import is_usable
 from halfbyte.distributed import local_shard
 from halfbyte.files import sync
 from halfbyte.tracking.record import plain
