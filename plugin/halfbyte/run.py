@@ -88,9 +88,10 @@ def train(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> Non
     overwrite = options.script.overwrite_output_dir and resume.path is None
     resume.require_usable(output, overwrite=overwrite, inputs=options.paths(decisions))
     allowed = _allowed_changes(options)
-    changed = resume.changes(_identity(options, decisions), allowed)
+    strategy = decisions.strategy.name
+    changed = resume.changes(_identity(options, decisions), allowed, strategy)
     inputs = _read(recipe, options, decisions)
-    changed += resume.changes(inputs.fingerprints, allowed)
+    changed += resume.changes(inputs.fingerprints, allowed, strategy)
 
     tracker = _tracker(name, recipe, argv, options, decisions, resume)
     signals = Signals(tracker.abandon)

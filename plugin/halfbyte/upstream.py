@@ -59,6 +59,7 @@ OVERRIDES = (
         "transformers.Trainer._init_training_state",
         "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
     ),
+    Override("transformers.Trainer._load_optimizer_and_scheduler", "self checkpoint"),
     Override("transformers.Trainer._load_rng_state", "self checkpoint"),
     Override("transformers.Trainer._push_from_checkpoint", "self checkpoint_folder"),
     Override("transformers.Trainer._run_epoch", _EPOCH),

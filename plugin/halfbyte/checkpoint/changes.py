@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from halfbyte.checkpoint.manifest import Manifest
@@ -56,6 +57,43 @@ _HARMLESS = frozenset(
 )
 _SHOWN = 6
 
+# Options that no resume may change: what they decided at step 0 is in the checkpoint, and nothing reads them again.
+_SHAPES = "it decides the shapes of the adapter and of its optimizer state"
+_START = "it decided how the adapter began at step 0"
+_OPTIMIZER = "it decides what the optimizer state consists of"
+_FIXED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "additional_special_tokens",
+            "lora_exclude_modules",
+            "lora_modules_to_save",
+            "lora_r",
+            "lora_target_modules",
+            "lora_target_parameters",
+            "lora_task_type",
+            "use_dora",
+            "use_peft",
+        ),
+        _SHAPES,
+    ),
+    "init_lora_weights": _START,
+    **dict.fromkeys(("loraplus_lr_ratio", "optim", "optim_args", "optim_target_modules"), _OPTIMIZER),
+}
+# Options that optimizer and schedule keep in their state: see `halfbyte.trainer.changed_options`.
+_RATES = (
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "warmup_steps",
+)
+_IN_STATE = (*_RATES, "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+# Schedules whose learning rate follows from what the run has seen, not from the step alone.
+_WITH_HISTORY = ("greedy", "reduce_lr_on_plateau")
+
 
 def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options of ``config`` that decide the trajectory, redacted and in JSON's types."""
@@ -72,37 +110,75 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return digest_of(relevant(config))
 
 
+def fixed(strategy: str, now: Mapping[str, Any], manifest: Manifest | None) -> dict[str, str]:
+    """Options that this resume cannot change even where it is allowed, each with the reason."""
+    found = dict(_FIXED)
+    if strategy == "zero3":
+        found.update(dict.fromkeys(_IN_STATE, "DeepSpeed restores it with the optimizer state"))
+    schedules = {str(now.get("lr_scheduler_type"))}
+    if manifest is not None:
+        schedules.add(str(manifest.config.get("lr_scheduler_type")))
+    if schedule := next((name for name in _WITH_HISTORY if name in schedules), None):
+        found.update(dict.fromkeys(_RATES, f"the learning rate of {schedule} depends on the steps before"))
+    return found
+
+
+def differences(manifest: Manifest, now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What of ``now`` a checkpoint was made with otherwise: by key, the value then and the value now.
+
+    ``now`` holds options, ``world_size``, or fingerprints of the inputs; a key that either side lacks is not compared.
+    """
+    then = {**relevant(manifest.config), "world_size": manifest.world_size, **manifest.inputs}
+    now = relevant(now)
+    return {key: (then[key], now[key]) for key in now.keys() & then.keys() if then[key] != now[key]}
+
+
 def compare(
-    manifest: Manifest | None, where: str | None, allowed: Sequence[str] | None, now: Mapping[str, Any]
+    manifest: Manifest | None,
+    where: str | None,
+    allowed: Sequence[str] | None,
+    now: Mapping[str, Any],
+    fixed: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """Compare ``now`` with what the checkpoint ``where`` was made with; return a line for each allowed change.
 
-    ``now`` holds options, ``world_size``, or fingerprints of the inputs; a key that either side lacks is not
-    compared, and without a ``manifest`` nothing is. Raises :class:`UserError` with the difference when ``allowed``
-    does not name what changed.
+    ``fixed`` are keys that cannot be allowed, with the reasons. Without a ``manifest`` nothing is compared; see
+    :func:`differences`. Raises :class:`UserError` with the difference when ``allowed`` does not name what changed.
     """
     if manifest is None:
         return []
-    then = {**relevant(manifest.config), "world_size": manifest.world_size, **manifest.inputs}
-    now = relevant(now)
-    changed = {key: (then[key], now[key]) for key in now.keys() & then.keys() if then[key] != now[key]}
+    changed = differences(manifest, now)
+    if impossible := sorted(changed.keys() & fixed.keys()):
+        lines = _some([f"  {key}: {_arrow(*changed[key])} ({fixed[key]})" for key in impossible])
+        raise UserError(
+            "\n".join(
+                [
+                    f"{where} cannot be resumed with other values of these, not even by allow_config_change:",
+                    *lines,
+                    "write the old values, or start another run in a new output_dir",
+                ]
+            )
+        )
     refused = sorted(changed.keys() - set(allowed or ()))
     if refused:
-        lines = [f"  {key}: {_arrow(*changed[key])}" for key in refused]
-        if len(lines) > _SHOWN:
-            lines = [*lines[:_SHOWN], f"  ... and {len(lines) - _SHOWN} more"]
         raise UserError(
             "\n".join(
                 [
                     f"{where} was made with other options; resuming with these would change the run:",
-                    *lines,
+                    *_some([f"  {key}: {_arrow(*changed[key])}" for key in refused]),
                     f"write the old values, or allow it: --allow_config_change {' '.join(refused)}",
                 ]
             )
         )
     return [
-        f"changed by allow_config_change: {key}: {_arrow(*values)}" for key, values in sorted(changed.items())
+        f"changed by allow_config_change from step {manifest.step + 1} on: {key}: {_arrow(*values)}"
+        for key, values in sorted(changed.items())
     ]
+
+
+def _some(lines: list[str]) -> list[str]:
+    more = len(lines) - _SHOWN
+    return lines if more <= 0 else [*lines[:_SHOWN], f"  ... and {more} more"]
 
 
 def other_versions(manifest: Manifest, now: Mapping[str, str]) -> list[str]:

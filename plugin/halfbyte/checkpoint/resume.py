@@ -28,9 +28,10 @@ class Resume:
     manifest: Manifest | None = None
     lines: tuple[str, ...] = ()
 
-    def changes(self, now: Mapping[str, Any], allowed: Sequence[str] | None) -> list[str]:
+    def changes(self, now: Mapping[str, Any], allowed: Sequence[str] | None, strategy: str) -> list[str]:
         """Compare ``now`` with what the checkpoint was made with; see :func:`halfbyte.checkpoint.changes.compare`."""
-        return changes.compare(self.manifest, self.path, allowed, now)
+        fixed = changes.fixed(strategy, now, self.manifest)
+        return changes.compare(self.manifest, self.path, allowed, now, fixed)
 
     def require_usable(self, output_dir: str, *, overwrite: bool, inputs: Iterable[str] = ()) -> None:
         """Raise :class:`UserError` on every rank if this run may not write into ``output_dir``.

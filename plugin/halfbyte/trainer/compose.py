@@ -4,6 +4,7 @@ from transformers import Trainer
 
 from halfbyte.trainer.accumulation import AccumulateOnOutOfMemory
 from halfbyte.trainer.base import Conduct, Mixin
+from halfbyte.trainer.changed_options import ChangedOptions
 from halfbyte.trainer.exact_resume import ExactResume
 from halfbyte.trainer.finite import FiniteSteps
 from halfbyte.trainer.float32_adapters import Float32Adapters
@@ -36,6 +37,8 @@ RUN: tuple[type, ...] = (
     RunDirectory,
     # Outside of saving, which asks it for this rank's counters; it restores before all others read.
     ExactResume,
+    # Restores optimizer and schedule; nothing else does.
+    ChangedOptions,
     # Innermost of the saves: what it wraps is upstream's own.
     AtomicSaves,
     *LIBRARY,
