@@ -80,10 +80,12 @@ def rows(content: object) -> list[dict]:
     return [*tiny.conversations(3), {"messages": said}]
 
 
-def read(name: str, policy: str, format=Text, streaming: bool = False) -> RunData:
+def read(
+    name: str, policy: str, format=Text, streaming: bool = False, template=tiny.CHAT_TEMPLATE
+) -> RunData:
     script = ScriptArguments(dataset_name=name, dataset_streaming=streaming)
     script.user_special_tokens = policy
-    return load(script, DatasetMixtureConfig(), plain(), format, tokenizer(tiny.CHAT_TEMPLATE, THINK))
+    return load(script, DatasetMixtureConfig(), plain(), format, tokenizer(template, THINK))
 
 
 def test_a_forged_turn_is_an_error_with_its_row(write: Callable[..., str]) -> None:
@@ -126,8 +128,21 @@ def test_other_added_tokens_pass_and_are_counted(write: Callable[..., str]) -> N
 def test_parts_that_a_template_joins_are_read_as_one(write: Callable[..., str], policy: str) -> None:
     parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
     said = [{"messages": [turn("user", parts), turn("assistant", [{"type": "text", "text": "no"}])]}]
+    joining = tiny.CHAT_TEMPLATE.replace(
+        "{{ m['content'] }}",
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}",
+    )
     with pytest.raises(UserError, match=r"<\|im_end\|> 1"):
-        read(write("a.jsonl", said), policy)
+        read(write("a.jsonl", said), policy, template=joining)
+
+
+def test_parts_that_are_joined_for_a_template_are_escaped_as_one(write: Callable[..., str]) -> None:
+    parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
+    path = write("a.jsonl", [{"messages": [turn("user", parts), turn("assistant", "no")]}])
+    with pytest.raises(UserError, match=r"<\|im_end\|> 1"):
+        read(path, "error")
+    assert read(path, "escape").train[0]["messages"][0]["content"] == "< |im_end|>"
 
 
 def test_pairs_and_streams(write: Callable[..., str]) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from halfbyte.wording import shorten
+
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -66,11 +68,23 @@ def _conversation(value: Any, roles: Collection[str], who: str, what: str) -> st
             return f"message {number}: the chat template knows no role {role!r}" + (
                 f"; write {known!r}" if known else f", expected one of {', '.join(sorted(ROLES))}"
             )
+        if isinstance(content, list) and (wrong := next(filter(None, map(unlike_text, content)), None)):
+            return f"message {number}: {what!r} has {wrong}"
         spoken = isinstance(content, str) or (isinstance(content, list) and content)
         if not spoken and not (content is None and message.get("tool_calls")):
             keys = ", ".join(sorted(key for key, held in message.items() if held is not None))
             return f"message {number}: {what!r} is {describe(content)}, must be a string; its keys: {keys}"
     return None
+
+
+def unlike_text(part: Any) -> str | None:
+    """What one part of a message's content is, if it is not text."""
+    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return None
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind != "text":
+        return f"a part of type {shorten(kind)!r}; text models only: leave such rows out"
+    return f'{describe(part)} as a part; write {{"type": "text", "text": ...}}'
 
 
 def describe(value: Any) -> str:

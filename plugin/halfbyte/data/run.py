@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 
-from halfbyte.data import delimiters, sources
+from halfbyte.data import delimiters, nested, sources
 from halfbyte.data.formats import BESIDE_TOKENS, DECIDING, DataFormat, Layout
 from halfbyte.data.rendering import known_roles, training_template
 from halfbyte.data.report import DataReport, SplitReport
@@ -79,7 +79,7 @@ def _split(
         dataset = dataset.with_format(None)
         counts.rows, counts.sha = len(dataset), digest(dataset)
     if format is None:
-        return dataset, counts
+        return nested.settle(dataset), counts
     columns = dataset.column_names or list(first)
     text_field = getattr(training, "dataset_text_field", "text")
     layout = format.detect(columns, first, text_field)
@@ -88,12 +88,14 @@ def _split(
         report.notes.append(f"{name}: read as {layout}; columns not used: {', '.join(spare)}")
     conversational = layout.conversational(first)
     _refuse_options(training, layout, conversational, tokenizer, first)
+    template = training_template(tokenizer, training) if conversational else None
+    dataset = _settled(name, dataset, layout, tokenizer, template, conversational, report)
     check = RowCheck(
         split=name,
         layout=layout,
         tokenizer=tokenizer,
         roles=known_roles(tokenizer),
-        template=training_template(tokenizer, training) if conversational else None,
+        template=template,
         conversational=conversational,
         assistant_only=getattr(training, "assistant_only_loss", False),
     )
@@ -121,6 +123,26 @@ def _split(
     if format.remark is not None and (remark := format.remark(dataset)) is not None:
         report.notes.append(f"{name}: {remark}")
     return dataset, counts
+
+
+def _settled(
+    name: str,
+    dataset: Any,
+    layout: Layout,
+    tokenizer: Any,
+    template: str | None,
+    conversational: bool,
+    report: DataReport,
+) -> Any:
+    """The split with its conversations and tools as one meaning, whatever the file format."""
+    columns = {*layout.spoken, *layout.beside}
+    streaming = isinstance(dataset, datasets.IterableDataset)
+    if not streaming and (nulls := nested.written_nulls(dataset, columns)):
+        report.notes.append(
+            f"{name}: keys that hold null are left out of {', '.join(nulls)}, as Arrow cannot tell them from "
+            "absent ones; `tools` as JSON text keep them"
+        )
+    return nested.settle(dataset, columns, join=conversational and nested.joins(tokenizer, template))
 
 
 def _deciding(columns: list[str], layout: Layout, text_field: str) -> list[str]:

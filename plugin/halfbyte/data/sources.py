@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import mmap
 import re
 from collections.abc import Iterator, Mapping
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import trl
 from trl.scripts.utils import DatasetConfig
 
+from halfbyte.data import nested
 from halfbyte.errors import UserError
 from halfbyte.wording import suggestion
 
@@ -99,14 +100,42 @@ def _mixture(mixture: Any, seed: int) -> Splits:
             "a stream cannot be split; give its test data as a split of its own", option="test_split_size"
         )
     parts = [_local_part(part) for part in mixture.datasets]
-    names = ", ".join(part.path for part in mixture.datasets)
-    # The split is drawn here and not by TRL, which draws it unseeded: another one in every process.
-    whole = dataclasses.replace(mixture, datasets=parts, test_split_size=None)
-    with reading(names):
-        splits = trl.get_dataset(whole)
+    with reading(", ".join(part.path for part in mixture.datasets)):
+        loaded = [_part(part, mixture.streaming) for part in parts]
+        shares = [part.fraction for part in parts]
+        if any(share is not None for share in shares):
+            loaded = _shared(loaded, shares, mixture.streaming)
+        # Not by `trl.get_dataset`: parts whose nested columns have other keys cannot be concatenated as they are,
+        # and it draws the test split unseeded, another one in every process.
+        whole = datasets.concatenate_datasets(nested.alike(loaded))
         if mixture.test_split_size is None:
-            return splits
-        return splits["train"].train_test_split(test_size=mixture.test_split_size, seed=seed)
+            return {"train": whole}
+        return whole.train_test_split(test_size=mixture.test_split_size, seed=seed)
+
+
+def _part(part: DatasetConfig, streaming: bool) -> Any:
+    loaded = datasets.load_dataset(
+        part.path,
+        part.name,
+        data_dir=part.data_dir,
+        data_files=part.data_files,
+        split=part.split,
+        streaming=streaming,
+    )
+    return loaded if part.columns is None else loaded.select_columns(part.columns)
+
+
+def _shared(parts: list[Any], fractions: list[float | None], streaming: bool) -> list[Any]:
+    """The first rows of each part, as many as its share of the largest mixture that repeats no row (as TRL)."""
+    if streaming:
+        raise UserError("a stream has no length to take a `fraction` of; leave it out", option="datasets")
+    given = [fraction for fraction in fractions if fraction is not None]
+    if len(given) < len(fractions):
+        raise UserError("`fraction` must be set for all parts or for none", option="datasets")
+    weights = [fraction / sum(given) for fraction in given]
+    total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True) if weight > 0)
+    pairs = zip(parts, weights, strict=True)
+    return [part.select(range(round(weight * total))) for part, weight in pairs]
 
 
 def _local_part(part: DatasetConfig) -> DatasetConfig:
@@ -119,7 +148,7 @@ def _local_part(part: DatasetConfig) -> DatasetConfig:
     if path.is_dir() and _saved(path):
         folders = [path] if (path / "state.json").exists() else [p for p in path.iterdir() if p.is_dir()]
         files = {
-            "train" if folder == path else folder.name: [_literal(p) for p in sorted(folder.glob("*.arrow"))]
+            "train" if folder == path else folder.name: [_literal(p) for p in _saved_files(folder)]
             for folder in folders
         }
         return dataclasses.replace(part, path="arrow", data_files=files)
@@ -160,9 +189,15 @@ def _saved(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
+def _saved_files(folder: Path) -> list[Path]:
+    """The files of a saved split; what `datasets` derived from it may lie beside them."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return [folder / file["filename"] for file in state["_data_files"]]
+
+
 def _from_disk(name: str, path: Path, streaming: bool) -> Splits:
     for state in path.rglob("state.json"):
-        if not any(state.parent.glob("*.arrow")):  # how a split without rows is saved, and cannot be read
+        if not _saved_files(state.parent):  # how a split without rows is saved, and cannot be read
             raise UserError(f"{state.parent}: the split has no rows")
     with reading(name):
         saved = datasets.load_from_disk(str(path))

@@ -1,0 +1,212 @@
+"""Conversations and tools as one meaning, whatever the file format that they came in.
+
+Arrow gives every row the keys of all rows, and a key that a row never had reads as null. What a file of structs cannot
+tell apart is one thing in every format: a key that holds null is a key that is absent. Text is left alone, so a null
+that matters can be kept in ``tools`` that are written as JSON text.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import datasets
+import jinja2
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from halfbyte.data.kinds import unlike_text
+from halfbyte.data.rendering import TEMPLATE_ERRORS
+
+# Columns that may be rendered with the chat template.
+COLUMNS = frozenset(
+    {
+        "prompt",
+        "completion",
+        "chosen",
+        "rejected",
+        "messages",
+        "conversations",
+        "tools",
+        "chat_template_kwargs",
+    }
+)
+_BATCH = 1000
+# In JSON text: a key that holds null, and those that clients write into every message.
+_NULL = r'[^\\]":null'
+_OWN_NULL = (
+    r'[^\\]"(?:content|tool_calls|function_call|refusal|audio|name|tool_call_id|reasoning_content)":null'
+)
+_PROBES = (
+    ("user", "assistant"),
+    ("system", "user", "assistant"),
+    ("user", "assistant", "tool", "assistant"),
+)
+
+
+def joins(tokenizer: Any, template: str | None = None) -> bool:
+    """Whether a chat template prints ``content`` as it is, so that lists of text parts must become their text."""
+
+    def rendered(turns: list[dict[str, Any]]) -> str | None:
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template))
+        except jinja2.TemplateSyntaxError:
+            raise
+        except TEMPLATE_ERRORS:
+            return None
+
+    for roles in _PROBES:
+        said = [{"role": role, "content": f"7fae{n}"} for n, role in enumerate(roles)]
+        if rendered(said) is None:  # a template of lists alone, or without one of the roles
+            continue
+        parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in said]
+        text = rendered(parts)
+        if (
+            text is None
+            or "'type'" in text
+            or '"type"' in text
+            or any(t["content"] not in text for t in said)
+        ):
+            return True
+    return False
+
+
+def settle(dataset: Any, columns: Collection[str] = COLUMNS, join: bool = False) -> Any:
+    """Return a Dataset or IterableDataset without keys that hold null in the nested values of ``columns``.
+
+    With ``join`` text parts of messages become their text. Rows without ``chat_template_kwargs`` get empty ones where
+    other rows have some. A Dataset that has nothing to change is returned as it is.
+    """
+    streaming = isinstance(dataset, datasets.IterableDataset)
+    features = dataset.features
+    if features is None:  # a stream of rows that carry no types
+        return dataset.map(_settled, fn_kwargs={"columns": sorted(columns), "join": join})
+    nested = {name: kind for name in columns if (kind := _as_json(features.get(name))) is not None}
+    if not streaming:
+        nested = {n: kind for n, kind in nested.items() if _changes(dataset.data.column(n), n, join)}
+    if not nested:
+        return dataset
+    options = {"features": datasets.Features({**features, **nested})}
+    if streaming:
+        return dataset.map(_settled, fn_kwargs={"columns": sorted(nested), "join": join}, **options)
+    return dataset.map(
+        _settled_batch,
+        batched=True,
+        batch_size=_BATCH,
+        fn_kwargs={"columns": sorted(nested), "join": join},
+        **options,
+    )
+
+
+def alike(parts: Iterable[Any]) -> list[Any]:
+    """Return data sets with the nested columns in which they differ in one form, so that they can be concatenated."""
+    parts = list(parts)
+    held = [part.features for part in parts if part.features is not None]
+    names = {name for features in held for name in features if _as_json(features[name]) is not None}
+    differ = {n for n in names if len({repr(f[n]) for f in held if n in f}) > 1}
+    return [_converted(part, differ) for part in parts]
+
+
+def written_nulls(dataset: Any, columns: Collection[str] = COLUMNS) -> list[str]:
+    """The columns of a Dataset that hold JSON with a null that its author wrote, and not Arrow.
+
+    Messages are not looked at themselves, only what they nest: templates read their keys with null as absent.
+    """
+    found = []
+    for name in sorted(set(columns) & set(dataset.column_names)):
+        texts = (text for chunk in dataset.data.column(name).chunks for text in _json_texts(chunk))
+        for text in texts:
+            nulls, own = (
+                pc.sum(pc.count_substring_regex(text, pattern)).as_py() or 0 for pattern in (_NULL, _OWN_NULL)
+            )
+            if nulls > own:
+                found.append(name)
+                break
+    return found
+
+
+def _converted(part: Any, names: Collection[str]) -> Any:
+    features = part.features
+    nested = {name: _as_json(features[name]) for name in names if name in features} if features else {}
+    if not nested:
+        return part
+    return part.map(
+        _settled_batch,
+        batched=True,
+        batch_size=_BATCH,
+        fn_kwargs={"columns": sorted(nested), "join": False},
+        features=datasets.Features({**features, **nested}),
+    )
+
+
+def _settled_batch(batch: dict[str, list[Any]], columns: list[str], join: bool) -> dict[str, list[Any]]:
+    return {name: [_column(name, value, join) for value in batch[name]] for name in columns}
+
+
+def _settled(row: dict[str, Any], columns: list[str], join: bool) -> dict[str, Any]:
+    return {**row, **{name: _column(name, row[name], join) for name in columns if name in row}}
+
+
+def _column(name: str, value: Any, join: bool) -> Any:
+    if name == "chat_template_kwargs" and value is None:
+        return {}
+    return _without_nulls(value, join)
+
+
+def _without_nulls(value: Any, join: bool) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item, join) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _without_nulls(held, join) for key, held in value.items() if held is not None}
+    for key in ("content", "value") if join and ("role" in kept or "from" in kept) else ():
+        parts = kept.get(key)
+        if isinstance(parts, list) and parts and not any(map(unlike_text, parts)):
+            kept[key] = "".join(part["text"] for part in parts)
+    return kept
+
+
+def _as_json(feature: Any) -> Any:
+    """The feature with its outermost mappings as JSON, which keeps the keys of each row; None without mappings."""
+    if isinstance(feature, dict | datasets.Json):
+        return datasets.Json()
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        inner = _as_json(feature.feature)
+        return None if inner is None else datasets.List(inner)
+    return None
+
+
+def _changes(column: pa.ChunkedArray, name: str, join: bool) -> bool:
+    """Whether any value of a column could change: JSON always could."""
+    if name == "chat_template_kwargs" and column.null_count:
+        return True
+    return any(_holds_null(chunk) or (join and _lists_content(chunk.type)) for chunk in column.chunks)
+
+
+def _holds_null(array: pa.Array) -> bool:
+    if isinstance(array.type, pa.BaseExtensionType):
+        return True
+    if pa.types.is_struct(array.type):
+        return any(field.null_count or _holds_null(field) for field in array.flatten())
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        return _holds_null(array.flatten())
+    return False
+
+
+def _lists_content(kind: pa.DataType) -> bool:
+    """Whether mappings of a type have a ``content`` that is a list."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _lists_content(kind.value_type)
+    return pa.types.is_struct(kind) and any(
+        (field.name in ("content", "value") and not pa.types.is_string(field.type))
+        or _lists_content(field.type)
+        for field in kind
+    )
+
+
+def _json_texts(array: pa.Array) -> Iterator[pa.Array]:
+    if isinstance(array.type, pa.BaseExtensionType):
+        yield array.storage
+    elif pa.types.is_struct(array.type):
+        for field in array.flatten():
+            yield from _json_texts(field)
+    elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        yield from _json_texts(array.flatten())
