@@ -64,6 +64,13 @@ def test_version_is_the_installed_one(capsys) -> None:
     assert capsys.readouterr().out.strip() == version("halfbyte")
 
 
+def test_help_of_a_command(capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["help", "verify"])
+    assert caught.value.code == 0
+    assert "usage: halfbyte verify DIR" in capsys.readouterr().out
+
+
 def test_recipes_are_listed_one_a_line(capsys) -> None:
     assert main(["recipes"]) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
@@ -87,6 +94,17 @@ def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
     ("arguments", "said"),
     [
         (["stf"], "did you mean 'sft'"),
+        (
+            ["grpo"],
+            "no recipe or command named 'grpo'; a recipe of another package is installed with that package",
+        ),
+        (["train", "x.yaml"], "recipes: dpo, pretrain, sft; `halfbyte --help` lists the commands"),
+        (["version"], "version: `halfbyte --version` prints the version"),
+        (["-V"], "`halfbyte --version` prints the version"),
+        (["it's.yaml"], "the recipe comes first: halfbyte RECIPE --config 'it'\"'\"'s.yaml'"),
+        (["sft", "run.yaml"], "'run.yaml': belongs to no option; write --config run.yaml"),
+        (["sft", "--seed=3", "a run.yml"], "write --config 'a run.yml'"),
+        (["report", "x", "--json"], "`halfbyte report` is reserved for future releases"),
         (["--config", "x.yaml"], "the recipe comes first"),
         (["merge"], "reserved for future releases"),
         (["cache", "clear"], "invalid choice: 'clear' (choose from 'ls', 'rm')"),

@@ -96,7 +96,7 @@ def test_a_third_party_cannot_take_a_shipped_name_unseen(install: Install) -> No
         recipes.load("sft")
 
 
-@pytest.mark.parametrize("name", sorted(recipes.COMMANDS))
+@pytest.mark.parametrize("name", [*sorted(recipes.COMMANDS), "help", "version"])
 def test_a_command_name_is_reserved(install: Install, name: str) -> None:
     install("grabber", {name: "grabber:recipe"})
     with pytest.raises(
@@ -139,6 +139,9 @@ def test_an_object_that_is_no_recipe(install: Install) -> None:
         ),
         ("recipes = None", "AttributeError: module 'broken' has no attribute 'recipe'"),
         ("recipe = = 1", "SyntaxError: invalid syntax"),
+        ("raise SystemExit('no licence')", "SystemExit: no licence"),
+        ("raise RuntimeError('one\\ntwo\\n' * 50)", "RuntimeError: one"),
+        ("raise KeyError", "KeyError: KeyError"),
         ("from halfbyte import Recipe\nrecipe = Recipe(config=int, summary='')", "needs a `trainer` class"),
     ],
 )
@@ -147,6 +150,7 @@ def test_a_recipe_that_does_not_import_names_its_package(install: Install, code:
     with pytest.raises(UserError, match=r"'bad' of package broken 1\.0 cannot be imported") as caught:
         recipes.load("bad")
     assert reason in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_parts_of_the_fast_step_have_one_set_of_names() -> None:

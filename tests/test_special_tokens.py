@@ -47,7 +47,8 @@ def test_tokens_must_be_named(model_dir: Callable[..., Path], tmp_path: Path, te
     rows = tiny.write_rows(tmp_path / "rows", tiny.conversations(16))
     assert main(["sft", *options(model_dir("llama"), tmp_path / "run", template, rows)]) == 2
     error = capsys.readouterr().err
-    assert "additional_special_tokens: ['<|turn|>', '<|done|>']" in error
+    assert 'additional_special_tokens: ["<|turn|>", "<|done|>"]\n' in error
+    assert '--additional_special_tokens \'["<|turn|>", "<|done|>"]\'' in error
     assert not (tmp_path / "run").exists()
 
 

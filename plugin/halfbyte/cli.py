@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -11,7 +12,7 @@ import traceback
 from halfbyte import commands
 from halfbyte import recipe as recipes
 from halfbyte.errors import FailedElsewhereError, Halted, Stopped, UserError
-from halfbyte.wording import say
+from halfbyte.wording import CONFIGURATIONS, say
 
 _OWN_PACKAGE = "halfbyte"
 _MAX_LINES = 8  # of an error that is not ours; with our own lines around it at most ten
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0
@@ -79,8 +82,12 @@ def _run(arguments: list[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if name in commands.TABLE:
         return commands.TABLE[name].main(rest)
+    if name.lstrip("-").lower() in ("v", "version"):
+        raise UserError(f"{name}: `halfbyte --version` prints the version")
+    if name.endswith(CONFIGURATIONS):
+        raise UserError(f"the recipe comes first: halfbyte RECIPE --config {shlex.quote(name)}")
     if name.startswith("-"):
-        raise UserError(f"the recipe comes first: halfbyte RECIPE {name} ...")
+        raise UserError(f"the recipe comes first: halfbyte RECIPE {shlex.quote(name)} ...")
     return _train(name, rest)
 
 

@@ -14,15 +14,17 @@ from halfbyte import commands
 from halfbyte.errors import UserError
 from halfbyte.task import CAUSAL_LM, Task
 from halfbyte.tracking.figures import DEFAULT, Figures
-from halfbyte.wording import nearest, suggestion
+from halfbyte.wording import first_line, nearest, shorten, suggestion
 
 if TYPE_CHECKING:
     from halfbyte.data import DataFormat
 
 GROUP = "halfbyte.recipes"
+_INSTALL = "a recipe of another package is installed with that package: pip install PACKAGE"
 
 # Names that the command line keeps for itself, those reserved for future releases included.
 COMMANDS = frozenset(commands.TABLE)
+_WORDS = frozenset(("help", "version"))  # and these, which it answers itself
 
 FAST_PARTS = frozenset(("linears", "layers", "head", "padding_free"))
 """Parts of the fast step: fused linears and layers, the chunked LM head, padding-free batches."""
@@ -83,7 +85,7 @@ def entries() -> list[Entry]:
 def check(listed: list[Entry]) -> None:
     """Raise :class:`UserError` if two packages claim one name, or one claims a command's."""
     for entry in listed:
-        if entry.name in COMMANDS:
+        if entry.name in COMMANDS or entry.name in _WORDS:
             raise UserError(
                 f"the recipe {entry.name!r} of package {entry.package} {entry.version} takes the name of a "
                 f"halfbyte command; rename its entry point in {GROUP!r}, or uninstall {entry.package}"
@@ -107,19 +109,20 @@ def load(name: str) -> Recipe:
     if not claims:
         known = sorted({entry.name for entry in listed})
         near = nearest(name, [*known, *COMMANDS])
-        hint = f"did you mean {near!r}? " if near is not None else ""
+        advice = _INSTALL if near is None else f"did you mean {near!r}?"
         raise UserError(
-            f"no recipe or command named {name!r}; {hint}recipes: {', '.join(known) or 'none installed'}"
+            f"no recipe or command named {shorten(repr(name))}; {advice}\n"
+            f"  recipes: {', '.join(known) or 'none installed'}; `halfbyte --help` lists the commands"
         )
     check(claims)
     entry = claims[0]
     point = metadata.EntryPoint(entry.name, entry.object, GROUP)
     try:
         recipe = point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"the recipe {name!r} of package {entry.package} {entry.version} cannot be imported from "
-            f"{entry.object}: {type(error).__name__}: {error}"
+            f"{entry.object}: {type(error).__name__}: {shorten(first_line(error), 300)}"
         ) from error
     if not isinstance(recipe, Recipe):
         raise UserError(

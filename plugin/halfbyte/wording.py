@@ -1,10 +1,16 @@
 """Words for people: one way to print on rank 0, to shorten, to count, and to suggest a name."""
 
 import contextlib
-import difflib
 import os
 import sys
 from collections.abc import Iterable
+
+# Names this long may differ in two places from what was written, and names this short in none.
+_LONG, _SHORT = 9, 3
+_PARTS = 3
+
+CONFIGURATIONS = (".yaml", ".yml")
+"""What the name of a configuration ends with."""
 
 
 def say(*lines: str, error: bool = False) -> None:
@@ -35,13 +41,46 @@ def first_line(error: BaseException) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The name in ``known`` that ``name`` was most likely meant to be, or None."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+    near = _near(name, known, most=1)
+    return near[0] if len(near) == 1 else None
 
 
 def suggestion(name: str, known: Iterable[str], most: int = 1) -> str:
-    """``"; did you mean x?"`` with at most ``most`` names, or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=most)
+    """``"; did you mean x?"`` with at most ``most`` names, or nothing where no known name is near.
+
+    Up to three names are shown where ``name`` is how all of them begin or end.
+    """
+    near = _near(name, known, most)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _near(name: str, known: Iterable[str], most: int) -> list[str]:
+    """At most ``most`` names in ``known`` that are a slip or two away, else the few that ``name`` begins or ends.
+
+    Names that only share letters are not near: micro_batch_size and auto_find_batch_size, version and verify.
+    """
+    slips = 2 if len(name) >= _LONG else 1 if len(name) >= _SHORT else 0
+    known = list(known)
+    alike = [other for other in known if abs(len(other) - len(name)) <= slips]
+    found = sorted((edits, other) for other in alike if (edits := _edits(name, other)) <= slips)
+    if found:
+        return [other for _, other in found[:most]]
+    parts = [other for other in known if other.startswith(name) or other.endswith(f"_{name}")]
+    return sorted(parts, key=len) if len(name) >= _LONG and len(parts) <= max(most, _PARTS) else []
+
+
+def _edits(one: str, other: str) -> int:
+    """How many characters are to be put in, left out, changed or swapped with the next to make one the other."""
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        before, above, row = row, before, [i]
+        for j, b in enumerate(other, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == other[j - 2] and one[i - 2] == b:
+                cost = min(cost, above[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
 
 
 def shorten(text: str, width: int = 60) -> str:

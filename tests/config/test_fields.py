@@ -14,7 +14,8 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, KTOConfig, ModelConfig, SFTCo
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, TrlParser
 
 from halfbyte.config import RunArguments, read
-from halfbyte.config.fields import Field, fields_of, members
+from halfbyte.config.conversion import members
+from halfbyte.config.fields import Field, fields_of
 from halfbyte.config.limits import CHOICES, COUNTS, DPO_LOSSES, RANGES, range_for
 from halfbyte.errors import UserError
 

@@ -46,7 +46,7 @@ def test_missing_tokens_are_added_by_name_only_and_come_back(base, tmp_path):
     file.write_text(LLAMA3)
     training = sft(tmp_path, chat_template_path=str(file))
     refused("writes 3 tokens", "additional_special_tokens: [", *NEEDED, path=base, training=training)
-    refused("writes 1 tokens", "['<|eot_id|>']", path=base, training=training,
+    refused("writes 1 tokens", '["<|eot_id|>"]', path=base, training=training,
             additional_special_tokens=NEEDED[:2])  # fmt: skip
     tokenizer, added = prepare_tokenizer(
         base, training=training, additional_special_tokens=[*NEEDED, "<pad>"]

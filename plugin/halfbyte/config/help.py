@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from halfbyte.config.fields import Field, described
+from halfbyte.config.conversion import described
+from halfbyte.config.fields import Field
 from halfbyte.config.limits import range_for
 from halfbyte.wording import shorten
 

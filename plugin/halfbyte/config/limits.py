@@ -11,14 +11,14 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
     (
         "greater than 0",
         lambda v: v > 0,
-        "learning_rate num_train_epochs logging_steps save_steps eval_steps adam_epsilon beta "
+        "learning_rate num_train_epochs adam_epsilon beta "
         "loraplus_lr_ratio temperature repetition_penalty desirable_weight undesirable_weight "
         "neftune_noise_alpha discopop_tau",
     ),
     (
         "at least 0",
         lambda v: v >= 0,
-        "beta warmup_steps weight_decay max_grad_norm eval_delay data_seed dataloader_num_workers top_k "
+        "beta weight_decay max_grad_norm eval_delay data_seed dataloader_num_workers top_k "
         "router_aux_loss_coef",
     ),
     (
@@ -30,6 +30,16 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
         "precompute_ref_batch_size ref_model_sync_steps "
         "ddp_bucket_cap_mb num_generations num_iterations max_completion_length generation_batch_size "
         "steps_per_generation",
+    ),
+    (
+        "a whole number of steps, or a share of all steps below 1, greater than 0",
+        lambda v: 0 < v < 1 or (v >= 1 and v == int(v)),
+        "logging_steps save_steps eval_steps",
+    ),
+    (
+        "a whole number of steps, or a share of all steps below 1",
+        lambda v: 0 <= v < 1 or (v >= 1 and v == int(v)),
+        "warmup_steps",
     ),
     ("-1 (not set) or at least 1", lambda v: v == -1 or v >= 1, "max_steps"),
     (

@@ -7,7 +7,7 @@ from typing import Any
 from halfbyte.config.fields import Field, fields_of
 from halfbyte.config.foreign import reason
 from halfbyte.config.settings import ALIASES, Settings
-from halfbyte.config.sources import Entries, Node, OptionError, Source
+from halfbyte.config.sources import Entries, Node, OptionError, Source, parse_flow
 from halfbyte.config.written import Mistake, Option, Written, collect, limited, listed
 from halfbyte.errors import UserError
 from halfbyte.wording import shorten, suggestion
@@ -64,11 +64,23 @@ def _options(written: Sequence[Option], fields: Mapping[str, Field]) -> Entries:
             words = ["true"]
         if len(words) == 1:
             entries.add(name, Node(words[0], source))
+        elif (whole := _whole(words, source)) is not None:
+            entries.add(name, whole)
         elif words or field is None:
             entries.add(name, Node([Node(word, source) for word in words], source))
         else:
             entries.mistakes.append((source, f"{source}: needs a value; write {source} VALUE"))
     return entries
+
+
+def _whole(words: Sequence[str], source: Source) -> Node | None:
+    """The list or mapping that a shell has split at its blanks, such as ``[wandb, tensorboard]`` without quotes."""
+    if len(words) < 2 or (words[0][:1], words[-1][-1:]) not in (("[", "]"), ("{", "}")):
+        return None
+    try:
+        return parse_flow(" ".join(words), source)
+    except OptionError:
+        return None
 
 
 def _unknown(key: str, fields: Mapping[str, Field], prog: str) -> str:

@@ -132,10 +132,16 @@ def _compose(path: str, text: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join((error.problem or error.context or "cannot be parsed").split())
+        if "'\\t'" in problem:
+            problem = "a tab; indent with spaces"
         where = f"{path}:{mark.line + 1}" if mark is not None else path
         raise UserError(f"not valid YAML: {problem}; the form is `key: value`", place=where) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {' '.join(str(error).split())[:200]}", place=path) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"not valid YAML: the character U+{ord(text[error.position]):04X}; save the file as plain UTF-8 text",
+            place=f"{path}:{line}",
+        ) from error
     except UserError:
         raise
     except (ValueError, OverflowError) as error:  # PyYAML lets chr() and int() fail on wild escapes
@@ -201,6 +207,31 @@ def parse_json(text: str, source: Source) -> Node:
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise OptionError(f"not valid JSON ({reason}), is {shown(text)}") from error
+
+
+def parse_flow(text: str, source: Source) -> Node:
+    """Parse `text`, a list or a mapping of the command line, as JSON or else as YAML reads it; raises OptionError."""
+    try:
+        return parse_json(text, source)
+    except OptionError as error:
+        refused = error
+    try:
+        root = _compose("", text)
+        if not isinstance(root, yaml.CollectionNode):
+            raise refused
+        return _placed(_node("", root, source), source)
+    except UserError:
+        raise refused from None
+
+
+def _placed(node: Node, source: Source) -> Node:
+    """Return `node` with all that is in it as written at `source`."""
+    value = node.value
+    if isinstance(value, list):
+        value = [_placed(item, source) for item in value]
+    elif isinstance(value, dict):
+        value = {key: _placed(item, source) for key, item in value.items()}
+    return Node(value, source, node.plain)
 
 
 class _Number(str):

@@ -4,13 +4,14 @@ Reading it imports neither torch nor TRL, so what it shows by itself is refused 
 """
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from halfbyte.config.foreign import reason
 from halfbyte.config.sources import Entries, Node, Source, read_yaml, shown
 from halfbyte.errors import UserError
-from halfbyte.wording import shorten
+from halfbyte.wording import CONFIGURATIONS, shorten
 
 MAX_LINES = 10
 Option = tuple[str, list[str], Source]
@@ -100,8 +101,12 @@ def _options(argv: Sequence[str]) -> list[Option]:
             options.append((name.replace("-", "_"), [value] if equals else [], source))
             closed = bool(equals)
         elif closed or (word.startswith("-") and not re.fullmatch(r"-[\d.].*", word)):
-            hint = "; a value that begins with - is written --key=VALUE" if word.startswith("-") else ""
-            raise UserError(f"{shown(word)}: belongs to no option; options are written --key value{hint}")
+            advice = "options are written --key value"
+            if word.startswith("-"):
+                advice += "; a value that begins with - is written --key=VALUE"
+            elif word.endswith(CONFIGURATIONS):
+                advice = f"write --config {shlex.quote(word)}"
+            raise UserError(f"{shown(word)}: belongs to no option; {advice}")
         else:
             options[-1][1].append(word)
     return options

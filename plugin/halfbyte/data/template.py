@@ -1,6 +1,8 @@
 """The tokenizer of a run, its chat template, and the tokens that template needs."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def prepare_tokenizer(
             raise UserError(
                 f"{token!r} is not in the vocabulary of {path}{suggestion(token, special)}\n"
                 f"  its special tokens: {', '.join(special) or 'none'}\n"
-                f"  to add it: `additional_special_tokens: [{token!r}]`",
+                f"  to add it:\n{_to_add([token])}",
                 option=option,
             )
         setattr(tokenizer, option, token)
@@ -106,6 +108,15 @@ def _add(tokenizer: Any, names: list[str]) -> list[int]:
     return [int(index) for index in tokenizer.convert_tokens_to_ids(new)]
 
 
+def _to_add(tokens: list[str]) -> str:
+    """Lines to paste: one for the YAML file, one for a shell."""
+    listed = json.dumps(tokens, ensure_ascii=False)
+    return (
+        f"  additional_special_tokens: {listed}\n"
+        f"  on the command line: --additional_special_tokens {shlex.quote(listed)}"
+    )
+
+
 def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool) -> Any | None:
     """Set a named template on the tokenizer; return the tokenizer it came from, or None for a file."""
     file = Path(template_path).expanduser()
@@ -147,7 +158,7 @@ def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool)
             f"{template_path} writes {len(missing)} tokens that the vocabulary lacks:\n"
             f"  {', '.join(missing)}\n"
             "  to add them and train their rows:\n"
-            f"  additional_special_tokens: [{', '.join(repr(token) for token in missing)}]",
+            f"{_to_add(missing)}",
             option="chat_template_path",
         )
     return source
