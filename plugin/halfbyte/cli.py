@@ -9,10 +9,10 @@ import signal
 import sys
 import traceback
 
-from halfbyte import commands
+from halfbyte import commands, streams
 from halfbyte import recipe as recipes
 from halfbyte.errors import FailedElsewhereError, Halted, Stopped, UserError
-from halfbyte.wording import CONFIGURATIONS, say
+from halfbyte.wording import CONFIGURATIONS, say, show
 
 _OWN_PACKAGE = "halfbyte"
 _MAX_LINES = 8  # of an error that is not ours; with our own lines around it at most ten
@@ -43,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; the console script and ``python -m halfbyte``."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     arguments, debug = _take_debug(arguments)
+    with streams.clean():
+        return _ended(arguments, debug)
+
+
+def _ended(arguments: list[str], debug: bool) -> int:
+    """Run the command, and print how it ended."""
     try:
         return _run(arguments)
     except UserError as error:
@@ -56,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return stopped.code
     except Halted as error:
         if debug:
-            traceback.print_exc()
+            _show_traceback(error)
         _print(f"error: {error}")
         return 1
     except KeyboardInterrupt as interrupt:
@@ -115,7 +121,7 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     """Print the reason once per job and return the exit code; a rank among others ends without waiting for them."""
     watch = sys.modules.get("halfbyte.resilience.watch")
     if debug:
-        traceback.print_exception(error)
+        _show_traceback(error)
     if watch is None:
         _print(message)
         return code
@@ -123,9 +129,7 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if not isinstance(error, FailedElsewhereError) and watch.speaks_first():
         rank = os.environ.get("RANK", "0")
         head = "" if rank == "0" else f"rank {rank}: "
-        print(
-            f"{head}{message}" if explanation is None else f"{head}{message}\n{explanation}", file=sys.stderr
-        )
+        show(f"{head}{message}" if explanation is None else f"{head}{message}\n{explanation}")
     watch.leave(code)
     return code
 
@@ -144,7 +148,11 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 def _print(message: str) -> None:
     """Print to standard error, once per job: under a launcher only on the first local rank."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(message, file=sys.stderr)
+        show(message)
+
+
+def _show_traceback(error: BaseException) -> None:
+    show("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def _first_lines(text: str) -> str:

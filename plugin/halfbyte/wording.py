@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Iterable
 
+from halfbyte.streams import printable
+
 # Names this long may differ in two places from what was written, and names this short in none.
 _LONG, _SHORT = 9, 3
 _PARTS = 3
@@ -19,18 +21,19 @@ def say(*lines: str, error: bool = False) -> None:
     A terminal or pipe that is gone never ends the run.
     """
     if os.environ.get("RANK", "0") == "0" and lines:
-        _print("\n".join(lines), error)
+        show("\n".join(lines), error=error)
 
 
 def say_on_this_rank(line: str) -> None:
     """Print ``line`` to standard error from whichever rank this is, after its number where there are several."""
     rank = os.environ.get("RANK")
-    _print(f"rank {rank}: {line}" if rank else line, error=True)
+    show(f"rank {rank}: {line}" if rank else line, error=True)
 
 
-def _print(text: str, error: bool) -> None:
+def show(text: str, *, error: bool = True) -> None:
+    """Print ``text`` without secrets and control characters: all that halfbyte prints, and errors, pass here."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -61,7 +61,10 @@ def test_a_set_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_card_loads_what_the_task_says(tmp_path: Path) -> None:
     record = RunRecord(tmp_path / "run", "rm")
-    record.update(config={"lora_task_type": "SEQ_CLS", "use_peft": True, "model_name_or_path": "a/b"})
+    record.update(
+        config={"lora_task_type": "SEQ_CLS", "use_peft": True, "model_name_or_path": "a/b"},
+        files={"adapter_model.safetensors": {}},
+    )
     card = model_card(record)
     assert 'AutoModelForSequenceClassification.from_pretrained("a/b", ' in card
     compile(card.split("```python\n")[1].split("```")[0], "README.md", "exec")

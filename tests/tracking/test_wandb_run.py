@@ -105,8 +105,11 @@ def test_a_sweep_agent_s_values_and_names_are_kept(environment: pytest.MonkeyPat
     environment.setenv("WANDB_SWEEP_PARAM_PATH", str(parameters))
     record = RunRecord(tmp_path / "out", "sft")
     record.update(config={"learning_rate": 3e-4, "lora_r": 8})
-    WandbRun(record, None).finish(0)
+    environment.setenv("WANDB_NOTES", "password=CANARY9x7q")
+    WandbRun(record, "rows of https://CANARY9x7q@host").finish(0)
+    assert b"CANARY" not in _file(tmp_path / "out").read_bytes()
     run = wandb_file.read(_file(tmp_path / "out"))
+    assert run["name"] == "rows of https://***@host"
     assert (run["project"], run["group"]) == ("swept", "night")
     assert (run["config"]["learning_rate"], run["config"]["lora_r"]) == (3e-4, 8)
 

@@ -8,7 +8,7 @@ from typing import Any
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.errors import UserError
 from halfbyte.files import digest_of
-from halfbyte.tracking.redaction import redact
+from halfbyte.redaction import redact
 from halfbyte.wording import shorten, suggestion
 
 # Options that leave the weights, the optimizer and the order of the data as they are. Every other option

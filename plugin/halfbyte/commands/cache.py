@@ -44,12 +44,12 @@ def _list(entries: list[store.Entry], directory: Path, *, as_json: bool) -> None
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         states = ("damaged" if entry.damaged else "", "in use" if entry.in_use else "")
         columns = (entry.key, entry.kind, f"{entry.size / 2**30:8.2f} GiB", used, entry.base)
-        _say("  ".join((*columns, ", ".join(filter(None, states)))).rstrip())
+        say("  ".join((*columns, ", ".join(filter(None, states)))).rstrip())
     total = sum(entry.size for entry in entries)
     kinds = " and ".join(
         plural(sum(entry.kind == kind.name for entry in entries), kind.noun) for kind in store.KINDS
     )
-    _say(f"{kinds}, {total / 2**30:.2f} of {store.BOUND / 2**30:.0f} GiB, in {directory}")
+    say(f"{kinds}, {total / 2**30:.2f} of {store.BOUND / 2**30:.0f} GiB, in {directory}")
 
 
 def _named(keys: list[str], entries: list[store.Entry], directory: Path) -> list[store.Entry]:
@@ -69,7 +69,7 @@ def _remove(entries: list[store.Entry]) -> None:
     for entry in entries:
         try:
             if store.remove(entry.kind, entry.key):
-                _say(f"removed {entry.key} ({entry.base or 'damaged'})")
+                say(f"removed {entry.key} ({entry.base or 'damaged'})")
             else:
                 in_use.append(entry.key)
         except OSError as error:
@@ -78,7 +78,3 @@ def _remove(entries: list[store.Entry]) -> None:
         problems.append(f"in use by a running process, and not removed: {', '.join(in_use)}")
     if problems:
         raise UserError("\n".join(problems), option=_COMMAND)
-
-
-def _say(line: str) -> None:
-    say(line.encode(errors="replace").decode())  # a file's name need not be text

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.commands.parser import Parser
+from halfbyte.wording import say
 
 if TYPE_CHECKING:
     from halfbyte.plan.doctor import Check
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
             "checks": [asdict(check) for check in checks],
             "launch": asdict(launch) if launch else None,
         }
-        print(json.dumps(report, indent=2))
+        say(json.dumps(report, indent=2))
     else:
         _print(checks, launch)
     return 0 if ok else 1
@@ -41,9 +42,9 @@ def _print(checks: "list[Check]", launch: "Launch | None") -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
         advice = f"; {check.mend}" if check.mend else ""
-        print(f"{'ok   ' if check.ok else 'WRONG'}  {check.name:<{width}}  {check.found}{advice}")
+        say(f"{'ok   ' if check.ok else 'WRONG'}  {check.name:<{width}}  {check.found}{advice}")
     if launch is None:
         return
-    print(f"{'WRONG' if launch.problems else 'ok   '}  {launch.file}: {launch.runs}")
+    say(f"{'WRONG' if launch.problems else 'ok   '}  {launch.file}: {launch.runs}")
     for line in (*launch.problems, *launch.notes):
-        print(f"       {line}")
+        say(f"       {line}")

@@ -4,6 +4,7 @@ import json
 
 from halfbyte import recipe
 from halfbyte.commands.parser import Parser
+from halfbyte.wording import say
 
 
 def main(arguments: list[str]) -> int:
@@ -14,11 +15,11 @@ def main(arguments: list[str]) -> int:
     listed = recipe.entries()
     recipe.check(listed)
     if options.json:
-        print(json.dumps([vars(entry) for entry in listed], indent=2))
+        say(json.dumps([vars(entry) for entry in listed], indent=2))
         return 0
     width = max((len(entry.name) for entry in listed), default=0)
     for entry in listed:
-        print(f"{entry.name:<{width}}  {entry.package} {entry.version}  {entry.object}")
+        say(f"{entry.name:<{width}}  {entry.package} {entry.version}  {entry.object}")
     if not listed:
-        print(f"no recipes are installed (entry points in the group {recipe.GROUP!r})")
+        say(f"no recipes are installed (entry points in the group {recipe.GROUP!r})")
     return 0

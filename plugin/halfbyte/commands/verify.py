@@ -7,6 +7,7 @@ from halfbyte.checkpoint import manifest, usable
 from halfbyte.checkpoint.history import checkpoints, step_of
 from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
+from halfbyte.wording import say
 
 
 def main(arguments: list[str]) -> int:
@@ -43,9 +44,9 @@ def _run(directory: Path) -> int:
         final = _print_result("final weights", problems)
     newest = next((path for path, sound, resumable in results if sound and resumable), None)
     if newest is not None:
-        print(f"a resume starts from {newest.name}")
+        say(f"a resume starts from {newest.name}")
     elif present:
-        print("no checkpoint can be resumed from")
+        say("no checkpoint can be resumed from")
     return 0 if final and all(sound for _, sound, _ in results) else 1
 
 
@@ -77,5 +78,5 @@ def _checkpoint(path: Path) -> tuple[bool, bool]:
 
 
 def _print_result(name: str, problems: list[str]) -> bool:
-    print(f"{name}: {'damaged' if problems else 'ok'}", *(f"  {problem}" for problem in problems), sep="\n")
+    say(f"{name}: {'damaged' if problems else 'ok'}", *(f"  {problem}" for problem in problems))
     return not problems

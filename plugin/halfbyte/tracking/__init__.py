@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.tracking.callback import Tracker
     from halfbyte.tracking.record import RunRecord, peak_memory_bytes
-    from halfbyte.tracking.redaction import redact
     from halfbyte.tracking.suggested import next_command, resume_command
     from halfbyte.tracking.wandb_run import check_wandb, wandb_missing, wandb_ready
 
@@ -19,7 +18,6 @@ _PLACES = {
     "check_wandb": "wandb_run",
     "next_command": "suggested",
     "peak_memory_bytes": "record",
-    "redact": "redaction",
     "resume_command": "suggested",
     "wandb_missing": "wandb_run",
     "wandb_ready": "wandb_run",
@@ -31,7 +29,6 @@ __all__ = [
     "check_wandb",
     "next_command",
     "peak_memory_bytes",
-    "redact",
     "resume_command",
     "wandb_missing",
     "wandb_ready",

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from halfbyte import task
+from halfbyte.redaction import redact, redact_text
 from halfbyte.tracking.figures import DEFAULT, Figures
 from halfbyte.tracking.record import RunRecord
 
@@ -46,13 +47,14 @@ _UNREMARKABLE = ("runtime", "per_second", "num_tokens")
 def model_card(record: RunRecord, title: str | None = None, *, figures: Figures = DEFAULT) -> str:
     """Return the card's text: metadata, what was trained on what, the settings, the results, how to load it.
 
-    It has no secret of ``run.json``, and of a local path only the last name.
+    It has no secret, and of a local path only the last name. The code loads what the run has written: the final
+    weights, else those of the newest checkpoint.
     """
     values = record.as_dict()
     config = values["config"]
     adapter = bool(config.get("use_peft"))
     base = str(values["base"].get("name") or config.get("model_name_or_path") or "unknown")
-    title = title or record.output_dir.resolve().name
+    title = title or str(redact(record.output_dir.resolve().name))
     data = _datasets(config)
     tags = ["halfbyte", "trl", values["recipe"]]
     if adapter:
@@ -71,16 +73,17 @@ def model_card(record: RunRecord, title: str | None = None, *, figures: Figures 
         f"# {title}",
         f"This is {what} `{_public(base)}`, trained with the `{values['recipe']}` recipe of halfbyte"
         + (f" on {', '.join(f'`{_public(name)}`' for name in data)}" if data else "")
-        + f", {values['steps']} steps. `run.json` has every setting and `metrics.jsonl` every figure.",
+        + f", {values['steps']} steps{_ended(values)}. `run.json` has every setting and `metrics.jsonl` every figure"
+        + " where it was trained.",
         "## Settings",
         _table(("setting", "value"), [(key, config[key]) for key in settings if config.get(key) is not None]),
         *_results(values["metrics"]),
         "## Use",
-        f"```python\n{_usage(_public(base), title, config, adapter)}\n```",
+        *_use(values, base, adapter),
         "## Versions",
         _table(("package", "version"), list(values["versions"].items())),
     ]
-    return "\n\n".join(sections) + "\n"
+    return redact_text("\n\n".join(sections)) + "\n"
 
 
 def _results(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -94,6 +97,30 @@ def _results(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return []
     columns = ("evaluation", "before", "after")
     return ["## Results", _table(columns, [(name, before.get(name), after.get(name)) for name in names])]
+
+
+def _ended(values: Mapping[str, Any]) -> str:
+    return "" if values["status"] in ("completed", "running") else f", {values['status']}"
+
+
+def _use(values: Mapping[str, Any], base: str, adapter: bool) -> list[str]:
+    """How to load the weights: from the hub, or in the directory of this file, where they are named relative to it."""
+    config, checkpoints = values["config"], values["checkpoints"]
+    if values.get("files") and config.get("push_to_hub") and config.get("hub_model_id"):
+        where = str(config["hub_model_id"])
+    elif values.get("files"):
+        where = "."
+    elif checkpoints:
+        where = f"./{checkpoints[0]}"
+    else:
+        return ["The run has saved no weights."]
+    lines = ["In the directory of this file:\n"] if where.startswith(".") else []
+    if adapter and _is_path(base):
+        lines.append(
+            f"`path/to/{_public(base)}` stands for the base, a local directory where this was trained.\n"
+        )
+    code = _usage(f"path/to/{_public(base)}" if _is_path(base) else base, where, config, adapter)
+    return ["\n".join([*lines, f"```python\n{code}\n```"])]
 
 
 def _usage(base: str, name: str, config: Mapping[str, Any], adapter: bool) -> str:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from halfbyte.streams import printable
 from halfbyte.tracking.figures import DEFAULT, Figures
 from halfbyte.tracking.metrics import Row, is_evaluation
 from halfbyte.wording import count, say
@@ -121,7 +122,8 @@ def print_summary(rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str,
     if sys.stdout.isatty():
         table = Table(show_header=False, box=None, pad_edge=False)
         for label, value in rows:
-            table.add_row(Text(label, style="bold"), Text(value, overflow="fold"))
+            # Before the table folds it: a secret in two lines is not recognized.
+            table.add_row(Text(label, style="bold"), Text(printable(value), overflow="fold"))
         console.print()
         console.print(table)
     else:

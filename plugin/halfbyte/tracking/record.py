@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.files import replace_file
-from halfbyte.tracking.redaction import redact
+from halfbyte.redaction import redact
 
 _PACKAGES = ("halfbyte", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 

@@ -13,9 +13,9 @@ from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
 from halfbyte.errors import UserError
+from halfbyte.redaction import redact
 from halfbyte.tracking.metrics import Row
 from halfbyte.tracking.record import RunRecord
-from halfbyte.tracking.redaction import redact
 from halfbyte.wording import first_line
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,10 @@ class WandbRun:
         swept = settings.sweep_id is not None  # an agent names the project, and each of its runs
         options: dict[str, Any] = {
             "project": None if swept else settings.project or "halfbyte",
-            "name": run_name or settings.run_name or (None if swept else record.output_dir.resolve().name),
+            "name": redact(
+                run_name or settings.run_name or (None if swept else record.output_dir.resolve().name)
+            ),
+            "notes": redact(settings.run_notes),
             "config": _config(record, continues),
             "dir": None if os.environ.get("WANDB_DIR") else str(record.output_dir),
             "settings": _settings(),

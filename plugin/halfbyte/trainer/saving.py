@@ -22,8 +22,8 @@ from halfbyte.checkpoint.space import SaveError, explain_failure, require_space
 from halfbyte.checkpoint.usable import is_usable
 from halfbyte.distributed import local_shard
 from halfbyte.files import sync
+from halfbyte.redaction import redact
 from halfbyte.tracking.record import plain
-from halfbyte.tracking.redaction import redact
 from halfbyte.trainer.base import Conduct, Mixin
 from halfbyte.trainer.upstream import without_pickled_arguments
 
