@@ -190,3 +190,21 @@ def test_the_module_and_the_console_script_exit_with_the_code(command: list[str]
     assert done.returncode == 2
     assert done.stdout == ""
     assert "did you mean 'sft'" in done.stderr
+
+
+def test_a_kernel_package_that_is_not_used_is_not_advertised(caplog: pytest.LogCaptureFixture) -> None:
+    """Exactly that line of bitsandbytes' is dropped; its others are left alone."""
+    import inspect
+    import logging
+
+    from bitsandbytes.backends.cpu import ops
+
+    from halfbyte import quiet
+
+    quiet.advertisements()
+    line = "Failed to load CPU gemm_4bit_forward from kernels-community: %s."
+    assert line in inspect.getsource(ops)
+    with caplog.at_level(logging.WARNING):
+        ops.logger.warning(line, "no module")
+        ops.logger.warning("another of its lines")
+    assert [record.message for record in caplog.records] == ["another of its lines"]

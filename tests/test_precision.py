@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl import DatasetMixtureConfig, SFTConfig
 
-from halfbyte import config, quantization, resolve, run
+from halfbyte import config, precision, quantization, run
 from halfbyte.config import RunArguments
 from halfbyte.plugin import QLoRAPlugin
 
@@ -12,7 +12,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def decided(monkeypatch: pytest.MonkeyPatch, best: torch.dtype, device: torch.device, *options: str):
-    monkeypatch.setattr(quantization, "choose_compute_dtype", lambda _: best)
+    monkeypatch.setattr(quantization, "choose_compute_dtype", lambda *_: best)
     settings = config.read(
         options,
         (RunArguments, SFTConfig, QLoRAPlugin, DatasetMixtureConfig),
@@ -20,7 +20,7 @@ def decided(monkeypatch: pytest.MonkeyPatch, best: torch.dtype, device: torch.de
         defaults=run.training_defaults(SFTConfig),
     )
     values: dict = {}
-    resolve._precision(settings, settings.given.keys(), device, {}, values)
+    precision.settle(settings, settings.given.keys(), device, ("no-model", "main"), {}, values)
     settings = settings.with_values(**values)
     return settings["dtype"], settings["bf16"], settings["fp16"]
 

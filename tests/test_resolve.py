@@ -47,7 +47,7 @@ def test_a_dtype_that_autocast_overrules_is_reported(tmp_path: Path) -> None:
 
 def test_the_command_line_and_the_api_decide_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same options, written in a file or given to the classes, have one outcome."""
-    monkeypatch.setattr(quantization, "choose_compute_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(quantization, "choose_compute_dtype", lambda *_: torch.float32)
     words = ["--model_name_or_path", "a-model", "--output_dir", str(tmp_path), "--report_to", "none"]
     words += ["--use_cpu", "true", "--bf16", "true", "--fp16", "false", "--optim", "paged_adamw_8bit"]
     recipe = recipes.load("sft")

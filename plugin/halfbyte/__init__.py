@@ -15,6 +15,9 @@ __all__ = ["QLoRAPlugin", "Recipe"]
 
 def __getattr__(name: str) -> Any:
     if name == "QLoRAPlugin":
+        from halfbyte import quiet
+
+        quiet.advertisements()  # before bitsandbytes is imported
         from halfbyte.plugin import QLoRAPlugin
 
         return QLoRAPlugin

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import signal
 import sys
 import traceback
 
-from halfbyte import commands, streams
+from halfbyte import commands, quiet, streams
 from halfbyte import recipe as recipes
 from halfbyte.errors import FailedElsewhereError, Halted, Stopped, UserError
 from halfbyte.wording import CONFIGURATIONS, say, show
@@ -84,8 +83,7 @@ def _run(arguments: list[str]) -> int:
 
         print(version("halfbyte"))
         return 0
-    # At import bitsandbytes reports that an optional kernel package is missing, which halfbyte does not use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet.advertisements()
     if name in commands.TABLE:
         return commands.TABLE[name].main(rest)
     if name.lstrip("-").lower() in ("v", "version"):

@@ -18,9 +18,6 @@ from halfbyte.quantization import Coverage
 from halfbyte.resolve import Decisions
 from halfbyte.task import by_peft_type
 
-# Arguments of `from_pretrained` that options of halfbyte set.
-_OWN_OPTIONS = ("revision", "trust_remote_code", "dtype", "device_map", "quantization_config")
-
 
 @dataclass(frozen=True)
 class Loaded:
@@ -46,6 +43,7 @@ def load(
     """
     adapter, revision = decisions.adapter, decisions.revision
     added_token_ids = list(added_token_ids)
+    quantization.require(decisions.base, revision)
     if adapter is not None:
         _check_saved(options, decisions, adapter, added_token_ids)
     base, coverage = _load_base(options, decisions, trust_remote_code, dict(model_init_kwargs or {}))
@@ -93,6 +91,7 @@ def load_tokenizer(
     (``additional_special_tokens``). Raises :class:`UserError` if ``chat_template_path`` contradicts the template that
     an adapter was trained with.
     """
+    quantization.require(decisions.base, decisions.revision)
     adapter = decisions.adapter
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer, added = data.prepare_tokenizer(
@@ -131,11 +130,6 @@ def _load_base(
 ) -> tuple[PreTrainedModel, Coverage]:
     # Full-parameter training keeps its master weights in float32.
     dtype = getattr(torch, decisions.dtype) if options.use_peft else torch.float32
-    for key in _OWN_OPTIONS:
-        if key in init_kwargs:
-            raise UserError(
-                f"{key!r} has an option of its own in halfbyte; set that instead", option="model_init_kwargs"
-            )
     if options.attn_implementation is not None:
         init_kwargs["attn_implementation"] = options.attn_implementation
     base = quantization.load_base(

@@ -38,13 +38,14 @@ class QLoRAPlugin(ModelOptions):
         ``tokenizer`` the embeddings grow where its vocabulary is larger. Without ``use_peft`` all of the model's
         weights are trained, in float32. Raises :class:`UserError` for a checkpoint or adapter that does not fit.
         """
+        decisions = resolve.for_loop(self, model, model_init_kwargs)
         loaded = loading.load(
             self,
-            resolve.for_loop(self, model),
+            decisions,
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
             added_token_ids=added_token_ids,
-            model_init_kwargs=model_init_kwargs,
+            model_init_kwargs=decisions.values.get("model_init_kwargs", model_init_kwargs),
         ).model
         if gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})

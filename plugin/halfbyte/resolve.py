@@ -3,6 +3,7 @@
 The command line and ``QLoRAPlugin.trainer`` both ask :func:`decide`; nothing later overrides what it returns.
 """
 
+from collections import ChainMap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -14,7 +15,7 @@ from accelerate import PartialState
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
-from halfbyte import adapters, distributed, optimizers, quantization, tracking
+from halfbyte import adapters, distributed, init_kwargs, optimizers, precision, tracking
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.config import Settings
 from halfbyte.distributed import Strategy, fsdp2, zero3
@@ -103,9 +104,12 @@ def for_arguments(model: ModelOptions, args: Any, name_or_path: str | None) -> D
     return decide(_by_name(model, args, name_or_path), given)
 
 
-def for_loop(model: ModelOptions, name_or_path: str | None) -> Decisions:
+def for_loop(
+    model: ModelOptions, name_or_path: str | None, model_init_kwargs: Mapping[str, Any] | None = None
+) -> Decisions:
     """Decide for a loop of one's own, which has no training arguments."""
-    return decide(_by_name(model, None, name_or_path), {"report_to", *_chosen(model)})
+    options = {**_by_name(model, None, name_or_path), "model_init_kwargs": model_init_kwargs}
+    return decide(options, {"report_to", *_chosen(model)})
 
 
 def decide(options: Any, given: Collection[str], manifest: Manifest | None = None) -> Decisions:
@@ -116,11 +120,15 @@ def decide(options: Any, given: Collection[str], manifest: Manifest | None = Non
     state = PartialState()
     recorded = manifest.config if manifest is not None else _NOTHING
     strategy = distributed.strategy_in_use(on_cpu="use_cpu" in given and bool(options["use_cpu"]))
-    values: dict[str, Any] = {}
-    lines: list[str] = []
-    dtype, line = _precision(options, given, state.device, recorded, values)
-    lines.append(line)
+    moved, remaining = init_kwargs.take_over(options, given)
+    options, given = ChainMap(moved, options), {*given, *moved}
+    values: dict[str, Any] = {**moved, **({} if remaining is None else {"model_init_kwargs": remaining})}
     base, adapter = adapters.resolve(options["model_name_or_path"], options["adapter_name_or_path"])
+    revision = options["model_revision"]
+    if revision == "main" and adapter is not None:
+        revision = adapters.revision_of(adapter)
+    dtype, line = precision.settle(options, given, state.device, (base, revision), recorded, values)
+    lines = [line]
     if adapter is not None and options["use_peft"]:
         lines.append(_take_over_adapter(options, given, adapter, values))
     if strategy.name in distributed.SHARDED:
@@ -137,9 +145,6 @@ def decide(options: Any, given: Collection[str], manifest: Manifest | None = Non
         lines += [] if note is None else [note]
     if "optim" in options:
         _training(options, given, state, values, lines)
-    revision = options["model_revision"]
-    if revision == "main" and adapter is not None:
-        revision = adapters.revision_of(adapter)
     return Decisions(
         device=state.device,
         strategy=strategy,
@@ -153,50 +158,6 @@ def decide(options: Any, given: Collection[str], manifest: Manifest | None = Non
         session=MappingProxyType(_of_this_session(options, manifest, lines)),
         lines=tuple(lines),
     )
-
-
-def _precision(
-    options: Any,
-    given: Collection[str],
-    device: torch.device,
-    recorded: Mapping[str, Any],
-    values: dict[str, Any],
-) -> tuple[str, str]:
-    """Make ``dtype``, ``bf16`` and ``fp16`` agree: what was given rules, and the device's best fills in."""
-    if "dtype" in recorded and not {"dtype", "bf16", "fp16"} & set(given):
-        values.update({key: recorded[key] for key in ("dtype", "bf16", "fp16")})
-        return recorded["dtype"], f"compute dtype: {recorded['dtype']} (as in the checkpoint)"
-    bf16, fp16 = ("bf16" in given and options["bf16"]), ("fp16" in given and options["fp16"])
-    if "dtype" in given and options["dtype"] not in (None, "auto"):
-        dtype, why = options["dtype"], "as given"
-        autocast = "bfloat16" if bf16 else "float16" if fp16 else dtype
-        if autocast != dtype:
-            why += f"; the base computes in {autocast} under autocast, as the arguments say"
-    elif bf16:
-        dtype, why = "bfloat16", "from bf16: true"
-    elif fp16:
-        dtype, why = "float16", "from fp16: true"
-    elif "bf16" in given and options["bf16"] is False:
-        dtype, why = "float32", "from bf16: false"
-        best = _best_dtype(device)
-        why += "" if best == dtype else f"; {best} would be faster on this {device.type}"
-    else:
-        dtype, why = _best_dtype(device), f"chosen for this {device.type}"
-    values["dtype"] = dtype
-    sixteen = {"bf16": dtype == "bfloat16", "fp16": dtype == "float16" and device.type == "cuda"}
-    if zero3.requested():
-        sixteen = dict.fromkeys(sixteen, False)  # DeepSpeed would cast the float32 adapters
-    if "bf16" not in given and "fp16" not in given:
-        values.update(sixteen)
-    elif "bf16" not in given:
-        values["bf16"] = False if fp16 else sixteen["bf16"]
-    distributed.refuse_precision(dtype, why)
-    return dtype, f"compute dtype: {dtype} ({why})"
-
-
-def _best_dtype(device: torch.device) -> str:
-    """The dtype that ``device`` is fast and safe in; rank 0 decides for all."""
-    return str(distributed.agree(quantization.choose_compute_dtype(device))).removeprefix("torch.")
 
 
 def _take_over_adapter(options: Any, given: Collection[str], adapter: str, values: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Everything that can fail on invalid input fails before the output directory is touched.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -70,13 +71,15 @@ def main(name: str, recipe: Recipe, argv: list[str], written: config.Written | N
 
 def read(name: str, recipe: Recipe, written: list[str] | config.Written) -> Settings:
     """The settings that the command line, collected or not, gives to ``recipe``."""
-    return config.read(
+    settings = config.read(
         written,
         (RunArguments, recipe.config, QLoRAPlugin, DatasetMixtureConfig),
         prog=f"halfbyte {name}",
         summary=recipe.summary,
         defaults={**training_defaults(recipe.config), "lora_task_type": recipe.task.peft_type},
     )
+    paths = {key: settings[key] for key in ("output_dir", "resume_from_checkpoint")}
+    return settings.with_values(**{key: os.path.expanduser(path) for key, path in paths.items() if path})
 
 
 def train(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """Tokens and templates are taken by name, added by name, and refused with what to write."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_template_paths_that_cannot_be_used(base, tmp_path):
         "chatml.jinja": ["chatml.jinja:2: "],
         "plain.txt": [".jinja or .j2"],
         "base": ["has no chat template"],
-        "nothing": ["no tokenizer could be loaded"],
+        "nothing": ["there is no directory"],
     }.items():
         training = sft(tmp_path, chat_template_path=str(tmp_path / name))
         refused("chat_template_path", *words, path=base, training=training)
@@ -134,3 +135,44 @@ def test_the_end_pads_where_nothing_else_does(tmp_path):
 def test_tokenizers_and_tokens_that_cannot_be(base, tmp_path):
     refused("no tokenizer could be loaded", path=str(tmp_path / "nowhere"), training=sft(tmp_path))
     refused("''", "not a token", path=base, training=sft(tmp_path), additional_special_tokens=[""])
+
+
+BAD = b"{{ messages }}\n{# caf\xe9 #}"
+
+
+def test_a_template_that_is_not_utf_8_is_refused_by_line_and_byte(base, tmp_path):
+    (tmp_path / "bad.jinja").write_bytes(BAD)
+    where = "bad.jinja:2: the template is not UTF-8 at byte 21; save it as UTF-8"
+    refused(where, path=base, training=sft(tmp_path, chat_template_path=str(tmp_path / "bad.jinja")))
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_bytes(BAD)
+    where = "other/chat_template.jinja:2: the template is not UTF-8"
+    refused(where, path=str(tmp_path / "other"), training=sft(tmp_path))
+    training = sft(tmp_path, chat_template_path=str(tmp_path / "other"))
+    refused("chat_template_path", where, path=base, training=training)
+
+
+def test_what_is_no_template_is_refused_and_not_waited_for(base, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jinja")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "directory.jinja").mkdir()
+    (tmp_path / "model").mkdir()
+    os.mkfifo(tmp_path / "model" / "tokenizer.json")
+    for name, words in {
+        "pipe.jinja": ["pipe.jinja is not a file"],
+        "pipe": ["pipe: a template file must end in .jinja or .j2"],
+        "directory.jinja": ["directory.jinja is not a file"],
+        "model": ["tokenizer.json is not a file"],
+        "bas": ["there is no directory", "did you mean", "/base?"],
+    }.items():
+        training = sft(tmp_path, chat_template_path=str(tmp_path / name))
+        refused("chat_template_path", *words, path=base, training=training)
+
+
+@pytest.mark.parametrize("name", ["~/chat", "~/own.jinja"])
+def test_a_tilde_is_the_home_directory(base, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.tokenizer().save_pretrained(tmp_path / "chat")
+    (tmp_path / "own.jinja").write_text(tiny.CHAT_TEMPLATE)
+    tokenizer, _ = prepare_tokenizer(base, training=sft(tmp_path, chat_template_path=name))
+    assert tokenizer.chat_template == tiny.CHAT_TEMPLATE

@@ -14,6 +14,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from halfbyte.adapters import patterns
 from halfbyte.errors import UserError
 from halfbyte.wording import suggestion
 
@@ -120,6 +121,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     """Raise if any target matches no layer: PEFT raises only if no target matches."""
     targets = config.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        try:
+            patterns.check(model, {"target_modules": targets})
+        except UserError as error:
+            raise UserError(error.what, option="lora_target_modules") from error
     if not isinstance(targets, (list, set)):
         return
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

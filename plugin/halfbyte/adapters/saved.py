@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.adapters import fresh, tensors
+from halfbyte import names
+from halfbyte.adapters import config, fresh, patterns, tensors
 from halfbyte.errors import UserError
 from halfbyte.wording import first_line, shorten
 
-_CONFIG = "adapter_config.json"
 _OPTION = "adapter_name_or_path"
 _FILES = [
-    _CONFIG,
+    config.FILE,
     "adapter_model.safetensors",
     "run.json",
     "tokenizer*",
@@ -68,20 +68,20 @@ def resolve(model: str | None, adapter: str | None) -> tuple[str, str | None]:
 def directory_of(name_or_path: str) -> Path | None:
     """The path if it is a local adapter directory, else None."""
     path = Path(name_or_path).expanduser()
-    return path if (path / _CONFIG).is_file() else None
+    return path if (path / config.FILE).is_file() else None
 
 
 def base_of(adapter: str) -> str:
     """The base model that the adapter directory ``adapter`` names."""
-    base = _config(adapter).get("base_model_name_or_path")
+    base = config.read(adapter).get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{Path(adapter) / _CONFIG} names no base model; write `model_name_or_path`")
+        raise UserError(f"{Path(adapter) / config.FILE} names no base model; write `model_name_or_path`")
     return os.path.expanduser(str(base))
 
 
 def revision_of(adapter: str) -> str:
     """The revision of its base that ``adapter`` was trained on."""
-    return str(_config(adapter).get("revision") or _recorded_base(adapter).get("revision") or "main")
+    return str(config.read(adapter).get("revision") or _recorded_base(adapter).get("revision") or "main")
 
 
 def options_of(adapter: str, requested: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,13 +90,13 @@ def options_of(adapter: str, requested: Mapping[str, Any]) -> dict[str, Any]:
     Raises :class:`UserError` if a ``requested`` one differs, which would have no effect, or if the weights of
     ``adapter`` contradict its configuration.
     """
-    config = _config(adapter)
+    saved = config.read(adapter)
     if requested.get("init_lora_weights") is not None:
         raise UserError(
             f"the adapter {adapter!r} starts from the weights it was saved with; remove this option",
             option="init_lora_weights",
         )
-    found = {option: config.get(name) for option, name in _FIXED.items()}
+    found = {option: saved.get(name) for option, name in _FIXED.items()}
     if isinstance(found["lora_target_modules"], list):
         # Saved, `all-linear` is the path of each layer that it matched.
         names = {path.rpartition(".")[2] for path in found["lora_target_modules"]}
@@ -112,7 +112,7 @@ def options_of(adapter: str, requested: Mapping[str, Any]) -> dict[str, Any]:
     for option in ("lora_target_modules", "lora_exclude_modules"):
         if isinstance(found[option], str):
             found[option] = [found[option]]
-    tensors.check_tensors(adapter, config)
+    tensors.check_tensors(adapter, saved)
     return found
 
 
@@ -121,7 +121,12 @@ def continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
 
     Raises :class:`UserError` if its tensors are not exactly those that ``model`` requires.
     """
-    tensors.check_tensors(adapter, _config(adapter))
+    saved = config.read(adapter)
+    tensors.check_tensors(adapter, saved)
+    try:
+        patterns.check(model, saved)
+    except UserError as error:
+        raise UserError(f"{Path(adapter) / config.FILE}: {error}") from error
     peft_model = tensors.load(model, adapter)
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):
         raise UserError(f"the adapter {adapter!r} has no trainable weights")
@@ -136,7 +141,7 @@ def check_checkpoint(model: PeftModel, checkpoint: str) -> None:
     for name in model.peft_config:
         directory = checkpoint if name == "default" else str(Path(checkpoint) / name)
         if directory_of(directory) is not None:
-            tensors.check_tensors(directory, _config(directory))
+            tensors.check_tensors(directory, config.read(directory))
             tensors.check_names(model, directory, name)
 
 
@@ -178,8 +183,17 @@ def _located(adapter: str) -> str:
     if directory_of(adapter) is not None:
         return adapter
     if not Path(adapter).exists():
+        if names.cannot_be_fetched(adapter) and not _cached(adapter):
+            raise UserError(names.missing(adapter), option=_OPTION)
         return _fetched(adapter)
-    raise UserError(f"{adapter!r} is not an adapter directory: it has no {_CONFIG}", option=_OPTION)
+    raise UserError(f"{adapter!r} is not an adapter directory: it has no {config.FILE}", option=_OPTION)
+
+
+def _cached(adapter: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(adapter, config.FILE), str)
+    except HFValidationError:  # not a name that the hub could have
+        return False
 
 
 @functools.cache
@@ -188,20 +202,12 @@ def _fetched(adapter: str) -> str:
         directory = snapshot_download(adapter, allow_patterns=_FILES)
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"{adapter!r} is neither a directory nor an adapter on the hub: {first_line(error)}",
+            f"{names.missing(adapter)}: {first_line(error)}",
             option=_OPTION,
         ) from error
     if directory_of(directory) is None:
-        raise UserError(f"{adapter!r} is not an adapter: it has no {_CONFIG}", option=_OPTION)
+        raise UserError(f"{adapter!r} is not an adapter: it has no {config.FILE}", option=_OPTION)
     return str(directory)
-
-
-def _config(adapter: str) -> dict[str, Any]:
-    path = Path(adapter) / _CONFIG
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a PEFT adapter configuration: {error}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -217,5 +223,5 @@ def _recorded_base(adapter: str) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(run.read_text(encoding="utf-8")).get("base") or {})
-    except ValueError:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # not a run's
         return {}

@@ -135,7 +135,13 @@ def _refusing(adapter: str) -> Iterator[None]:
         raise UserError(
             f"{adapter}: the adapter does not match this base: {error.args[0]} is missing; {_ADVICE}"
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+    ) as error:  # of the configuration as well
         lines = [line.strip() for line in str(error).splitlines()]
         sizes = next((line for line in lines if line.startswith("size mismatch")), None)
         raise UserError(f"cannot load the adapter {adapter!r}: {sizes or first_line(error)}") from error

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AddedToken, AutoTokenizer
 
+from halfbyte import names
 from halfbyte.data.rendering import TEMPLATE_ERRORS
 from halfbyte.errors import UserError
 from halfbyte.wording import first_line, shorten, suggestion
@@ -88,12 +91,42 @@ def _probe(tokenizer: Any, template: str | None = None) -> str:
 
 
 def _read(path: str, revision: str | None, trust_remote_code: bool, option: str | None = None) -> Any:
+    directory = Path(path)
+    if directory.is_dir():
+        if (pipe := names.irregular(directory)) is not None:
+            raise UserError(
+                f"{pipe} is not a file: it may be a pipe, or a link to nothing; remove it", option=option
+            )
+        for template in sorted(directory.glob("*.jinja")):
+            _template_text(template, option)
+    elif option is not None and names.cannot_be_fetched(path) and not _cached(path):
+        raise UserError(names.missing(path), option=option)
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     # From here come OSError, ValueError, KeyError and the json and tokenizers libraries' own.
     except Exception as error:
         reason = shorten(first_line(error), 300)
         raise UserError(f"{path}: no tokenizer could be loaded: {reason}", option=option) from error
+
+
+def _cached(name: str) -> bool:
+    """Whether the hub's local cache has a tokenizer of ``name``."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "tokenizer_config.json"), str)
+    except HFValidationError:  # not a name that the hub could have
+        return False
+
+
+def _template_text(file: Path, option: str | None) -> str:
+    """The template in ``file``. Raises UserError where it is not UTF-8."""
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{file}:{line}: the template is not UTF-8 at byte {error.start}; save it as UTF-8", option=option
+        ) from error
 
 
 def _add(tokenizer: Any, names: list[str]) -> list[int]:
@@ -122,18 +155,20 @@ def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool)
     file = Path(template_path).expanduser()
     source = None
     if file.suffix in (".jinja", ".j2"):
+        if file.exists() and not file.is_file():
+            raise UserError(f"{template_path} is not a file", option="chat_template_path")
         if not file.is_file():
             near = suggestion(
                 file.name, [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
             )
             raise UserError(f"no file {template_path}{near}", option="chat_template_path")
-        template = file.read_text(encoding="utf-8")
-    elif file.is_file():
+        template = _template_text(file, "chat_template_path")
+    elif file.exists() and not file.is_dir():
         raise UserError(
             f"{template_path}: a template file must end in .jinja or .j2", option="chat_template_path"
         )
     else:
-        source = _read(template_path, None, trust_remote_code, "chat_template_path")
+        source = _read(str(file), None, trust_remote_code, "chat_template_path")
         if not source.chat_template:
             raise UserError(
                 f"the tokenizer of {template_path} has no chat template", option="chat_template_path"

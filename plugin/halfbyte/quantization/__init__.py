@@ -3,9 +3,19 @@
 Only this package touches bitsandbytes' weights.
 """
 
-from halfbyte.quantization.checkpoint import fingerprint
+from halfbyte.quantization.checkpoint import fingerprint, require
 from halfbyte.quantization.coverage import Coverage, measure_coverage
 from halfbyte.quantization.dtype import choose_compute_dtype
 from halfbyte.quantization.load import load_base
+from halfbyte.quantization.shape import Shape, shape_of
 
-__all__ = ["Coverage", "choose_compute_dtype", "fingerprint", "load_base", "measure_coverage"]
+__all__ = [
+    "Coverage",
+    "Shape",
+    "choose_compute_dtype",
+    "fingerprint",
+    "load_base",
+    "measure_coverage",
+    "require",
+    "shape_of",
+]

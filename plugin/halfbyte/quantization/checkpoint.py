@@ -4,6 +4,10 @@ import hashlib
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from halfbyte import names
+from halfbyte.errors import UserError
 
 _BLOCK = 1 << 16
 _BLOCKS = 16
@@ -30,11 +34,31 @@ def fingerprint(name_or_path: str, revision: str = "main") -> str | None:
     return digest.hexdigest()
 
 
+def require(name_or_path: str, revision: str = "main") -> None:
+    """Raise :class:`UserError` for a base that is not there, as far as this machine alone shows."""
+    path = Path(name_or_path)
+    problem = None
+    if path.is_dir():
+        if (pipe := names.irregular(path)) is not None:
+            problem = f"{pipe} is not a file: it may be a pipe, or a link to nothing; remove it"
+        elif not (path / "config.json").is_file():
+            problem = f"{name_or_path} is not a model: it has no config.json"
+    elif path.exists():
+        problem = f"{name_or_path} is a file; name the directory of a model"
+    elif names.cannot_be_fetched(name_or_path) and directory_of(name_or_path, revision) is None:
+        problem = names.missing(name_or_path)
+    if problem is not None:
+        raise UserError(problem, option="model_name_or_path")
+
+
 def directory_of(name_or_path: str, revision: str) -> Path | None:
     """Return the local directory, or the hub cache's snapshot, that holds the checkpoint; None if neither exists."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path) if (Path(name_or_path) / "config.json").is_file() else None
-    cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+    try:
+        cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+    except HFValidationError:  # not a name that the hub could have
+        return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 

@@ -1,0 +1,46 @@
+"""Names that are a directory here or a repository on the hub: what is wrong with one that is neither."""
+
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from halfbyte.wording import nearest, shorten
+
+
+def missing(name: str) -> str:
+    """Say where ``name``, which was not found, was looked for, and the nearest directory; reads no network."""
+    near = _nearest_directory(name)
+    hint = f"; did you mean {near}?" if near is not None else ""
+    if _is_path(name):
+        return f"there is no directory {shorten(name, 200)}{hint}"
+    if constants.HF_HUB_OFFLINE:
+        where = "is no directory and not in the hub's local cache, and HF_HUB_OFFLINE is set"
+        return f"{shorten(name, 200)!r} {where}{hint}"
+    return f"{shorten(name, 200)!r} is neither a directory nor on the hub{hint}"
+
+
+def cannot_be_fetched(name: str) -> bool:
+    """Whether the hub cannot have ``name``, which is no directory: it is a path, or the hub is not to be asked."""
+    return _is_path(name) or constants.HF_HUB_OFFLINE
+
+
+def irregular(directory: Path) -> Path | None:
+    """The first entry of ``directory`` that is neither a file nor a directory, such as a pipe: opening it may hang."""
+    return next((path for path in sorted(directory.iterdir()) if not (path.is_file() or path.is_dir())), None)
+
+
+def _is_path(name: str) -> bool:
+    """Whether ``name`` cannot be a repository on the hub, which is ``model`` or ``owner/model``."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+
+
+def _nearest_directory(name: str) -> str | None:
+    path = Path(name)
+    try:
+        names = [
+            each.name for each in path.parent.iterdir() if each.is_dir() and not each.name.startswith(".")
+        ]
+    except OSError:
+        return None
+    near = nearest(path.name, names)
+    return None if near is None else f"{name.rstrip('/').removesuffix(path.name)}{near}"
