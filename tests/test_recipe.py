@@ -1,5 +1,6 @@
 """Recipes are found by metadata alone, and every way a package can get one wrong names that package."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte import recipe as recipes
+from halfbyte.cli import main
 from halfbyte.errors import UserError
 from halfbyte.fast.scope import PARTS
 from halfbyte.recipe import Recipe
@@ -158,3 +160,48 @@ def test_the_parts_of_the_fast_step_have_one_set_of_names() -> None:
     from halfbyte.fast.scope import PARTS
 
     assert recipes.FAST_PARTS == PARTS
+
+
+def test_rows_of_another_recipe_are_told_of_it(install: Install) -> None:
+    install("explosive", {"boom": "explosive:recipe"}, code="raise ImportError('no')")
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert recipes.recipes_for(list(pair), pair) == "\n  these rows are preference pairs, for: halfbyte dpo"
+    text = {"question": "a", "answer": "b"}
+    assert "these rows are text, for: halfbyte pretrain, halfbyte sft" in recipes.recipes_for(
+        list(text), text
+    )
+    kto = {"prompt": "a", "completion": "b", "label": True}
+    assert "unpaired preferences" in recipes.recipes_for(list(kto), kto)
+    assert recipes.recipes_for(["x"], {"x": 1}) == ""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "row", "words"),
+    [
+        ("sft", {"question": "a", "chosen": "b", "rejected": "c"}, "preference pairs, for: halfbyte dpo"),
+        (
+            "dpo",
+            {"messages": [{"role": "user", "content": "a"}]},
+            "text, for: halfbyte pretrain, halfbyte sft",
+        ),
+        (
+            "dpo",
+            {"prompt": "a", "completion": "b", "label": True},
+            "these rows are unpaired preferences, for:",
+        ),
+    ],
+)
+def test_a_recipe_given_the_rows_of_another(
+    model_dir: Callable[..., Path], tmp_path: Path, recipe: str, row: dict, words: str, capsys
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row))
+    output = tmp_path / "run"
+    options = ["--model_name_or_path", str(model_dir("llama")), "--dataset_name", str(rows)]
+    assert (
+        main([recipe, *options, "--output_dir", str(output), "--report_to", "none", "--dtype", "float32"])
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert words in error, error
+    assert not output.exists()

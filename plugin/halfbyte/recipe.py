@@ -5,7 +5,8 @@ Listing reads package metadata only; the one recipe that is named is imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -130,3 +131,23 @@ def load(name: str) -> Recipe:
             f"not a halfbyte.Recipe"
         )
     return recipe
+
+
+def recipes_for(columns: Collection[str], first: Mapping[str, Any]) -> str:
+    """Return a line for an error: what rows such as ``first`` are, and which installed recipes train on them.
+
+    Imports those; one that does not import is left out. Empty for rows of no known format.
+    """
+    from halfbyte.data import FORMATS
+
+    kinds = [format.name for format in FORMATS if format.reads(columns, first)]
+    found = []
+    for name in sorted({entry.name for entry in entries()}):
+        with contextlib.suppress(UserError):
+            format = load(name).data
+            if format is not None and format.reads(columns, first):
+                found.append(f"halfbyte {name}")
+                kinds.append(format.name)
+    if not kinds:
+        return ""
+    return f"\n  these rows are {kinds[0]}, for: {', '.join(found) or 'a recipe that is not installed'}"

@@ -25,11 +25,11 @@ from halfbyte.checkpoint.held import held
 from halfbyte.checkpoint.output import claim, left_as_it_was, save_final
 from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.config import RunArguments, Settings
-from halfbyte.data import RunData
+from halfbyte.data import OtherRowsError, RunData
 from halfbyte.errors import Halted, Stopped, UserError
 from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
-from halfbyte.recipe import Recipe
+from halfbyte.recipe import Recipe, recipes_for
 from halfbyte.resilience.memory import advice
 from halfbyte.resilience.signals import Signals
 from halfbyte.resilience.watch import watch
@@ -137,9 +137,13 @@ def _read(recipe: Recipe, options: Options, decisions: Decisions) -> Inputs:
     """Read the tokenizer and the rows, and take the fingerprints of what the options only name."""
     with distributed.on_every_rank("preparing the data"):
         tokenizer, added_token_ids = loading.load_tokenizer(options.plugin, decisions, options.args)
-        rows = data.load(
-            options.script, options.mixture, options.args, recipe.data, tokenizer, added_token_ids
-        )
+        try:
+            rows = data.load(
+                options.script, options.mixture, options.args, recipe.data, tokenizer, added_token_ids
+            )
+        except OtherRowsError as error:
+            error.what += recipes_for(error.columns, error.first)
+            raise
         sha = quantization.fingerprint(decisions.base, decisions.revision)
         fingerprints = {
             "data": rows.report.as_dict()["sha"],

@@ -44,7 +44,6 @@ WHY = {
 HELD = {
     "input_ids": "token ids",
     "prompt + completion": "both text or both messages; the loss is on the completion",
-    "conversations": '`[{"from": ..., "value": ...}, ...]`, the ShareGPT format',
     "messages": "a conversation; `assistant_only_loss: true` puts the loss on the assistant's turns",
     "text": "text; `dataset_text_field` names another column",
     "prompt + chosen + rejected": "all text or all messages",

@@ -6,17 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.data import shapes
+from halfbyte.data.conversion import Conversion
 from halfbyte.data.counting import COMPLETIONS, PAIRS, SCORED_PAIRS, SEQUENCES, Prepared, recognise
 from halfbyte.data.kinds import (
     ROLES,
     Kind,
     boolean,
-    from_value,
     messages,
     text,
     text_or_messages,
     tokens,
 )
+from halfbyte.data.shapes import Seen
+from halfbyte.data.turns import SPEAKERS, UnreadableError
 from halfbyte.errors import UserError
 from halfbyte.wording import suggestion
 
@@ -31,7 +34,17 @@ DECIDING = BESIDE_TOKENS | {
     *("prompt", "completion", "chosen", "rejected", "messages", "conversations", "input_ids"),
 }
 # The kinds that are rendered with the chat template, or tokenized as text.
-_SPOKEN = (text, messages, from_value, text_or_messages)
+_SPOKEN = (text, messages, text_or_messages)
+
+
+class OtherRowsError(UserError):
+    """Rows of another kind than the format's: their ``columns``, and the ``first`` of them."""
+
+    def __init__(
+        self, what: str, *, columns: Collection[str], first: Mapping[str, Any], **place: Any
+    ) -> None:
+        super().__init__(what, **place)
+        self.columns, self.first = tuple(columns), first
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,13 @@ class Layout:
     def conversational(self, row: Mapping[str, Any]) -> bool:
         """Whether a row that has passed :meth:`problem` is rendered with the chat template."""
         column, kind = next(iter(self.columns.items()))
-        return kind in (messages, from_value) or (kind is text_or_messages and isinstance(row[column], list))
+        return kind is messages or (kind is text_or_messages and isinstance(row[column], list))
+
+    def unread_wish(self, row: Mapping[str, Any]) -> str | None:
+        """The column that says whether an answer is wanted, where the layout has answers and does not read it."""
+        answers = {"completion", "messages"} & set(self.columns)
+        held = [name for name in shapes.LABELS if answers and isinstance(row.get(name), bool)]
+        return held[0] if held and held[0] not in self.columns else None
 
     def masks_prompt(self, row: Mapping[str, Any]) -> bool:
         """Whether the loss can leave out a prompt: the completion has a column or a mask of its own."""
@@ -88,8 +107,7 @@ class Layout:
 
     def answered(self, row: Mapping[str, Any]) -> bool:
         """Whether the assistant has a message in a conversation."""
-        who = "from" if from_value in self.columns.values() else "role"
-        return any(turn[who] == "assistant" for column in self.spoken for turn in row[column])
+        return any(turn["role"] == "assistant" for column in self.spoken for turn in row[column])
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,8 @@ class DataFormat:
     ``layouts`` are tried in their order. ``prepared`` are the forms in which trainers leave such rows; see
     :mod:`halfbyte.data.counting`. A row whose ``compared`` columns are all equal trains nothing and is dropped.
     ``sides`` is how many sequences one row adds to a forward pass. ``remark(dataset)`` returns what must be reported
-    of all rows of a split, or None.
+    of all rows of a split, or None. ``convert(seen)`` returns how rows of other systems become rows of a layout, or
+    None for rows that are read as they are.
     """
 
     name: str
@@ -108,12 +127,13 @@ class DataFormat:
     compared: tuple[str, ...] = ()
     sides: int = 1
     remark: Callable[[Any], str | None] | None = None
+    convert: Callable[[Seen], Conversion | None] | None = None
 
     def detect(self, columns: Collection[str], first: Mapping[str, Any], text_field: str = "text") -> Layout:
         """Return the layout of a data set, from its columns and its first row.
 
         ``text_field`` is TRL's ``dataset_text_field``, which takes the place of the column ``text``. Raises
-        UserError where no layout fits.
+        OtherRowsError where no layout fits.
         """
         layouts = [
             Layout(
@@ -132,13 +152,26 @@ class DataFormat:
             return present[0]
         wanted = {name for layout in layouts for name in layout.columns}
         near = next((hint for c in columns if (hint := suggestion(c, wanted - set(columns)))), "")
-        raise UserError(
+        raise OtherRowsError(
             f"no columns for {self.name}\n"
             f"  found: {', '.join(columns)}{near}\n"
             f"  expected one of: {'; '.join(map(str, layouts))}\n"
             "  rename the columns in the data"
-            + (", or name the text column in `dataset_text_field`" if text_field in wanted else "")
+            + (", or name the text column in `dataset_text_field`" if text_field in wanted else ""),
+            columns=columns,
+            first=first,
         )
+
+    def reads(self, columns: Collection[str], first: Mapping[str, Any]) -> bool:
+        """Whether a first row with these columns could be trained on, as it is or converted."""
+        seen = Seen(tuple(columns), first)
+        try:
+            found = None if self.convert is None else self.convert(seen)
+            row = {**first, **found.row(first)} if found is not None else first
+            layout = self.detect([*columns, *row], row)
+        except (UserError, UnreadableError):
+            return False
+        return layout.problem(row, ROLES | SPEAKERS.keys()) is None and layout.unread_wish(row) is None
 
     def equal(self, row: Mapping[str, Any]) -> bool | None:
         """Whether the compared columns of a row say the same; None for a format that compares none."""
@@ -177,11 +210,11 @@ Text = DataFormat(
     (
         Layout({"input_ids": tokens}),
         Layout({"prompt": text_or_messages, "completion": text_or_messages}),
-        Layout({"conversations": from_value}),
         Layout({"messages": messages}),
         Layout({"text": text}),
     ),
     prepared=(SEQUENCES,),
+    convert=shapes.text,
 )
 """Language modeling, prompt and completion, conversations, or token ids."""
 
@@ -194,6 +227,7 @@ PreferencePairs = DataFormat(
     prepared=(PAIRS, SCORED_PAIRS),
     compared=("chosen", "rejected"),
     sides=2,
+    convert=shapes.pairs,
 )
 """A chosen and a rejected side, with the prompt in a column of its own or at the head of both."""
 
@@ -202,5 +236,9 @@ UnpairedPreferences = DataFormat(
     (Layout({"prompt": text_or_messages, "completion": text_or_messages, "label": boolean}),),
     prepared=(COMPLETIONS,),
     remark=_one_label,
+    convert=shapes.unpaired,
 )
 """A prompt, a completion, and whether that completion is wanted."""
+
+FORMATS = (Text, PreferencePairs, UnpairedPreferences)
+"""The formats of this module."""

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from halfbyte.data.turns import SPEAKERS, TURN_WEIGHTS
 from halfbyte.wording import shorten
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 # A kind returns what is wrong with one value, or None; the roles are those that the chat template knows.
 Kind = Callable[[Any, Collection[str]], str | None]
@@ -32,12 +32,7 @@ def boolean(value: Any, roles: Collection[str] = ROLES) -> str | None:
 
 def messages(value: Any, roles: Collection[str] = ROLES) -> str | None:
     """A conversation: ``[{"role": ..., "content": ...}, ...]``."""
-    return _conversation(value, roles, "role", "content")
-
-
-def from_value(value: Any, roles: Collection[str] = ROLES) -> str | None:
-    """A conversation in ShareGPT format: ``[{"from": ..., "value": ...}, ...]``."""
-    return _conversation(value, roles, "from", "value")
+    return _conversation(value, roles)
 
 
 def text_or_messages(value: Any, roles: Collection[str] = ROLES) -> str | None:
@@ -49,7 +44,7 @@ def text_or_messages(value: Any, roles: Collection[str] = ROLES) -> str | None:
     return f"expected a string or a list of messages, found {describe(value)}"
 
 
-def _conversation(value: Any, roles: Collection[str], who: str, what: str) -> str | None:
+def _conversation(value: Any, roles: Collection[str]) -> str | None:
     if not isinstance(value, list):
         return f"expected a list of messages, found {describe(value)}"
     if not value:
@@ -57,23 +52,27 @@ def _conversation(value: Any, roles: Collection[str], who: str, what: str) -> st
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
             return (
-                f"message {number}: expected a mapping with {who!r} and {what!r}, found {describe(message)}"
+                f"message {number}: expected a mapping with 'role' and 'content', found {describe(message)}"
             )
-        role, content = message.get(who), message.get(what)
+        role, content = message.get("role"), message.get("content")
         if not isinstance(role, str):
             keys = ", ".join(sorted(key for key, held in message.items() if held is not None)) or "none"
-            return f"message {number}: {who!r} is {describe(role)}, must be a string; its keys: {keys}"
+            return f"message {number}: 'role' is {describe(role)}, must be a string; its keys: {keys}"
         if role not in roles:
-            known = FOREIGN_ROLES.get(role)
-            return f"message {number}: the chat template knows no role {role!r}" + (
-                f"; write {known!r}" if known else f", expected one of {', '.join(sorted(ROLES))}"
-            )
+            return f"message {number}: {unknown_roles(_roles(value) - set(roles))}"
         if isinstance(content, list) and (wrong := next(filter(None, map(unlike_text, content)), None)):
-            return f"message {number}: {what!r} has {wrong}"
+            return f"message {number}: 'content' has {wrong}"
         spoken = isinstance(content, str) or (isinstance(content, list) and content)
         if not spoken and not (content is None and message.get("tool_calls")):
             keys = ", ".join(sorted(key for key, held in message.items() if held is not None))
-            return f"message {number}: {what!r} is {describe(content)}, must be a string; its keys: {keys}"
+            return f"message {number}: 'content' is {describe(content)}, must be a string; its keys: {keys}"
+        weights = [key for key in TURN_WEIGHTS if message.get(key) not in (None, 1)]
+        if weights:
+            return (
+                f"message {number}: {weights[0]!r} is {describe(message[weights[0]])}, but single turns are not left "
+                "out of the loss; write the turns to train on as `completion` after a `prompt`, or set "
+                "`assistant_only_loss: true`, and remove the key"
+            )
     return None
 
 
@@ -85,6 +84,25 @@ def unlike_text(part: Any) -> str | None:
     if isinstance(kind, str) and kind != "text":
         return f"a part of type {shorten(kind)!r}; text models only: leave such rows out"
     return f'{describe(part)} as a part; write {{"type": "text", "text": ...}}'
+
+
+def _roles(value: list[Any]) -> set[str]:
+    found = {turn.get("role") for turn in value if isinstance(turn, dict)}
+    return {role for role in found if isinstance(role, str)}
+
+
+def unknown_roles(names: Collection[str]) -> str:
+    """What is wrong with roles that the chat template does not know."""
+    known = SPEAKERS.keys() & names
+    return (
+        f"the chat template knows no role {', '.join(map(repr, sorted(names)))}, "
+        f"expected one of {', '.join(sorted(ROLES))}"
+        + (
+            f"; write {', '.join(f'{SPEAKERS[name]!r} for {name!r}' for name in sorted(known))}"
+            if known
+            else ""
+        )
+    )
 
 
 def describe(value: Any) -> str:

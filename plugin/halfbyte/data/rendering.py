@@ -8,10 +8,9 @@ from typing import Any
 
 import jinja2
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import maybe_convert_to_chatml
 
 from halfbyte.data.formats import Layout
-from halfbyte.data.kinds import ROLES, from_value
+from halfbyte.data.kinds import ROLES
 from halfbyte.errors import UserError
 from halfbyte.wording import first_line, shorten
 
@@ -91,8 +90,5 @@ def _renderings(row: Mapping[str, Any], layout: Layout) -> Iterator[tuple[Messag
     if prompt:
         yield prompt, True
     for column in layout.spoken:
-        if layout.columns[column] is from_value:
-            turns = [dict(turn) for turn in row[column]]
-            yield maybe_convert_to_chatml({"conversations": turns})["messages"], False
-        elif column != "prompt":
+        if column != "prompt":
             yield prompt + row[column], False

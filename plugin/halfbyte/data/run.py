@@ -1,16 +1,20 @@
 """The data of one run: read, recognised, checked and reported before any model is loaded."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
+from trl import extract_prompt
 
-from halfbyte.data import delimiters, nested, sources
+from halfbyte.data import conversion, delimiters, nested, sources, unread
 from halfbyte.data.formats import BESIDE_TOKENS, DECIDING, DataFormat, Layout
 from halfbyte.data.rendering import known_roles, training_template
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import RowCheck, digest, equal_rows, unequal_arriving
+from halfbyte.data.shapes import Seen
 from halfbyte.errors import UserError
+from halfbyte.wording import shorten
 
 
 @dataclass
@@ -80,13 +84,20 @@ def _split(
         counts.rows, counts.sha = len(dataset), digest(dataset)
     if format is None:
         return nested.settle(dataset), counts
-    columns = dataset.column_names or list(first)
     text_field = getattr(training, "dataset_text_field", "text")
-    layout = format.detect(columns, first, text_field)
-    if spare := _deciding(columns, layout, text_field):
-        dataset = dataset.remove_columns(spare)
-        report.notes.append(f"{name}: read as {layout}; columns not used: {', '.join(spare)}")
+    roles = known_roles(tokenizer)
+    seen = Seen(tuple(dataset.column_names or first), first, dataset, name, roles, text_field)
+    seen = _converted(seen, format, tokenizer, training, report)
+    dataset, first = seen.dataset, seen.first
+    layout = format.detect(seen.columns, first, text_field)
     conversational = layout.conversational(first)
+    dataset, lines = unread.settle(seen, layout, deciding=_deciding(seen.columns, layout, text_field))
+    report.notes += lines
+    if layout.begin_alike and not conversational:
+        prompt = shorten(repr(extract_prompt(dict(first))["prompt"]))
+        report.notes.append(
+            f"{name}: no prompt column; the prompt is what both sides begin with, in row 1 {prompt}"
+        )
     _refuse_options(training, layout, conversational, tokenizer, first)
     template = training_template(tokenizer, training) if conversational else None
     dataset = _settled(name, dataset, layout, tokenizer, template, conversational, report)
@@ -94,7 +105,7 @@ def _split(
         split=name,
         layout=layout,
         tokenizer=tokenizer,
-        roles=known_roles(tokenizer),
+        roles=roles,
         template=template,
         conversational=conversational,
         assistant_only=getattr(training, "assistant_only_loss", False),
@@ -145,17 +156,35 @@ def _settled(
     return nested.settle(dataset, columns, join=conversational and nested.joins(tokenizer, template))
 
 
-def _deciding(columns: list[str], layout: Layout, text_field: str) -> list[str]:
+def _converted(seen: Seen, format: DataFormat, tokenizer: Any, training: Any, report: DataReport) -> Seen:
+    """The same rows in the columns of the format's layouts, and a line where that takes a conversion."""
+    found = None if format.convert is None else format.convert(seen)
+    if found is None:
+        return seen
+    if not getattr(tokenizer, "chat_template", None):
+        how = "use a model that has one"
+        if hasattr(training, "chat_template_path"):
+            how = "set `chat_template_path` to a .jinja file, or to a model whose template to take"
+        raise UserError(
+            f"{' + '.join(found.read)} would become a conversation, but the tokenizer has no chat template\n"
+            f"  {how}; or write the text to train on into the data",
+            split=seen.split,
+        )
+    report.notes.append(f"{seen.split}: {found.line()}")
+    dataset = conversion.apply(seen.split, seen.dataset, seen.columns, found)
+    first = next(iter(dataset))
+    return replace(seen, dataset=dataset, columns=tuple(dataset.column_names or first), first=first)
+
+
+def _deciding(columns: Sequence[str], layout: Layout, text_field: str) -> list[str]:
     allowed = set(layout.columns) | (BESIDE_TOKENS if layout.token_ids is not None else set())
     return [column for column in columns if column in (DECIDING | {text_field}) - allowed]
 
 
 def _refuse_options(
-    training: Any, layout: Layout, conversational: bool, tokenizer: Any, first: dict[str, Any]
+    training: Any, layout: Layout, conversational: bool, tokenizer: Any, first: Mapping[str, Any]
 ) -> None:
     """Refuse the options that TRL would ignore for this data, or fail on without naming."""
-    if "image" in first or "images" in first:
-        raise UserError("the data has an image column: text models only; leave it out with `columns:`")
     if getattr(training, "packing", False) and training.max_length is None:
         raise UserError("needs `max_length`, the length to pack to", option="packing")
     if getattr(training, "assistant_only_loss", False) and not conversational:

@@ -1,0 +1,184 @@
+"""Columns that hold context or supervision and are not read: refused where training without them is another training.
+
+What an unread column says may stand in the read ones as well, as the prompt beside a conversation does; then, and where
+it is a score or a label, it is only named.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from halfbyte.data.formats import Layout, OtherRowsError
+from halfbyte.data.shapes import ANSWERS, QUESTIONS, SYSTEMS, TALKS, Seen
+from halfbyte.errors import UserError
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# What a model should see or say; each must be read, or stand within what is read.
+CONTEXT = frozenset(
+    {
+        *(*SYSTEMS, *TALKS, *QUESTIONS, *ANSWERS),
+        *(
+            "prompt",
+            "completion",
+            "text",
+            "input",
+            "context",
+            "history",
+            "problem",
+            "solution",
+            "target",
+            "targets",
+        ),
+        *(
+            "document",
+            "documents",
+            "passage",
+            "background",
+            "dialog",
+            "dialogue",
+            "chat",
+            "tools",
+            "functions",
+        ),
+        *("instructions", "inputs", "outputs", "questions", "responses", "answers", "persona", "knowledge"),
+    }
+)
+# Which tokens or rows count; where all of it is 1 it changes nothing.
+WEIGHTS = frozenset(
+    {
+        *("weight", "weights", "sample_weight", "sample_weights", "loss_weight", "loss_weights", "loss_mask"),
+        *("label_mask", "prompt_mask", "response_mask", "loss_scale", "train_on_turn"),
+    }
+)
+_NAMED = ("label", "kto_tag", "desirable", "chosen", "rejected", "score", "rating", "reward", "preference")
+# Beside pairs whose prompt is a common beginning any text could be the prompt, but for these.
+_ASIDE = ("id", "idx", "index", "uuid", "source", "dataset", "subset", "split", "origin", "url", "lang", "language",
+          "category", "model", "type", "task", "license", "date", "hash")  # fmt: skip
+
+
+def settle(seen: Seen, layout: Layout, *, deciding: Sequence[str]) -> tuple[Any, list[str]]:
+    """Return the data set without unread columns that would mislead, and the lines about those that are not read.
+
+    ``deciding`` are columns by which the trainer would read rows in another way. Where the prompt is the text that
+    both sides begin with, any other text could be the real one. Raises UserError for a column whose loss would change
+    what is trained; of a stream, with the row, when it is read.
+    """
+    conversational = layout.conversational(seen.first)
+    implicit = layout.begin_alike and not conversational
+    read = {*layout.columns, *(layout.beside if conversational or layout.token_ids else ())}
+    unread = [name for name in seen.columns if name not in read]
+    for name in unread:
+        if name in MEDIA and seen.holds(name):
+            raise UserError(
+                f"the data has {name!r}: text models only; leave the column out with `columns:`",
+                split=seen.split,
+            )
+    if (wish := layout.unread_wish(seen.first)) is not None:
+        raise OtherRowsError(
+            f"column {wish!r} says which answers are wanted, and is not read: unwanted ones would be trained too\n"
+            "  keep the rows to train on, and leave the column out with `columns:`",
+            columns=seen.columns,
+            first=seen.first,
+            split=seen.split,
+        )
+    tokens, chosen = (
+        layout.token_ids is not None,
+        seen.text_field != "text" and seen.text_field in layout.columns,
+    )
+    checked = [
+        name
+        for name in unread
+        if _weighs(name, tokens, seen) or (not (tokens or chosen) and _tells(name, seen, implicit))
+    ]
+    dataset = seen.dataset
+    if checked:
+        dataset = _checked(seen, list(layout.columns), checked)
+    gone = [name for name in unread if name in deciding or name in MEDIA]
+    named = [name for name in unread if name in gone or name in checked or _shown(name, tokens or chosen)]
+    if gone:
+        dataset = dataset.remove_columns(gone)
+    lines = [f"{seen.split}: read as {layout}; columns not used: {', '.join(named)}"] if named else []
+    return dataset, lines
+
+
+def _weighs(name: str, tokens: bool, seen: Seen) -> bool:
+    return name in WEIGHTS and not (tokens and "labels" in seen.columns)
+
+
+def _tells(name: str, seen: Seen, implicit: bool) -> bool:
+    if name in CONTEXT or name in MEDIA:
+        return seen.holds(name)
+    aside = any(name == word or name.endswith(f"_{word}") for word in _ASIDE) or name.startswith(_NAMED)
+    return implicit and not aside and isinstance(seen.first.get(name), str | list | dict) and seen.holds(name)
+
+
+def _shown(name: str, all: bool) -> bool:
+    return name.startswith(_NAMED) or (all and name in CONTEXT)
+
+
+def _checked(seen: Seen, read: list[str], checked: list[str]) -> Any:
+    """The data set whose every row repeats in ``read`` what it holds in ``checked``, or the first that does not."""
+
+    def check(row: Mapping[str, Any], index: int) -> None:
+        for name in checked:
+            if not _harmless(name, row.get(name), [row.get(column) for column in read]):
+                raise UserError(_refusal(name, read, seen.columns), split=seen.split, row=index + 1)
+
+    if not seen.whole:
+
+        def arriving(row: dict[str, Any], index: int) -> dict[str, Any]:
+            check(row, index)
+            return row
+
+        return seen.dataset.map(arriving, with_indices=True, features=seen.dataset.features)
+    for index, row in enumerate(seen.dataset.select_columns([*read, *checked])):
+        check(row, index)
+    return seen.dataset
+
+
+def _harmless(name: str, value: Any, read: list[Any]) -> bool:
+    if name in WEIGHTS:
+        return all(weight is None or weight == 1 for weight in _leaves(value))
+    if name in ("tools", "functions"):
+        return not value
+    said = [text.strip() for text in _strings(value) if text.strip()]
+    held = [text.strip() for text in _strings(read)]
+    within = all(any(text in each for each in held) for text in said)
+    # The conversation as somebody else rendered it.
+    around = isinstance(value, str) and all(text in value for text in held)
+    return (within and (bool(said) or not value)) or around
+
+
+def _refusal(name: str, read: list[str], columns: Sequence[str]) -> str:
+    without = ", ".join(read)
+    if name in WEIGHTS:
+        return (
+            f"column {name!r} is not read, and not all of it is 1: everything would be trained alike\n"
+            "  write what must not be trained as `labels` of -100 beside `input_ids`, or into `prompt` with a "
+            "`completion`"
+        )
+    return (
+        f"column {name!r} is not read, and {' + '.join(read)} do not repeat what it holds\n"
+        f"  two readings: it belongs to the prompt, then write it there; or it does not, then leave it out:\n"
+        f"  `datasets: [{{path: ..., columns: [{without}]}}]`"
+    )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text of a value, without the names of speakers and types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, held in value.items():
+            if key not in ("role", "from", "type"):
+                yield from _strings(held)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
