@@ -45,7 +45,8 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fail:
 
 def places(directory: Path) -> list[str]:
     """A base, which is not read before the failing class is made, and where the run would be written."""
-    return ["--model_name_or_path", str(directory), "--output_dir", str(directory / "run")]
+    inputs = ["--model_name_or_path", str(directory), "--dataset_name", str(directory)]
+    return [*inputs, "--output_dir", str(directory / "run")]
 
 
 def test_help_names_the_commands_and_the_exit_codes(capsys) -> None:

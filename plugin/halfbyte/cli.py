@@ -106,7 +106,8 @@ def _train(name: str, arguments: list[str]) -> int:
         recipes.load(name)  # refuses the unknown name
     recipes.check(claims)
     written = config.collect(arguments)
-    config.refuse_early(written, f"halfbyte {name}", keys=claims[0].package == _OWN_PACKAGE)
+    ours = claims[0].package == _OWN_PACKAGE
+    config.refuse_early(written, f"halfbyte {name}", keys=ours, recipe=claims[0].object)
     if "trl" not in sys.modules:
         say("halfbyte: loading PyTorch, Transformers and TRL ...", error=True)
     recipe = recipes.load(name)

@@ -1,13 +1,16 @@
 """What the YAML file and the command line show by themselves is refused before anything heavy is imported."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from halfbyte import recipe as recipes
+from halfbyte import run
 from halfbyte.config import collect, refuse_early
 from halfbyte.config.fields import fields_of
 from halfbyte.config.foreign import LAUNCHER_KEYS, RENAMED, reason
@@ -21,20 +24,94 @@ NO_KEYS = {"help", "module", "training_script", "training_script_args", "role", 
 HEAVY = "{'torch', 'transformers', 'trl', 'accelerate', 'numpy', 'datasets', 'halfbyte_recipes', 'rich'}"
 
 
+CODE = f"""
+import contextlib, io, json, sys
+from halfbyte import cli, recipe
+def load(name): raise SystemExit(0)
+recipe.load = load
+answers = []
+for argv in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try: code = cli.main(["sft", *argv])
+        except SystemExit as stop: code = stop.code
+    heavy = {HEAVY} & set(sys.modules)
+    assert not heavy, (argv, heavy)
+    answers.append((code, printed.getvalue()))
+print(json.dumps(answers))
+"""
+
+
+def refusals(*lines: Sequence[str]) -> list[str]:
+    """The refusals of ``halfbyte sft LINE``, "" where there is none, in a process that imports nothing heavy."""
+    command = [sys.executable, "-c", CODE, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    for code, printed in answers:
+        assert code in (0, 2), printed
+        assert (code == 0) == (printed == "halfbyte: loading PyTorch, Transformers and TRL ...\n")
+    return [printed if code else "" for code, printed in answers]
+
+
 def refused(*argv: str) -> str:
-    """The refusal of ``halfbyte sft ARGV`` in a process that must not import anything heavy; "" if there is none."""
-    code = (
-        "import sys; from halfbyte import cli, recipe\n"
-        "def load(name): raise SystemExit(0)\n"
-        "recipe.load = load\n"
-        "code = cli.main(['sft', *sys.argv[1:]])\n"
-        f"assert not {HEAVY} & set(sys.modules), sys.modules.keys()\n"
-        "sys.exit(code)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 2), done.stderr
-    assert (done.returncode == 0) == (done.stderr == "halfbyte: loading PyTorch, Transformers and TRL ...\n")
-    return done.stderr if done.returncode else ""
+    return refusals(argv)[0]
+
+
+MISTAKES = [
+    (
+        "learning_rat: 1",
+        "learning_rat: unknown option; did you mean learning_rate? (halfbyte sft --help all lists",
+    ),
+    ("seed: x", "seed: must be a whole number, is 'x'"),
+    ("packing: 3", "packing: must be true or false, is '3'"),
+    ("learning_rate: 0", "learning_rate: must be greater than 0, is 0"),
+    ("lora_r: ~", "lora_r: must be a whole number, is null"),
+    ("max_steps: [1]", "max_steps: must be a whole number, is a list of 1"),
+    ("optim: paged_adamw", "optim: 'paged_adamw' is not supported; did you mean paged_adamw_8bit or"),
+    ("eval_strategy: always", "eval_strategy: 'always' is not supported; write one of no, steps, epoch"),
+    ("dtype: bf16", "dtype: 'bf16' is not supported; write one of auto, bfloat16"),
+    ("on_oom: wait", "on_oom: 'wait' is not supported; write one of stop, accumulate"),
+    ("packing_strategy: x", "packing_strategy: 'x' is not supported; write one of bfd"),
+    ("model_init_kwargs: x", "model_init_kwargs: must be a mapping"),
+    ("additional_special_tokens: [1, ~]", "additional_special_tokens[1]: must be text, is null"),
+    ("datasets: [{pth: b}]", "datasets[0]: unknown key 'pth'; did you mean path?"),
+    ("datasets: [{split: b}]", "datasets[0]: path is missing; add it"),
+    ("use_peft: false", "use_peft: a 4-bit base trains only through adapters"),
+    (
+        "load_in_8bit: true\nload_in_4bit: true",
+        "load_in_8bit: load_in_4bit is true as well; keep one of the two",
+    ),
+    ("report_to: ~", "report_to: must not be null"),
+    ("output_dir: ${HOME}/x", "output_dir: '${HOME}/x': variables are not expanded in a file"),
+    ("num_processes: 2", "num_processes: belongs to the launcher"),
+]
+INPUTS = "\nmodel_name_or_path: m\ndataset_name: d\n"
+
+
+def test_what_a_file_shows_by_itself_costs_no_import_and_reads_as_it_would_later(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.yaml" for number in range(len(MISTAKES))]
+    for file, (text, _) in zip(files, MISTAKES, strict=True):
+        file.write_text(text + INPUTS)
+    early = refusals(*(["--config", str(file)] for file in files))
+    for file, (text, words), said in zip(files, MISTAKES, early, strict=True):
+        assert said.startswith(f"error: {file}:1: {words}"), text
+        with pytest.raises(UserError) as late:
+            run.read("sft", recipes.load("sft"), ["--config", str(file)])
+        assert said == f"error: {late.value}\n"
+
+
+def test_a_model_and_data_that_are_not_named_cost_no_import(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 1\n")
+    model = "no model: write `model_name_or_path` (a hub id or a directory)\n"
+    data = "no data: write `dataset_name` (a hub id or a local path) or `datasets:`\n"
+    named = (["--model_name_or_path", "m"], ["--adapter_name_or_path", "a"])
+    both, none, *one = refusals(
+        ["--config", str(file)], [], *named, ["--dataset_name", "d"], ["--datasets", "{path: d}"],
+        [*named[0], "--dataset_name", "d"],
+    )  # fmt: skip
+    assert both == none == f"error: {model}{data}"
+    assert one == [f"error: {data}", f"error: {data}", f"error: {model}", f"error: {model}", ""]
 
 
 def test_everything_that_shows_at_once_is_refused_together_without_imports(tmp_path: Path) -> None:
@@ -71,9 +148,8 @@ def test_a_file_that_is_no_configuration_is_refused_without_imports(
 
 def test_loading_is_reported_where_the_classes_are_needed(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("learning_rat: 1\n", encoding="utf-8")
-    assert refused("--config", str(file)) == ""
-    assert refused("--help") == ""
+    file.write_text("model_name_or_path: m\ndataset_name: d\nlearning_rate: 1\n", encoding="utf-8")
+    assert refusals(["--config", str(file)], ["--help"]) == ["", ""]
 
 
 def test_a_third_party_recipe_may_have_an_option_of_any_name() -> None:

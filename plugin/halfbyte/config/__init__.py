@@ -5,10 +5,10 @@ Importing this package imports neither torch nor TRL; ``RunArguments``, a subcla
 
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.config.reading import read
+from halfbyte.config.reading import read, refuse_early
 from halfbyte.config.settings import Settings
 from halfbyte.config.sources import Source
-from halfbyte.config.written import Written, collect, refuse_early
+from halfbyte.config.written import Written, collect
 
 if TYPE_CHECKING:
     from halfbyte.config.run import RunArguments

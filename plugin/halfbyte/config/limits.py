@@ -1,5 +1,6 @@
 """What values are allowed beyond their types: ranges and names."""
 
+import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
@@ -86,19 +87,18 @@ def range_for(name: str, default: Any) -> tuple[str, Check] | None:
 def choices_for(owner: type, name: str, metadata: dict[str, Any], members: Sequence[Any]) -> tuple[Any, ...]:
     """Return the values that field `name` of `owner` may take, upstream's where it lists them; () for any.
 
-    `members` are the classes its annotation names, of which an Enum is a list of choices.
+    `members` are the classes its annotation names, of which an Enum is a list of choices. Those of `report_to` are
+    known once transformers is imported.
     """
     if metadata.get("choices"):
         return tuple(metadata["choices"])
     for member in members:
         if isinstance(member, type) and issubclass(member, Enum):
             return tuple(item.value for item in member)
-    if name == "report_to":
+    if name == "report_to" and "transformers" in sys.modules:
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
         return ("none", "all", *sorted(INTEGRATION_TO_CALLBACK))
     if name == "loss_type":
-        from trl import DPOConfig
-
-        return DPO_LOSSES if issubclass(owner, DPOConfig) else ()
+        return DPO_LOSSES if any(base.__name__ == "DPOConfig" for base in owner.__mro__) else ()
     return tuple(CHOICES.get(name, ()))

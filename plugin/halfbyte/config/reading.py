@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from halfbyte.config.declared import option_classes
 from halfbyte.config.fields import Field, fields_of
 from halfbyte.config.foreign import reason
 from halfbyte.config.settings import ALIASES, Settings
@@ -30,6 +31,53 @@ def read(argv: Sequence[str] | Written, classes: Sequence[type], *, prog: str, s
         page = help.print_all if written.help == "all" else help.print_short
         page(prog, summary, classes, fields, values)
         raise SystemExit(0)
+    return _settings(written, classes, fields, values, prog)
+
+
+def refuse_early(written: Written, prog: str, *, keys: bool, recipe: str | None = None) -> None:
+    """Refuse what the file and the command line show by themselves, before anything heavy is imported.
+
+    Where the source of ``recipe`` (``module:attribute``) shows its options, that is every mistake in keys, values and
+    between them, and a model or data that is not named. Else it is keys given twice and, with ``keys``, foreign ones:
+    ``keys`` is for halfbyte's own recipes, since a third party's may have an option of any name.
+    Raises UserError with a line for each (at most ten).
+    """
+    if written.help:
+        return
+    if recipe is not None and (classes := option_classes(recipe)) is not None:
+        fields = fields_of(classes)
+        values = {name: field.default for name, field in fields.items()}
+        _require_inputs(_settings(written, classes, fields, values, prog))
+        return
+    options = Entries()
+    for name, _, source in written.options:
+        options.add(name, Node(None, source))
+    mistakes = written.file.mistakes + options.mistakes
+    for entries in (written.file, options) if keys else ():
+        for key, node in entries.nodes.items():
+            if (why := reason(key, prog)) is not None:
+                mistakes.append((node.source, f"{node.source.at(shorten(key))}: {why}"))
+    if mistakes:
+        raise UserError(listed(mistakes))
+
+
+def _require_inputs(settings: Settings) -> None:
+    missing = []
+    if not settings["model_name_or_path"] and not settings["adapter_name_or_path"]:
+        missing.append("no model: write `model_name_or_path` (a hub id or a directory)")
+    if not settings["dataset_name"] and not settings["datasets"]:
+        missing.append("no data: write `dataset_name` (a hub id or a local path) or `datasets:`")
+    if missing:
+        raise UserError("\n".join(missing))
+
+
+def _settings(
+    written: Written,
+    classes: Sequence[type],
+    fields: Mapping[str, Field],
+    values: dict[str, Any],
+    prog: str,
+) -> Settings:
     options = _options(written.options, fields)
     mistakes: list[Mistake] = written.file.mistakes + options.mistakes
     given: dict[str, Source] = {}

@@ -8,8 +8,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from halfbyte.config.foreign import reason
-from halfbyte.config.sources import Entries, Node, Source, read_yaml, shown
+from halfbyte.config.sources import Entries, Source, read_yaml, shown
 from halfbyte.errors import UserError
 from halfbyte.wording import CONFIGURATIONS, shorten
 
@@ -46,24 +45,6 @@ def collect(argv: Sequence[str]) -> Written:
         raise UserError("takes the path of one YAML file", option="--config")
     file = read_yaml(files[0][0]) if files else Entries()
     return Written([option for option in options if option[0] != "config"], file)
-
-
-def refuse_early(written: Written, prog: str, *, keys: bool) -> None:
-    """Refuse what is invalid whatever options the recipe has: keys given twice and, with ``keys``, foreign ones.
-
-    ``keys`` is for halfbyte's own recipes: a third-party recipe may have an option of any name.
-    Raises UserError with a line for each (at most ten).
-    """
-    options = Entries()
-    for name, _, source in written.options:
-        options.add(name, Node(None, source))
-    mistakes = written.file.mistakes + options.mistakes
-    for entries in (written.file, options) if keys else ():
-        for key, node in entries.nodes.items():
-            if (why := reason(key, prog)) is not None:
-                mistakes.append((node.source, f"{node.source.at(shorten(key))}: {why}"))
-    if mistakes:
-        raise UserError(listed(mistakes))
 
 
 def listed(mistakes: Iterable[Mistake]) -> str:
