@@ -223,7 +223,7 @@ MISTAKES = {
         [*WHOLE, "--lora_target_modules", "q_prj"],
         "q_proj",
     ),
-    "initialization": (["--init_lora_weights", "pissa"], "pissa"),
+    "initialization": ([*WHOLE, "--init_lora_weights", "pissa"], "pissa"),
     "wandb": (
         [*WHOLE, "--report_to", "wandb"],
         "WANDB_MODE=offline",
@@ -241,9 +241,9 @@ MISTAKES = {
         [*WHOLE, "--use_liger_kernel", "true"],
         "--use_liger_kernel: liger-kernel is not installed",
     ),
-    "a batch that shrinks": (["--auto_find_batch_size", "true"], "on_oom: accumulate"),
+    "a batch that shrinks": ([*WHOLE, "--auto_find_batch_size", "true"], "on_oom: accumulate"),
     "LoRA+ on nothing": (
-        ["--use_peft", "false", "--load_in_4bit", "false", "--loraplus_lr_ratio", "16"],
+        [*WHOLE, "--use_peft", "false", "--load_in_4bit", "false", "--loraplus_lr_ratio", "16"],
         "loraplus_lr_ratio: has no effect without adapters",
     ),
     "not a checkpoint": (

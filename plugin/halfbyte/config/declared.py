@@ -30,7 +30,13 @@ _TYPES = {
     "Any": Any,
     "Path": Path,
 }
-_GENERIC = {"Literal": Literal, "Optional": Optional, "Union": Union, "list": list, "dict": dict}
+_GENERIC: dict[str, Any] = {
+    "Literal": Literal,
+    "Optional": Optional,
+    "Union": Union,
+    "list": list,
+    "dict": dict,
+}
 _FACTORIES = {"list": list, "dict": dict}
 _RANGED = {name for _, _, names in RANGES for name in names.split()}
 _DEPTH = 20
