@@ -15,7 +15,7 @@ RECIPES = ROOT / "recipes" / "halfbyte_recipes"
 # recipes must know: it stands on the lowest floor, the commands themselves near the top.
 LAYERS = [
     {"errors", "wording", "redaction", "streams", "files", "locks", "task", "store", "names", "quiet"}
-    | {"commands table"},
+    | {"commands table", "descriptors"},
     {"config", "quantization", "adapters", "optimizers", "data", "distributed"},
     {"fast", "checkpoint", "resilience", "tracking", "memory"},
     {"trainer"},

@@ -43,6 +43,8 @@ NOT_QUICK = (
     "tests/test_parity.py",
     "tests/test_plugin.py::test_two_processes",
     "tests/test_special_tokens.py::test_named_tokens",
+    "tests/test_descriptors.py::test_a_command",
+    "tests/test_descriptors.py::test_a_run",
     "tests/test_third_party.py",
     "tests/tracking/test_wandb_run.py",
     "tests/trainer/test_accumulation.py",

@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 
-from halfbyte import commands, quiet, streams
+from halfbyte import commands, descriptors, quiet, streams
 from halfbyte import recipe as recipes
 from halfbyte.errors import FailedElsewhereError, Halted, Stopped, UserError
 from halfbyte.wording import CONFIGURATIONS, say, show
@@ -40,6 +40,8 @@ On several processes: accelerate launch --config_file launch/ddp.yaml -m halfbyt
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; the console script and ``python -m halfbyte``."""
+    if argv is None:  # this process is the command's own
+        descriptors.last()
     arguments = sys.argv[1:] if argv is None else list(argv)
     arguments, debug = _take_debug(arguments)
     with streams.clean():
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def _ended(arguments: list[str], debug: bool) -> int:
     """Run the command, and print how it ended."""
     try:
-        return _run(arguments)
+        return _run(arguments) or _unprinted(arguments)
     except UserError as error:
         return _fail(error, f"error: {error}", 2, debug)
     except Stopped as stopped:
@@ -93,6 +95,16 @@ def _run(arguments: list[str]) -> int:
     if name.startswith("-"):
         raise UserError(f"the recipe comes first: halfbyte RECIPE {shlex.quote(name)} ...")
     return _train(name, rest)
+
+
+def _unprinted(arguments: list[str]) -> int:
+    """1 if what a command is for, its output, could not be written; a run's files say what it did."""
+    name = arguments[0] if arguments else "--help"
+    if name == "demo" or (name not in commands.TABLE and name != "help" and not name.startswith("-")):
+        return 0
+    if (why := descriptors.refused()) is not None:
+        _print(f"error: cannot write to standard output: {why}")
+    return int(why is not None)
 
 
 def _train(name: str, arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""SIGKILL at every file boundary of a save: a good checkpoint is found, and the end is the same."""
+"""SIGKILL at every file boundary of a save and at random: a good checkpoint is found, and the end is the same."""
 
 import shutil
 from collections.abc import Callable
@@ -95,6 +95,14 @@ def test_a_kill_in_a_save(
         done = _launch(processes, *again)
         assert done.returncode == 0, done.stderr[-4000:]
     assert_equal(reference.output, output)
+
+
+@pytest.mark.faults
+def test_kills_at_random_moments_and_pairs_in_one_directory(tmp_path: Path) -> None:
+    """A tenth of what `python -m tests.checkpoint.chaos` does by itself."""
+    few = ("--kills", "10", "--pairs", "3", "--seed", "0", "--directory", str(tmp_path))
+    done = launch.python("tests.checkpoint.chaos", *few, cwd=launch.ROOT)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
