@@ -253,6 +253,32 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("lines", "place", "words"),
+    [
+        ("dataset_name: {here}/rows.json", 2, "dataset_name: {here}/rows.json: no such file or directory"),
+        (
+            "datasets:\n- path: {rows}\n- path: {here}/x.csv",
+            4,
+            "datasets[1].path: {here}/x.csv: no such file",
+        ),
+        ("dataset_name: {rows}\nadapter_name_or_path: {here}", 3, "adapter_name_or_path: "),
+    ],
+)
+def test_an_input_that_is_not_there_has_its_line(
+    model_dir: ModelDir, tmp_path: Path, rows, capsys, lines: str, place: int, words: str
+) -> None:
+    file, places = tmp_path / "run.yaml", {"here": tmp_path, "rows": rows("sft")}
+    file.write_text(f"model_name_or_path: {model_dir('llama')}\n{lines.format(**places)}\n")
+    assert (
+        main(["sft", "--config", str(file), "--output_dir", str(tmp_path / "run"), "--report_to", "none"])
+        == 2
+    )
+    printed = capsys.readouterr().err
+    assert f"error: {file}:{place}: {words.format(**places)}" in printed
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_with_2_and_writes_nothing(
     model_dir: ModelDir, tmp_path: Path, rows, capsys, monkeypatch: pytest.MonkeyPatch, mistake: str

@@ -1,6 +1,8 @@
 """The exceptions that the command line acts on: invalid input, a run that ended itself, a signal."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -28,6 +30,16 @@ class UserError(ValueError):
         rows = None if self.row is None else f"{self.split or 'data'} row {self.row}"
         head = self.place or self.option
         return ": ".join(part for part in (head, rows or self.split, self.what) if part)
+
+
+@contextmanager
+def about(option: str) -> Iterator[None]:
+    """Lay a UserError that is raised inside, and names no option, to ``option``."""
+    try:
+        yield
+    except UserError as error:
+        error.option = error.option or option
+        raise
 
 
 class FailedElsewhereError(UserError):

@@ -11,7 +11,7 @@ from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 
 from halfbyte.config import RunArguments
 from halfbyte.config.settings import names_option
-from halfbyte.errors import UserError
+from halfbyte.errors import UserError, about
 from tests.config.reading import DPO, FourBit, parse, refusal
 
 
@@ -164,3 +164,30 @@ def test_an_upstream_error_is_laid_to_the_options_it_names(config) -> None:
     assert (str(one), one.option) == ("run.yaml:1: seed: bad `seed`", "seed")
     assert str(got.refusal(ValueError("no fast seed"), "sft")) == "sft: no fast seed"
     assert got.refusal(ValueError("`seed` and max_length"), "sft").option is None
+
+
+def test_a_place_within_a_value_has_its_own_line(config) -> None:
+    got = config("datasets:\n  - path: a\n    columns: [x]\n  - path: b\nmodel_name_or_path: m\n")
+    for option, head in [
+        ("datasets", "run.yaml:1: datasets"),
+        ("datasets[0].path", "run.yaml:2: datasets[0].path"),
+        ("datasets[0].columns[0]", "run.yaml:3: datasets[0].columns[0]"),
+        ("datasets[1].path", "run.yaml:4: datasets[1].path"),
+        ("datasets[1].split", "run.yaml:1: datasets[1].split"),
+        ("adapter_name_or_path", "run.yaml:5: model_name_or_path"),
+    ]:
+        assert str(got.placed(UserError("is wrong", option=option))) == f"{head}: is wrong"
+    line = parse("--datasets", '{"path": "a"}', "--model_name_or_path", "x")
+    for option, head in [
+        ("datasets[0].path", "--datasets[0].path"),
+        ("adapter_name_or_path", "--model_name_or_path"),
+    ]:
+        assert str(line.placed(UserError("is wrong", option=option))) == f"{head}: is wrong"
+
+
+def test_an_error_without_an_option_is_laid_to_the_one_it_is_about() -> None:
+    with pytest.raises(UserError) as caught, about("dataset_name"), about("seed"):
+        raise UserError("no such file")
+    assert str(caught.value) == "seed: no such file"
+    with pytest.raises(UserError, match=r"^output_dir: full"), about("dataset_name"):
+        raise UserError("full", option="output_dir")

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from halfbyte.errors import UserError
 from tests import tiny
 from tests.data.conftest import plain, refusal, run_data
 
@@ -95,6 +96,21 @@ def test_options_that_would_be_ignored(write):
     refused("test_split_size", "datasets:", name=path, test_split_size=0.5)
     refused("dataset_config", "leave it out", name=path, dataset_config="en")
     refused("test_split_size", "stream", datasets=part, streaming=True, test_split_size=0.5)
+
+
+def test_a_refusal_names_the_option_or_the_part_that_it_is_about(write, tmp_path: Path):
+    good, none = write("a.jsonl", ROWS), str(tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"text": ')
+    for name in (none, str(tmp_path / "bad.jsonl"), str(tmp_path / "bad.xls"), "no/such-hub-id"):
+        if name.endswith(".xls"):
+            Path(name).write_bytes(b"x")
+        with pytest.raises(UserError) as one:
+            run_data(name)
+        assert one.value.option == "dataset_name", name
+        with pytest.raises(UserError) as part:
+            run_data(datasets=[{"path": good}, {"path": name}])
+        assert part.value.option == "datasets[1].path", name
+        assert part.value.what == one.value.what
 
 
 def test_files_that_cannot_be_read(write, tmp_path: Path):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte import names
 from halfbyte.adapters import config, fresh, patterns, tensors
-from halfbyte.errors import UserError
+from halfbyte.errors import UserError, about
 from halfbyte.wording import first_line, shorten
 
 _OPTION = "adapter_name_or_path"
@@ -71,6 +71,7 @@ def directory_of(name_or_path: str) -> Path | None:
     return path if (path / config.FILE).is_file() else None
 
 
+@about(_OPTION)
 def base_of(adapter: str) -> str:
     """The base model that the adapter directory ``adapter`` names."""
     base = config.read(adapter).get("base_model_name_or_path")
@@ -84,6 +85,7 @@ def revision_of(adapter: str) -> str:
     return str(config.read(adapter).get("revision") or _recorded_base(adapter).get("revision") or "main")
 
 
+@about(_OPTION)
 def options_of(adapter: str, requested: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that ``adapter`` fixes, as they were when it was made.
 
@@ -116,6 +118,7 @@ def options_of(adapter: str, requested: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+@about(_OPTION)
 def continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     """Put the saved adapter ``adapter``, a run's or a checkpoint's directory, on ``model``: trainable, float32.
 
@@ -145,6 +148,7 @@ def check_checkpoint(model: PeftModel, checkpoint: str) -> None:
             tensors.check_names(model, directory, name)
 
 
+@about(_OPTION)
 def same_base(adapter: str, name_or_path: str, revision: str, sha: str | None) -> None:
     """Raise :class:`UserError` unless ``adapter`` was trained on this base.
 

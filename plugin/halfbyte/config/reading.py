@@ -89,7 +89,7 @@ def _settings(
                 continue
             try:
                 values[key] = fields[key].convert(node)
-                given[key] = node.source
+                given[key] = node.detailed
             except OptionError as error:
                 source = error.source or node.source
                 mistakes.append((source, f"{source.at(key, error.path)}: {error}"))

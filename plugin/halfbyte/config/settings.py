@@ -62,9 +62,18 @@ class Settings:
         return self.given[key].at(key) if key in self.given else key
 
     def placed(self, error: UserError) -> UserError:
-        """Put the place where the user wrote ``error.option`` into ``error``, and return it."""
-        if error.option is not None and error.option in self.given and error.place is None:
-            error.place = self.at(error.option)
+        """Put the place where the user wrote ``error.option`` into ``error``, and return it.
+
+        The option may be a place within a value, such as ``datasets[0].path``. Where no adapter is given, the model is.
+        """
+        if error.option is None or error.place is not None:
+            return error
+        key, path = re.fullmatch(r"([^.\[]*)(.*)", error.option, re.DOTALL).groups()  # type: ignore[union-attr]
+        if key == "adapter_name_or_path" and key not in self.given:
+            key = "model_name_or_path"
+        if key in self.given:
+            source = self.given[key]
+            error.place = dataclasses.replace(source, line=source.inner.get(path, source.line)).at(key, path)
         return error
 
     def refusal(self, error: Exception, otherwise: str) -> UserError:

@@ -1,7 +1,8 @@
 """Values before they have a type, each with the line or option where it was written; YAML and JSON read into them."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -16,11 +17,15 @@ NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value was written: a line of a file, or an option of the command line."""
+    """Where a value was written: a line of a file, or an option of the command line.
+
+    ``inner`` are the lines of what is within the value, by its path, such as ``[0].split``.
+    """
 
     file: str | None = None
     line: int = 0
     option: str = ""
+    inner: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         return self.option if self.file is None else f"{self.file}:{self.line}"
@@ -52,6 +57,21 @@ class Node:
     value: "str | list[Node] | dict[str, Node] | None"
     source: Source
     plain: bool = True
+
+    @property
+    def detailed(self) -> Source:
+        """The source with the lines of what is within the value."""
+        return replace(self.source, inner=dict(self._lines("")))
+
+    def _lines(self, path: str) -> Iterator[tuple[str, int]]:
+        if path:
+            yield path, self.source.line
+        if isinstance(self.value, list):
+            for index, item in enumerate(self.value):
+                yield from item._lines(f"{path}[{index}]")
+        elif isinstance(self.value, dict):
+            for key, item in self.value.items():
+                yield from item._lines(f"{path}.{key}")
 
 
 @dataclass

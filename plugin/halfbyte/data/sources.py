@@ -13,7 +13,7 @@ import datasets
 from trl.scripts.utils import DatasetConfig
 
 from halfbyte.data import nested
-from halfbyte.errors import UserError
+from halfbyte.errors import UserError, about
 from halfbyte.wording import suggestion
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
@@ -47,7 +47,8 @@ def read(script: Any, mixture: Any, *, seed: int) -> Splits:
     )
     if not script.dataset_name:
         raise UserError("no data: give `dataset_name` (a hub id or a local path) or `datasets:`")
-    return _one(script.dataset_name, script.dataset_config, script.dataset_streaming)
+    with about("dataset_name"):
+        return _one(script.dataset_name, script.dataset_config, script.dataset_streaming)
 
 
 def split(splits: Splits, name: str, option: str) -> Any:
@@ -99,9 +100,12 @@ def _mixture(mixture: Any, seed: int) -> Splits:
         raise UserError(
             "a stream cannot be split; give its test data as a split of its own", option="test_split_size"
         )
-    parts = [_local_part(part) for part in mixture.datasets]
+    parts, loaded = [], []
+    for index, part in enumerate(mixture.datasets):
+        with about(f"datasets[{index}].path"), reading(part.path):
+            parts.append(_local_part(part))
+            loaded.append(_part(parts[-1], mixture.streaming))
     with reading(", ".join(part.path for part in mixture.datasets)):
-        loaded = [_part(part, mixture.streaming) for part in parts]
         shares = [part.fraction for part in parts]
         if any(share is not None for share in shares):
             loaded = _shared(loaded, shares, mixture.streaming)
