@@ -54,6 +54,11 @@ NOT_QUICK = (
     "tests/trainer/test_finite.py::test_a_ruined_weight",
     "tests/trainer/test_finite.py::test_skip",
     "tests/trainer/test_invariants.py::test_a_rank_that_differs",
+    "tests/test_umask.py::test_a_finished_run_and_the_store[True-23]",
+    "tests/trainer/test_hub.py::test_a_push_that_fails",
+    "tests/trainer/test_hub.py::test_each_strategy_pushes_named_files_only[all",
+    "tests/trainer/test_hub.py::test_each_strategy_pushes_named_files_only[end]",
+    "tests/trainer/test_hub.py::test_each_strategy_pushes_named_files_only[every",
     "tests/trainer/test_saving.py::test_a_full_disk",
     "tests/trainer/test_saving.py::test_rotation",
 )

@@ -30,6 +30,21 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def follow_umask(directory: Path) -> None:
+    """Give the files below ``directory`` the mode of a file that is created there: safetensors writes 0600."""
+    probe = directory / f".mode.{os.getpid()}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for path in directory.rglob("*"):
+        found = path.lstat().st_mode
+        if stat.S_ISREG(found) and stat.S_IMODE(found) != mode:
+            with suppress(OSError):  # a file system without modes
+                path.chmod(mode)
+
+
 def digest(path: Path) -> str:
     """The sha256 of the file at ``path``."""
     return entry(path)["sha256"]  # type: ignore[return-value]

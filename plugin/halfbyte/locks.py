@@ -9,7 +9,7 @@ from pathlib import Path
 def open_lock(path: Path) -> int:
     """Open the lock file ``path``, creating it; read-only where it cannot be written. Return the open file."""
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:
         with suppress(OSError):
             if path.is_file():

@@ -36,7 +36,6 @@ from halfbyte.resilience.watch import watch
 from halfbyte.resolve import Decisions
 from halfbyte.tracking import RunRecord, Tracker, next_command, resume_command
 from halfbyte.trainer.base import Conduct
-from halfbyte.trainer.upstream import without_pickled_arguments
 from halfbyte.wording import say
 
 _UPSTREAM = ("trl", "transformers")
@@ -247,8 +246,7 @@ def _finish(trainer: Trainer, record: RunRecord) -> None:
 
 def _push(trainer: Trainer, options: Options) -> None:
     if options.args.push_to_hub:
-        with without_pickled_arguments():
-            trainer.push_to_hub(dataset_name=options.script.dataset_name)
+        trainer.push_to_hub(dataset_name=options.script.dataset_name)
 
 
 def _evaluated_last(trainer: Trainer) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import platformdirs
 
 from halfbyte import locks
-from halfbyte.files import delete, digest, digest_of, entry, sync, total_size, write_file
+from halfbyte.files import delete, digest, digest_of, entry, follow_umask, sync, total_size, write_file
 from halfbyte.wording import first_line, say
 
 # The least recently used entries of all kinds are removed when the store grows beyond this many bytes.
@@ -184,6 +184,7 @@ def _publish(made: M, place: Path, about: Mapping[str, Any], save: Callable[[M, 
     try:
         aside.mkdir()
         save(made, aside)
+        follow_umask(aside)
         files = {
             path.name: {**entry(path, durable=True), "mtime_ns": path.stat().st_mtime_ns}
             for path in sorted(aside.iterdir())

@@ -62,6 +62,10 @@ OVERRIDES = (
     Override("transformers.Trainer._load_optimizer_and_scheduler", "self checkpoint"),
     Override("transformers.Trainer._load_rng_state", "self checkpoint"),
     Override("transformers.Trainer._push_from_checkpoint", "self checkpoint_folder"),
+    Override(
+        "transformers.Trainer.push_to_hub",
+        "self commit_message blocking token revision private kwargs",
+    ),
     Override("transformers.Trainer._run_epoch", _EPOCH),
     Override("transformers.Trainer._save_checkpoint", "self model trial"),
     Override(
@@ -96,7 +100,7 @@ PATCHES = (
     Patch(
         "torch.save",
         "trainer/upstream.py:without_pickled_arguments",
-        "while a checkpoint is written or pushed",
+        "while weights are written",
         "transformers 5.24",
         "Trainer._save pickles the arguments, tokens in clear text among them, and has no switch for it",
         "obj f pickle_module pickle_protocol _use_new_zipfile_serialization _disable_byteorder_record",

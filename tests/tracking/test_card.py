@@ -74,11 +74,7 @@ def test_a_hub_id_is_loaded_from_the_hub_and_a_path_from_where_the_card_lies(tmp
     here = _code(model_card(_record(tmp_path)))
     assert 'PeftModel.from_pretrained(model, ".")' in here
     assert 'from_pretrained("path/to/tiny-llama", ' in here
-    pushed = _code(
-        model_card(
-            _record(tmp_path, push_to_hub=True, hub_model_id="me/tuned", model_name_or_path="Qwen/Qwen3-8B")
-        )
-    )
+    pushed = _code(model_card(_record(tmp_path, model_name_or_path="Qwen/Qwen3-8B"), where="me/tuned"))
     assert 'PeftModel.from_pretrained(model, "me/tuned")' in pushed
     assert 'from_pretrained("Qwen/Qwen3-8B", ' in pushed
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from halfbyte.checkpoint.resume import Resume
-from halfbyte.files import next_free
+from halfbyte.files import follow_umask, next_free
 
 _ADAPTER = "default"
 
@@ -70,6 +70,7 @@ def save_final(
             trainer.processing_class.save_pretrained(pending)
         # PEFT writes a model card of its own; the run's is written at the end.
         (pending / "README.md").unlink(missing_ok=True)
+        follow_umask(pending)
         for file in sorted(pending.iterdir()):
             file.replace(Path(output_dir) / file.name)
             names.append(file.name)

@@ -1,9 +1,9 @@
 """The demo's base model: a small Llama, and the cache that keeps a trained one for the next demo."""
 
 import json
+import os
 import platform
 import shutil
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def cache_directory() -> Path:
 def store(run: Path, entry: Path) -> None:
     """Copy a finished run to the cache: written aside and renamed, so that an entry is whole or absent."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    pending = Path(tempfile.mkdtemp(prefix=".pending-", dir=entry.parent))
+    pending = entry.with_name(f".pending-{os.getpid()}")  # no mkdtemp: only its owner could read it
     try:
         shutil.copytree(run, pending, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
         files = {path.relative_to(pending).as_posix(): _sha(path) for path in _files(pending)}

@@ -197,10 +197,13 @@ class Tracker(TrainerCallback):
         if self._main:
             self._try("the model card", lambda: self._write_card(model_name))
 
-    def _write_card(self, model_name: str | None) -> None:
+    def card(self, model_name: str | None = None, *, where: str | None = None) -> str:
+        """The model card; ``where`` is the repository that it is pushed to, beside the weights."""
         self._update_record()
-        card = model_card(self.record, model_name, figures=self._figures)
-        replace_file(self.record.output_dir / "README.md", card.encode())
+        return model_card(self.record, model_name, figures=self._figures, where=where)
+
+    def _write_card(self, model_name: str | None) -> None:
+        replace_file(self.record.output_dir / "README.md", self.card(model_name).encode())
 
     def _write_record(self) -> None:
         self._update_record()

@@ -44,11 +44,13 @@ _OPTIMIZER_AND_ADAPTER = (
 _UNREMARKABLE = ("runtime", "per_second", "num_tokens")
 
 
-def model_card(record: RunRecord, title: str | None = None, *, figures: Figures = DEFAULT) -> str:
+def model_card(
+    record: RunRecord, title: str | None = None, *, figures: Figures = DEFAULT, where: str | None = None
+) -> str:
     """Return the card's text: metadata, what was trained on what, the settings, the results, how to load it.
 
-    It has no secret, and of a local path only the last name. The code loads what the run has written: the final
-    weights, else those of the newest checkpoint.
+    It has no secret, and of a local path only the last name. The code loads the weights from the repository ``where``,
+    or what the run has written: the final weights, else those of the newest checkpoint.
     """
     values = record.as_dict()
     config = values["config"]
@@ -79,7 +81,7 @@ def model_card(record: RunRecord, title: str | None = None, *, figures: Figures 
         _table(("setting", "value"), [(key, config[key]) for key in settings if config.get(key) is not None]),
         *_results(values["metrics"]),
         "## Use",
-        *_use(values, base, adapter),
+        *_use(values, base, adapter, where),
         "## Versions",
         _table(("package", "version"), list(values["versions"].items())),
     ]
@@ -103,16 +105,14 @@ def _ended(values: Mapping[str, Any]) -> str:
     return "" if values["status"] in ("completed", "running") else f", {values['status']}"
 
 
-def _use(values: Mapping[str, Any], base: str, adapter: bool) -> list[str]:
+def _use(values: Mapping[str, Any], base: str, adapter: bool, where: str | None) -> list[str]:
     """How to load the weights: from the hub, or in the directory of this file, where they are named relative to it."""
     config, checkpoints = values["config"], values["checkpoints"]
-    if values.get("files") and config.get("push_to_hub") and config.get("hub_model_id"):
-        where = str(config["hub_model_id"])
-    elif values.get("files"):
+    if where is None and values.get("files"):
         where = "."
-    elif checkpoints:
+    elif where is None and checkpoints:
         where = f"./{checkpoints[0]}"
-    else:
+    if where is None:
         return ["The run has saved no weights."]
     lines = ["In the directory of this file:\n"] if where.startswith(".") else []
     if adapter and _is_path(base):

@@ -8,6 +8,7 @@ from halfbyte.trainer.changed_options import ChangedOptions
 from halfbyte.trainer.exact_resume import ExactResume
 from halfbyte.trainer.finite import FiniteSteps
 from halfbyte.trainer.float32_adapters import Float32Adapters
+from halfbyte.trainer.hub import HubPush
 from halfbyte.trainer.invariants import RankInvariants
 from halfbyte.trainer.loraplus import LoRAPlus
 from halfbyte.trainer.padding_free import PaddingFree
@@ -19,6 +20,7 @@ from halfbyte.trainer.whole_adapters import WholeAdapters
 # The method resolution order, outermost first: each class wraps the methods of those below it, and sees every
 # event after them.
 LIBRARY: tuple[type, ...] = (
+    HubPush,  # pushes what the saves above it and below it have written
     LoRAPlus,  # makes the optimizer; nothing else does
     PaddingFree,  # makes the training loader; nothing else does
     WholeAdapters,  # writes what every save of a sharded run writes

@@ -19,7 +19,7 @@ from halfbyte.trainer.base import Mixin
 from halfbyte.wording import say
 
 MOST_SKIPPED = 10  # steps of a run that `on_nonfinite: skip` may leave out
-DIRECTORY = "_nonfinite"  # names that begin with an underscore are not pushed to the hub
+DIRECTORY = "_nonfinite"
 
 # A spike is a logged loss above the recent median by so many median deviations, and by a half.
 SPIKE_DEVIATIONS, SPIKE_SHARE, SPIKE_ROWS = 10.0, 0.5, 20

@@ -21,13 +21,13 @@ from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.checkpoint.space import SaveError, explain_failure, require_space
 from halfbyte.checkpoint.usable import is_usable
 from halfbyte.distributed import local_shard
-from halfbyte.files import sync
+from halfbyte.files import follow_umask, sync
 from halfbyte.redaction import redact
 from halfbyte.tracking.record import plain
 from halfbyte.trainer.base import Conduct, Mixin
 from halfbyte.trainer.upstream import without_pickled_arguments
 
-PENDING = "_pending-checkpoint"  # upstream pushes no name that begins with an underscore
+PENDING = "_pending-checkpoint"
 
 
 class AtomicSaves(Mixin):
@@ -68,8 +68,7 @@ class AtomicSaves(Mixin):
             raise SaveError(explain_failure(final, needed, error)) from error
         self.state.best_model_checkpoint = self._best(step)
         if self.args.push_to_hub:
-            with without_pickled_arguments():
-                super()._push_from_checkpoint(str(final))
+            super()._push_from_checkpoint(str(final))
 
     def _get_output_dir(self, trial: Any = None) -> str:
         """Return where upstream writes checkpoints: aside.
@@ -97,6 +96,7 @@ class AtomicSaves(Mixin):
         state.save_to_json(str(written / "trainer_state.json"))
         arguments = json.dumps(redact(plain(args.to_dict())), indent=1)
         (written / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
+        follow_umask(written)
         manifests.write(
             written,
             Manifest(
