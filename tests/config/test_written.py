@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from accelerate.commands.launch import launch_command_parser
 
 from halfbyte import recipe as recipes
 from halfbyte import run
-from halfbyte.config import collect, refuse_early
+from halfbyte.config import collect, read, refuse_early
 from halfbyte.config.fields import fields_of
 from halfbyte.config.foreign import LAUNCHER_KEYS, RENAMED, reason
+from halfbyte.config.others import OTHERS
+from halfbyte.config.sources import Node, read_yaml
 from halfbyte.errors import UserError
 from tests.config.test_help import SHIPPED, classes
 
@@ -185,3 +188,80 @@ def test_no_option_of_a_recipe_is_foreign(recipe: str) -> None:
     assert set(known) >= SHARED
     assert [key for key in known if reason(key, "halfbyte sft") is not None] == []
     assert not RENAMED.keys() & known.keys()
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_the_line_to_write_instead_is_read(key: str) -> None:
+    """The example of every option of another system is an option of a shipped recipe, with a value that it takes."""
+    known = fields_of(classes(recipes.load("sft").config)) | fields_of(classes(recipes.load("dpo").config))
+    assert key not in known
+    if line := OTHERS[key].example():
+        entries = read_yaml_text(line)
+        for name, node in entries.items():
+            known[name].convert(node)
+    else:
+        assert OTHERS[key].why
+    assert len(OTHERS[key].advice("x" * 500)) < 300
+
+
+def read_yaml_text(text: str) -> dict[str, Node]:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        return read_yaml(file.name).nodes
+
+
+CONFIGURATIONS = {
+    "axolotl": (
+        "base_model: meta-llama/Llama-3.1-8B\nsequence_len: 4096\nmicro_batch_size: 2\nnum_epochs: 3\n"
+        "optimizer: adamw_bnb_8bit\nval_set_size: 0.05\nsample_packing: true\nadapter: qlora\n",
+        ["model_name_or_path: meta-llama/Llama-3.1-8B", "max_length: 4096", "per_device_train_batch_size: 2",
+         "num_train_epochs", "optim: adamw_bnb_8bit", "test_split_size", "packing: true", "use_peft: true"],
+    ),
+    "LLaMA-Factory": (
+        "stage: sft\nfinetuning_type: lora\nlora_target: all\ndataset: identity\ntemplate: llama3\n"
+        "cutoff_len: 2048\nmax_samples: 1000\npreprocessing_num_workers: 16\nquantization_bit: 4\n",
+        ["halfbyte dpo", "use_peft: true", "lora_target_modules", "dataset_name: identity", "chat_template_path",
+         "max_length: 2048", "train[:1000]", "dataset_num_proc: 16", "load_in_4bit: true"],
+    ),
+    "ms-swift": (
+        "model: Qwen/Qwen3-8B\ntrain_type: lora\ntarget_modules: all-linear\nsplit_dataset_ratio: 0.01\n"
+        "attn_impl: flash_attn\ntorch_dtype: bfloat16\nsystem: You are helpful.\n",
+        ["model_name_or_path: Qwen/Qwen3-8B", "use_peft", "lora_target_modules", "test_split_size",
+         "attn_implementation", "dtype", "column `system`"],
+    ),
+    "alignment-handbook": (
+        "dataset_mixer:\n  a: 1.0\ndataset_splits:\n- train\npreprocessing_num_workers: 12\nmax_seq_length: 2048\n"
+        "use_flash_attention_2: true\ndataset_mixture:\n  datasets:\n  - id: a\n",
+        ["datasets: [{path: data/a.jsonl, fraction: 0.7}", "dataset_train_split", "dataset_num_proc: 12",
+         "write max_length", "flash_attention_2"],
+    ),
+    "Unsloth": (
+        "model_name: unsloth/Qwen3-8B\nr: 16\nrandom_state: 3407\nuse_gradient_checkpointing: unsloth\nuse_lora: true\n"
+        "bias: none\nloftq_config: null\n",
+        ["model_name_or_path: unsloth/Qwen3-8B", "lora_r: 16", "seed: 3407", "gradient_checkpointing: true",
+         "use_peft: true", "biases", "init_lora_weights: default"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("system", CONFIGURATIONS)
+def test_the_configuration_of_another_system_is_answered_in_one_run(tmp_path: Path, system: str) -> None:
+    text, words = CONFIGURATIONS[system]
+    file = tmp_path / "theirs.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        refuse_early(collect(["--config", str(file)]), "halfbyte sft", keys=True)
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == [], message
+    assert len(message.splitlines()) == len([line for line in text.splitlines() if line[0] not in " -"])
+    assert "did you mean" not in message
+
+
+def test_the_data_sets_of_another_system_are_answered(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text("datasets:\n  - path: a.jsonl\n    type: alpaca\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match="unknown key 'type'; leave it out: rows are recognised by their columns"
+    ):
+        read(["--config", str(file)], classes(recipes.load("sft").config), prog="halfbyte sft")

@@ -14,6 +14,7 @@ from halfbyte import adapters, commands, run
 from halfbyte import recipe as recipes
 from halfbyte.config import RunArguments, Settings
 from halfbyte.config.fields import Field, fields_of
+from halfbyte.config.others import OTHERS
 from halfbyte.data import PreferencePairs, Text, UnpairedPreferences
 from halfbyte.distributed import support
 from halfbyte.plugin import QLoRAPlugin
@@ -153,6 +154,24 @@ def yamls() -> str:
     return table(("File", "What it is for"), ((f"`{path.name}`", first_comment(path)) for path in files))
 
 
+def others() -> str:
+    rows: dict[tuple[str, str], list[str]] = {}
+    systems: dict[tuple[str, str], list[str]] = {}
+    for name, other in OTHERS.items():
+        at = (other.example(), other.why)
+        rows.setdefault(at, []).append(f"`{name}`")
+        systems[at] = list(dict.fromkeys([*systems.get(at, []), *other.systems]))
+    lines = (
+        (", ".join(names), ", ".join(systems[at]), _instead(*at).replace("|", "\\|"))
+        for at, names in rows.items()
+    )
+    return table(("Option", "Of", "Here"), lines)
+
+
+def _instead(line: str, why: str) -> str:
+    return f"`{line}`{f'; {why}' if why else ''}" if line else why
+
+
 def launch_files() -> str:
     files = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".yaml", ".sh"))
     return table(("File", "What it starts"), ((f"`{path.name}`", first_comment(path)) for path in files))
@@ -220,6 +239,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "initializations": initializations,
     "launch": launch_files,
     "options": options,
+    "others": others,
     "recipe": recipe,
     "support": support.markdown,
     "tree": tree,

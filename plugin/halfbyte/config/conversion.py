@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from halfbyte.config.foreign import PARTS
 from halfbyte.config.sources import Node, OptionError, parse_flow, parse_json, shown
 from halfbyte.wording import shorten, suggestion
 
@@ -95,7 +96,9 @@ def _mapping(node: Node, value: dict[str, Node], kinds: dict[Any, Any], hint: An
     known = {item.name: hints[item.name] for item in dataclasses.fields(record) if item.init}
     for key, entry in value.items():
         if key not in known:
-            raise OptionError(f"unknown key {shown(key)}{suggestion(key.lower(), known)}", entry.source)
+            there = PARTS.get(key) if record.__name__ == "DatasetConfig" else None
+            near = f"; {there}" if there else suggestion(key.lower(), known)
+            raise OptionError(f"unknown key {shown(key)}{near}", entry.source)
     for item in dataclasses.fields(record):
         if (
             item.init

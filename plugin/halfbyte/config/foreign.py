@@ -1,5 +1,9 @@
 """Keys that belong elsewhere: to the launcher, to another library, to an earlier version of TRL."""
 
+from typing import Any
+
+from halfbyte.config.others import OTHERS
+
 # What configurations written for other versions and libraries say, and what to write here.
 RENAMED = {
     "batch_size": "write per_device_train_batch_size",
@@ -67,8 +71,11 @@ LAUNCHER_KEYS = frozenset(_ACCELERATE.split()) | {
 }
 
 
-def reason(key: str, prog: str) -> str | None:
-    """Why ``key`` is no option of any halfbyte recipe and what to write instead, or None if it may be one."""
+def reason(key: str, prog: str, value: Any = None) -> str | None:
+    """Why ``key`` is no option of any halfbyte recipe and what to write instead, or None if it may be one.
+
+    ``value`` is what was written for it, for the line to write instead.
+    """
     if key == "config":
         return "a configuration file cannot name another; give one file with --config"
     if key == "env":
@@ -77,9 +84,24 @@ def reason(key: str, prog: str) -> str | None:
         )
     if key in RENAMED:
         return f"unknown option; {RENAMED[key]}"
+    if (other := OTHERS.get(key.replace("-", "_"))) is not None:
+        return f"unknown option; {other.advice(value if isinstance(value, str) else None)}"
     if key.replace("-", "_") in LAUNCHER_KEYS:
         return (
             f"belongs to the launcher; write accelerate launch --num_processes N "
             f"[--config_file launch/X.yaml] -m {prog} ..."
         )
     return None
+
+
+PARTS = {
+    **dict.fromkeys(("id", "dataset", "file", "data"), "write path: data/train.jsonl"),
+    **dict.fromkeys(("config", "subset"), "write name: default"),
+    **dict.fromkeys(("weight", "proportion", "ratio"), "write fraction: 0.5"),
+    **dict.fromkeys(
+        ("type", "ds_type", "field", "field_messages", "message_property_mappings", "roles", "chat_template"),
+        "leave it out: rows are recognised by their columns",
+    ),
+    "roles_to_train": "write assistant_only_loss: true beside `datasets:`",
+}
+"""Keys of one data set in the lists of other systems, and what to write instead."""

@@ -50,12 +50,12 @@ def refuse_early(written: Written, prog: str, *, keys: bool, recipe: str | None 
         _require_inputs(_settings(written, classes, fields, values, prog))
         return
     options = Entries()
-    for name, _, source in written.options:
-        options.add(name, Node(None, source))
+    for name, words, source in written.options:
+        options.add(name, Node(words[0] if len(words) == 1 else None, source))
     mistakes = written.file.mistakes + options.mistakes
     for entries in (written.file, options) if keys else ():
         for key, node in entries.nodes.items():
-            if (why := reason(key, prog)) is not None:
+            if (why := reason(key, prog, node.value)) is not None:
                 mistakes.append((node.source, f"{node.source.at(shorten(key))}: {why}"))
     if mistakes:
         raise UserError(listed(mistakes))
@@ -84,7 +84,7 @@ def _settings(
     for entries in (written.file, options):
         for key, node in entries.nodes.items():
             if key not in fields:
-                text = f"{node.source.at(shorten(key))}: {_unknown(key, fields, prog)}"
+                text = f"{node.source.at(shorten(key))}: {_unknown(key, node.value, fields, prog)}"
                 mistakes.append((node.source, text))
                 continue
             try:
@@ -131,11 +131,11 @@ def _whole(words: Sequence[str], source: Source) -> Node | None:
         return None
 
 
-def _unknown(key: str, fields: Mapping[str, Field], prog: str) -> str:
+def _unknown(key: str, value: Any, fields: Mapping[str, Field], prog: str) -> str:
     name = key.replace("-", "_")
     if name in fields:
         return f"unknown option; write {name}"
-    if (why := reason(key, prog)) is not None:
+    if (why := reason(key, prog, value)) is not None:
         return why
     return f"unknown option{suggestion(name.lower(), fields)} ({prog} --help all lists all)"
 
