@@ -334,16 +334,16 @@ def test_what_a_run_reads_is_not_moved_aside(model_dir: ModelDir, tmp_path: Path
     assert not (tmp_path / "sft.1").exists()
 
 
-def test_a_run_that_takes_no_step_is_an_error(model_dir: ModelDir, tmp_path: Path, capsys) -> None:
-    """A stream of which no row is left: an untrained adapter would be saved as the result."""
+def test_a_stream_of_which_no_row_is_left_is_an_error(model_dir: ModelDir, tmp_path: Path, capsys) -> None:
+    """An untrained adapter would be saved as the result."""
     short = [{"prompt": tiny.text(n) * 40, "completion": " x"} for n in range(4)]
     data = tiny.write_rows(tmp_path / "rows", [*short, *short])
     options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", data)
     streamed = ("--dataset_streaming", "true", "--max_length", "8")
     output = tmp_path / "run"
-    assert run("sft", output, *options, *streamed) == 1
-    assert "no step was taken" in capsys.readouterr().err
-    assert not (output / "adapter_model.safetensors").exists()
+    assert run("sft", output, *options, *streamed) == 2
+    assert "no row has a token to train on after truncation to max_length 8" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_an_unexpected_failure_is_recorded_and_ends_with_1(

@@ -72,7 +72,7 @@ def test_unpaired_rows_of_one_label_are_reported(write):
 
 
 def test_a_format_says_when_sides_are_equal():
-    assert PreferencePairs.equal({"chosen": TALK, "rejected": [dict(turn, score=1) for turn in TALK]}) is True
+    assert PreferencePairs.equal({"chosen": TALK, "rejected": [dict(turn) for turn in TALK]}) is True
     assert PreferencePairs.equal({"chosen": "a", "rejected": "b"}) is False
     assert Text.equal({"text": "a"}) is None
     assert (Text.sides, UnpairedPreferences.sides, PreferencePairs.sides) == (1, 1, 2)
@@ -242,34 +242,9 @@ def pairs(rows: int, equal: list[int]) -> list[dict]:
     ]
 
 
-def test_pairs_with_equal_sides_are_dropped_counted_and_named(write):
-    data = run_data(write("a.jsonl", pairs(400, [3, 90, 400])), format=PreferencePairs)
-    assert len(data.train) == 397
-    assert all(row["chosen"] != row["rejected"] for row in data.train)
-    report = data.report.as_dict()
-    assert (report["rows"], report["dropped"], report["dropped_equal_pairs"]) == (400, 3, 3)
-    assert "3 dropped (equal sides: row 3, 90, 400)" in data.report.lines()[0]
-
-
 def test_more_than_one_percent_of_equal_pairs_is_an_error(write):
     path = write("a.jsonl", pairs(400, [1, 2, 3, 4, 5]))
     refused(path, "equal in 5 of 400 rows", "row 1, 2, 3, 4, 5", format=PreferencePairs)
-
-
-def test_equal_sides_of_conversations_and_of_a_stream(write):
-    rows = [{"chosen": TALK, "rejected": OTHER}] * 120
-    rows[7] = {"chosen": TALK, "rejected": [TALK[0], dict(TALK[1], score=1)]}
-    data = run_data(write("a.jsonl", rows), format=PreferencePairs)
-    assert (len(data.train), data.report.train.equal_rows) == (119, [8])
-    path = write("b.jsonl", pairs(1200, [3]))
-    stream = run_data(path, format=PreferencePairs, dataset_streaming=True)
-    assert len(list(stream.train)) == 1199
-    assert (stream.report.as_dict()["rows"], stream.report.as_dict()["sha"]) == (None, None)
-    assert "unknown (streaming)" in stream.report.lines()[0]
-    path = write("c.jsonl", pairs(1200, list(range(1, 30))))
-    refused(path, "equal in 29 of 1,000 rows", format=PreferencePairs, dataset_streaming=True)
-    path = write("d.jsonl", pairs(8, list(range(1, 9))))
-    refused(path, "train: in every row both sides are equal", format=PreferencePairs, dataset_streaming=True)
 
 
 def test_without_a_format_rows_are_left_alone(write):

@@ -122,8 +122,8 @@ def test_what_is_dropped_and_truncated_is_counted(write, tmp_path):
     _, report = trained(path, sft(tmp_path, max_length=10, truncation_mode="keep_end"))
     assert (report.train.tokens, report.train.dropped, report.train.truncated) == (35, 0, 3)
     _, report = trained(path, sft(tmp_path, max_length=10, packing=True))
-    assert (report.train.tokens, report.train.dropped, report.train.truncated) == (35, 0, 3)
-    assert "packed into 4 sequences" in report.lines()[0]
+    assert (report.train.tokens, report.train.dropped, report.train.truncated) == (25, 1, 2)
+    assert "packed into 3 sequences" in report.lines()[0]
     _, report = trained(path, sft(tmp_path, max_length=10, packing=True, packing_strategy="wrapped"))
     assert (report.train.tokens, report.train.truncated) == (41, 0)
 
@@ -144,7 +144,7 @@ def test_the_test_split_has_a_report_of_its_own(write, tmp_path):
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_dpo_rows_equal_plain_trl_and_are_counted(write, tmp_path, mode):
-    rows = [{"prompt": " the" * (n + 1), "chosen": " a a", "rejected": " a" * (n + 1)} for n in range(12)]
+    rows = [{"prompt": " the" * (n + 1), "chosen": " a a", "rejected": " fox" * (n + 1)} for n in range(12)]
     rows[1]["rejected"] = " a"
     path = write("a.jsonl", rows)
     training = dpo(tmp_path, max_length=10, truncation_mode=mode)

@@ -115,7 +115,7 @@ class DataFormat:
     """What a recipe's trainer accepts, and how its rows are counted.
 
     ``layouts`` are tried in their order. ``prepared`` are the forms in which trainers leave such rows; see
-    :mod:`halfbyte.data.counting`. A row whose ``compared`` columns are all equal trains nothing and is dropped.
+    :mod:`halfbyte.data.counting`. A row whose ``compared`` columns train the same tokens trains nothing and is dropped.
     ``sides`` is how many sequences one row adds to a forward pass. ``remark(dataset)`` returns what must be reported
     of all rows of a split, or None. ``convert(seen)`` returns how rows of other systems become rows of a layout, or
     None for rows that are read as they are.
@@ -174,9 +174,9 @@ class DataFormat:
         return layout.problem(row, ROLES | SPEAKERS.keys()) is None and layout.unread_wish(row) is None
 
     def equal(self, row: Mapping[str, Any]) -> bool | None:
-        """Whether the compared columns of a row say the same; None for a format that compares none."""
-        said = [_said(row[column]) for column in self.compared]
-        return all(each == said[0] for each in said) if said else None
+        """Whether the compared columns of a row are identical; None for a format that compares none."""
+        held = [row[column] for column in self.compared]
+        return all(each == held[0] for each in held) if held else None
 
     def recognise(self, columns: Collection[str]) -> Prepared | None:
         """How the rows with these columns were prepared, or None for rows that cannot be counted."""
@@ -189,12 +189,6 @@ class DataFormat:
         """
         found = self.recognise(dataset.column_names)
         return None if found is None or found.trained is None else found.trained(dataset, args)
-
-
-def _said(side: Any) -> Any:
-    if not isinstance(side, list):
-        return side
-    return [(turn.get("role"), turn.get("content"), turn.get("tool_calls")) for turn in side]
 
 
 def _one_label(dataset: Any) -> str | None:

@@ -175,19 +175,21 @@ def _as_json(feature: Any) -> Any:
 
 
 def _changes(column: pa.ChunkedArray, name: str, join: bool) -> bool:
-    """Whether any value of a column could change: JSON always could."""
+    """Whether any value of a column could change."""
     if name == "chat_template_kwargs" and column.null_count:
         return True
-    return any(_holds_null(chunk) or (join and _lists_content(chunk.type)) for chunk in column.chunks)
+    return any(_holds_null(chunk, join) or (join and _lists_content(chunk.type)) for chunk in column.chunks)
 
 
-def _holds_null(array: pa.Array) -> bool:
+def _holds_null(array: pa.Array, join: bool) -> bool:
+    """Whether a key of a mapping may hold null; of JSON, also whether a list may be content, with ``join``."""
     if isinstance(array.type, pa.BaseExtensionType):
-        return True
+        signs = ('":null', '"text"') if join else ('":null',)
+        return any(pc.any(pc.match_substring(array.storage, sign)).as_py() for sign in signs)
     if pa.types.is_struct(array.type):
-        return any(field.null_count or _holds_null(field) for field in array.flatten())
+        return any(field.null_count or _holds_null(field, join) for field in array.flatten())
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        return _holds_null(array.flatten())
+        return _holds_null(array.flatten(), join)
     return False
 
 

@@ -2,12 +2,14 @@
 
 import copy
 import inspect
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 
-from halfbyte.data.counting import KNOWN, Prepared, recognise
+from halfbyte.data import equal
+from halfbyte.data.counting import IGNORED, KNOWN, Prepared, recognise, unlabelled_packs
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import first_refused
 from halfbyte.data.template import stop_ids
@@ -30,55 +32,79 @@ class CountedRows:
         prepare, name = super()._prepare_dataset, str(rest[-1])  # type: ignore[misc]
         counts = self.rows_report.split(name)
         # The Trainer prepares again what is passed to `evaluate`; the first time is the run's.
-        if counts is None or counts.counted or isinstance(dataset, datasets.IterableDataset):
+        if counts is None or counts.counted:
             return prepare(dataset, processing_class, args, *rest)
         counts.counted = True
         counts.max_length = getattr(args, "max_length", None)
         given = inspect.signature(prepare).bind(dataset, processing_class, args, *rest)
         try:
-            if "packing" in given.arguments:
-                ready = self._packed(prepare, given, counts, name)
-            else:
-                ready = prepare(*given.args)
-                found = self._recognised(ready, whole=False)
-                lost = max(0, len(dataset) - len(ready))
-                if found is not None:
-                    _note(counts, found, ready, args)
-                if found is not None and found.drops_long:
-                    counts.long_rows = lost
-                else:
-                    counts.lost_rows = lost
+            ready = (self._labelled if "packing" in given.arguments else self._differing)(
+                prepare, given, counts, name
+            )
         except UserError:
             raise
         except Exception as error:
-            _blame_row(dataset, name, counts, error)
+            if not isinstance(dataset, datasets.IterableDataset):
+                _blame_row(dataset, name, counts, error)
             raise
-        if len(ready) == 0:
-            raise _nothing_left(name, counts)
+        if next(iter(ready), None) is None:
+            format = self.rows_report.format
+            compared = format.compared if format is not None and counts.streaming else ()
+            raise _nothing_left(name, counts, compared)
         return ready
 
-    def _packed(self, prepare: Any, given: inspect.BoundArguments, counts: SplitReport, name: str) -> Any:
-        """Prepare in two calls: tokenized and labelled, counted; then truncated, packed and shuffled."""
+    def _differing(self, prepare: Any, given: inspect.BoundArguments, counts: SplitReport, name: str) -> Any:
+        """Prepare in one call, and drop what trains nothing: pairs with equal sides."""
+        dataset, args, format = given.arguments["dataset"], given.arguments["args"], self.rows_report.format
+        comparing = format is not None and bool(format.compared)
+        if comparing:
+            given.arguments["dataset"] = equal.with_numbers(dataset)
+        ready = prepare(*given.args)
+        found = self._recognised(ready, whole=False)
+        if isinstance(dataset, datasets.IterableDataset):
+            return equal.dropped_arriving(ready, name, found, args) if comparing else ready
+        lost = max(0, len(dataset) - len(ready))
+        if comparing:
+            ready, counts.equal_rows = equal.dropped(ready, name, found, args, len(dataset))
+        if found is not None:
+            _note(counts, found, ready, args)
+        if found is not None and found.drops_long:
+            counts.long_rows = lost
+        else:
+            counts.lost_rows = lost
+        return ready
+
+    def _labelled(self, prepare: Any, given: inspect.BoundArguments, counts: SplitReport, name: str) -> Any:
+        """Prepare in two calls: tokenized and labelled; then, without rows that have no label, truncated or packed."""
         args, packing = given.arguments["args"], given.arguments["packing"]
         untouched = copy.copy(args)  # not dataclasses.replace: __post_init__ has effects of its own
         untouched.max_length, untouched.shuffle_dataset = None, False
         given.arguments.update(args=untouched, packing=False)
         whole = prepare(*given.args)
-        if (found := self._recognised(whole, whole=True)) is not None:
-            # An evaluation may be packed where training is not.
-            counting = copy.copy(args)
-            counting.packing = packing
-            _note(counts, found, whole, counting)
-            if not counts.trainable:
-                raise _nothing_left(name, counts)
+        # An evaluation may be packed where training is not.
+        counting = copy.copy(args)
+        counting.packing = packing
+        found = self._recognised(whole, whole=True)
+        streaming = isinstance(whole, datasets.IterableDataset)
+        if found is not None and found.labelled is not None and streaming:
+            whole = whole.filter(found.labelled, fn_kwargs={"args": counting})
+        elif found is not None and not streaming:
+            whole = _without(whole, _note(counts, found, whole, counting))
+        if next(iter(whole), None) is None:
+            raise _nothing_left(name, counts)
         given.arguments.update(dataset=whole, args=args, packing=packing, formatting_func=None)
         ready = prepare(*given.args)
-        counts.packed = len(ready) if packing else None
+        if packing and streaming:
+            return ready.filter(_any_label)
+        if packing:
+            ready = _without(ready, unlabelled_packs(ready))
+            counts.packed = len(ready)
         return ready
 
     def _recognised(self, dataset: Any, *, whole: bool) -> Prepared | None:
         format = self.rows_report.format
-        found = recognise(dataset.column_names, KNOWN if format is None else format.prepared)
+        columns: Collection[str] = dataset.column_names or next(iter(dataset), {})
+        found = recognise(columns, KNOWN if format is None else format.prepared)
         return found if found is not None and found.whole == whole else None
 
 
@@ -90,16 +116,32 @@ def counted(trainer_cls: type, report: DataReport) -> type:
     return type(trainer_cls.__name__, (CountedRows, trainer_cls), body)
 
 
-def _note(counts: SplitReport, found: Prepared, dataset: Any, args: Any) -> None:
+def _note(counts: SplitReport, found: Prepared, dataset: Any, args: Any) -> Sequence[int]:
+    """Put the counts of prepared rows into ``counts``; return the places of those without a label."""
     counted_rows = found.count(dataset, args)
     counts.tokens, counts.truncated = counted_rows.tokens, counted_rows.truncated
-    counts.lost_rows, counts.trainable = counted_rows.unlabelled, counted_rows.trained
+    counts.lost_rows = len(counted_rows.unlabelled)
+    return counted_rows.unlabelled
 
 
-def _nothing_left(name: str, counts: SplitReport) -> UserError:
+def _without(dataset: Any, places: Sequence[int]) -> Any:
+    return dataset.select(np.delete(np.arange(len(dataset)), places)) if places else dataset
+
+
+def _any_label(row: Mapping[str, Any]) -> bool:
+    return any(label != IGNORED for label in row["labels"])
+
+
+def _nothing_left(name: str, counts: SplitReport, compared: Sequence[str] = ()) -> UserError:
     if counts.long_rows:
         return UserError(f"every row is longer than `max_length` {counts.max_length}; raise it", split=name)
     cut = "" if counts.max_length is None else f" after truncation to max_length {counts.max_length}"
+    if compared:
+        return UserError(
+            f"no row is left: {' and '.join(compared)} train the same tokens, or none{cut}\n"
+            "  raise `max_length`, shorten the prompts, or mend the pairs",
+            split=name,
+        )
     return UserError(
         f"no row has a token to train on{cut}\n"
         "  raise `max_length`, shorten the prompts, or check which tokens the loss options mask",
@@ -113,8 +155,6 @@ def _blame_row(dataset: Any, name: str, counts: SplitReport, error: Exception) -
         return
     if refused := first_refused(dataset, counts.check):
         number, reason = refused
-        for dropped in counts.equal_rows:  # ascending: back to the row's number before they were dropped
-            number += dropped <= number
         raise UserError(f"the chat template cannot render it: {reason}", split=name, row=number) from error
 
 

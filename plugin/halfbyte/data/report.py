@@ -26,7 +26,6 @@ class SplitReport:
     equal_rows: list[int] = field(default_factory=list)
     lost_rows: int = 0
     long_rows: int = 0
-    trainable: bool = True
     counted: bool = False
     # the rows.RowCheck that the rows passed, to find one that fails later
     check: Any = field(default=None, repr=False)

@@ -1,21 +1,19 @@
 """Every row checked once: what it holds, whether the template renders it, whether its sides differ."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from halfbyte.data.formats import TOKEN_COLUMNS, DataFormat, Layout
+from halfbyte.data.formats import TOKEN_COLUMNS, Layout
 from halfbyte.data.kinds import ROLES, describe
 from halfbyte.data.rendering import refusal
 from halfbyte.errors import UserError
 
 BATCH = 1000  # rows decoded at a time
 RENDERED = 2000  # rows rendered up front; a later one is found when its tokenization fails
-MOST_EQUAL = 0.01  # the share of rows with equal sides that is taken for an accident
-EQUAL_SEEN = 1000  # rows of a stream before that share means anything
 
 
 def numbered(dataset: Any, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -132,35 +130,3 @@ def first_refused(dataset: Any, check: RowCheck) -> tuple[int, str] | None:
 def _read_columns(dataset: Any, layout: Layout) -> list[str]:
     extra = set(layout.beside) & set(dataset.column_names)
     return [*layout.columns, *sorted(extra)]
-
-
-def equal_rows(dataset: Any, split: str, format: DataFormat) -> list[int]:
-    """Return the numbers of the rows with equal sides. Raises UserError when they are more than 1%."""
-    equal = [number for number, row in numbered(dataset, list(format.compared)) if format.equal(row)]
-    _refuse_equal(split, equal, len(dataset), format)
-    return equal
-
-
-def unequal_arriving(split: str, format: DataFormat) -> Callable[[dict[str, Any], int], bool]:
-    """Return a filter for a stream that drops rows with equal sides until they are more than 1%."""
-    equal: list[int] = []
-
-    def keep(row: dict[str, Any], index: int) -> bool:
-        same = bool(format.equal(row))
-        if same:
-            equal.append(index + 1)
-        if index + 1 == EQUAL_SEEN or (same and index >= EQUAL_SEEN):
-            _refuse_equal(split, equal, index + 1, format)
-        return not same
-
-    return keep
-
-
-def _refuse_equal(split: str, equal: list[int], rows: int, format: DataFormat) -> None:
-    if len(equal) > MOST_EQUAL * rows:
-        first = ", ".join(map(str, equal[:5])) + (", ..." if len(equal) > 5 else "")
-        raise UserError(
-            f"{' and '.join(format.compared)} are equal in {len(equal):,} of {rows:,} rows (row {first})\n"
-            f"  up to {MOST_EQUAL:.0%} are dropped; more is an error in the data",
-            split=split,
-        )

@@ -7,11 +7,11 @@ from typing import Any
 import datasets
 from trl import extract_prompt
 
-from halfbyte.data import conversion, delimiters, nested, sources, unread
+from halfbyte.data import conversion, delimiters, equal, nested, sources, unread
 from halfbyte.data.formats import BESIDE_TOKENS, DECIDING, DataFormat, Layout
 from halfbyte.data.rendering import known_roles, training_template
 from halfbyte.data.report import DataReport, SplitReport
-from halfbyte.data.rows import RowCheck, digest, equal_rows, unequal_arriving
+from halfbyte.data.rows import RowCheck, digest
 from halfbyte.data.shapes import Seen
 from halfbyte.errors import UserError
 from halfbyte.wording import shorten
@@ -82,8 +82,15 @@ def _split(
     if not streaming:
         dataset = dataset.with_format(None)
         counts.rows, counts.sha = len(dataset), digest(dataset)
+        if nulls := nested.written_nulls(dataset):
+            report.notes.append(
+                f"{name}: keys that hold null are left out of {', '.join(nulls)}, as Arrow cannot tell them from "
+                "absent ones; `tools` as JSON text keep them"
+            )
+    dataset = nested.settle(dataset)
     if format is None:
-        return nested.settle(dataset), counts
+        return dataset, counts
+    first = next(iter(dataset))
     text_field = getattr(training, "dataset_text_field", "text")
     roles = known_roles(tokenizer)
     seen = Seen(tuple(dataset.column_names or first), first, dataset, name, roles, text_field)
@@ -100,7 +107,11 @@ def _split(
         )
     _refuse_options(training, layout, conversational, tokenizer, first)
     template = training_template(tokenizer, training) if conversational else None
-    dataset = _settled(name, dataset, layout, tokenizer, template, conversational, report)
+    dataset = nested.settle(
+        dataset,
+        {*layout.spoken, *layout.beside},
+        join=conversational and nested.joins(tokenizer, template),
+    )
     check = RowCheck(
         split=name,
         layout=layout,
@@ -120,40 +131,11 @@ def _split(
             name, dataset, list(layout.spoken), tokenizer, policy, report, check.template
         )
     if streaming:
-        if format.compared:
-            # A filter of its own: it counts what it drops.
-            kept = dataset.filter(unequal_arriving(name, format), with_indices=True)
-            if next(iter(kept), None) is None:
-                raise UserError("in every row both sides are equal: there is nothing to train on", split=name)
-            dataset = dataset.filter(unequal_arriving(name, format), with_indices=True)
         return dataset, counts
-    if format.compared and (equal := equal_rows(dataset, name, format)):
-        counts.equal_rows = equal
-        dropped = set(equal)
-        dataset = dataset.select([i for i in range(len(dataset)) if i + 1 not in dropped])
+    equal.refuse_identical(dataset, name, format)
     if format.remark is not None and (remark := format.remark(dataset)) is not None:
         report.notes.append(f"{name}: {remark}")
     return dataset, counts
-
-
-def _settled(
-    name: str,
-    dataset: Any,
-    layout: Layout,
-    tokenizer: Any,
-    template: str | None,
-    conversational: bool,
-    report: DataReport,
-) -> Any:
-    """The split with its conversations and tools as one meaning, whatever the file format."""
-    columns = {*layout.spoken, *layout.beside}
-    streaming = isinstance(dataset, datasets.IterableDataset)
-    if not streaming and (nulls := nested.written_nulls(dataset, columns)):
-        report.notes.append(
-            f"{name}: keys that hold null are left out of {', '.join(nulls)}, as Arrow cannot tell them from "
-            "absent ones; `tools` as JSON text keep them"
-        )
-    return nested.settle(dataset, columns, join=conversational and nested.joins(tokenizer, template))
 
 
 def _converted(seen: Seen, format: DataFormat, tokenizer: Any, training: Any, report: DataReport) -> Seen:
