@@ -19,7 +19,7 @@ LAYERS = [
     {"config", "quantization", "adapters", "optimizers", "data", "distributed"},
     {"fast", "checkpoint", "resilience", "tracking", "memory"},
     {"trainer"},
-    {"model_options", "precision", "init_kwargs"},
+    {"model_options", "precision", "init_kwargs", "unsupported"},
     {"resolve"},
     {"loading"},
     {"assembly"},

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, RLOOConfig, SFTConfig, SFTTrainer
 
 from halfbyte import QLoRAPlugin, quantization, resolve, run
 from halfbyte import recipe as recipes
 from halfbyte.errors import UserError
+from halfbyte.recipe import Recipe
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -63,6 +64,28 @@ def test_the_command_line_and_the_api_decide_alike(tmp_path: Path, monkeypatch: 
     both = by_line.values.keys() & by_api.values.keys()
     assert {"dtype", "optim", "gradient_checkpointing_kwargs"} <= both
     assert {key: by_line.values[key] for key in both} == {key: by_api.values[key] for key in both}
+
+
+def test_what_no_run_can_have_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"activation_offloading: .* this run is on the CPU; take it out"):
+        decided(given(tmp_path, activation_offloading=True))
+    for config in (GRPOConfig, RLOOConfig):
+        args = config(output_dir=str(tmp_path), use_cpu=True, report_to="none", use_vllm=True)
+        with pytest.raises(UserError, match=r"use_vllm: .* quantizes a 4-bit base anew"):
+            decided(args)
+        assert decided(args, load_in_4bit=False)
+
+
+@pytest.mark.parametrize("option", ["activation_offloading", "use_vllm"])
+def test_the_command_line_refuses_it_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture, option: str
+) -> None:
+    config = {"activation_offloading": SFTConfig, "use_vllm": GRPOConfig}[option]
+    recipe = Recipe(config=config, trainer=SFTTrainer, summary="s")
+    words = ["--model_name_or_path", "none", "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
+    with pytest.raises(UserError, match=f"--{option}: "):
+        run.main("odd", recipe, [*words, f"--{option}", "true", "--use_cpu", "true", "--bf16", "false"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_arguments_and_plugin_are_left_as_they_were(tmp_path: Path, model_dir) -> None:

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from halfbyte import upstream
 from halfbyte.trainer.compose import RUN
-from halfbyte.upstream import OVERRIDES, PATCHES, PRIVATE
+from halfbyte.upstream import OVERRIDES, PATCHES
+from halfbyte.upstream_private import PRIVATE, Private
 
 
 def found(name: str) -> Any:
@@ -53,7 +54,7 @@ def test_a_replaced_name_has_its_signature(patch: upstream.Patch) -> None:
 
 
 @pytest.mark.parametrize("private", PRIVATE, ids=lambda each: f"{each.name} in {each.place}")
-def test_a_private_name_is_there(private: upstream.Private) -> None:
+def test_a_private_name_is_there(private: Private) -> None:
     name, _, attribute = private.name.partition(":")
     if attribute:
         source = inspect.getsource(found(name))

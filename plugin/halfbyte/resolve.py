@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers.integrations import get_available_reporting_integrations
-from transformers.utils import is_liger_kernel_available
 
-from halfbyte import adapters, distributed, init_kwargs, optimizers, precision, tracking
+from halfbyte import adapters, distributed, init_kwargs, optimizers, precision, tracking, unsupported
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.config import Settings
 from halfbyte.distributed import Strategy, fsdp2, zero3
@@ -171,6 +170,7 @@ def _training(
     options: Any, given: Collection[str], state: PartialState, values: dict[str, Any], lines: list[str]
 ) -> None:
     """Settle what a Trainer's arguments must have for 4-bit training."""
+    unsupported.check(options, state.device.type, state.num_processes)
     optim, line = optimizers.resolve(_name(options["optim"]), state.device.type)
     if line is not None:
         values["optim"] = optim
@@ -182,16 +182,6 @@ def _training(
     checkpointing = {"use_reentrant": False, **(options["gradient_checkpointing_kwargs"] or {})}
     if options["gradient_checkpointing"]:
         values["gradient_checkpointing_kwargs"] = checkpointing
-        if checkpointing["use_reentrant"] and state.num_processes > 1:
-            raise UserError(
-                "use_reentrant: true fails under DDP with adapters (a parameter is marked ready twice); take it out",
-                option="gradient_checkpointing_kwargs",
-            )
-    if options["use_liger_kernel"] and not is_liger_kernel_available():
-        raise UserError(
-            "liger-kernel is not installed; `pip install liger-kernel`, or take it out",
-            option="use_liger_kernel",
-        )
     if "report_to" not in given and (missing := tracking.wandb_missing()) is not None:
         values["report_to"] = "none"
         lines.append(

@@ -1,7 +1,8 @@
 """Every touch of upstream that its public interface does not promise: what an upgrade may break, by name.
 
-``tests/test_upstream.py`` compares this list with the installed libraries and with halfbyte's own code. Signatures are
-parameter names; they are equal in transformers 5.17, 5.23 and 5.24, and in the pinned versions of the others.
+Private names that are read or called are in :mod:`halfbyte.upstream_private`. ``tests/test_upstream.py`` compares both
+lists with the installed libraries and with halfbyte's own code. Signatures are parameter names; they are equal in
+transformers 5.17, 5.23 and 5.24, and in the pinned versions of the others.
 """
 
 from dataclasses import dataclass
@@ -30,27 +31,10 @@ class Patch:
     parameters: str = ""
 
 
-@dataclass(frozen=True)
-class Private:
-    """A private upstream name that is read or called.
-
-    An attribute set in a method is ``Class.method:attribute``.
-    """
-
-    name: str
-    place: str
-    parameters: str = ""
-
-
 _EVENT = "self args state control kwargs"
 _EPOCH = (
     "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
     "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
-)
-
-_SDPA_MASK = (
-    "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask local_size allow_is_causal_skip "
-    "allow_is_bidirectional_skip use_vmap device kwargs"
 )
 
 OVERRIDES = (
@@ -72,10 +56,16 @@ OVERRIDES = (
         "transformers.Trainer.create_model_card",
         "self language license tags model_name finetuned_from tasks dataset_tags dataset dataset_args",
     ),
+    Override("transformers.Trainer.compute_loss", "self model inputs return_outputs num_items_in_batch"),
     Override("transformers.Trainer.create_optimizer", "self model"),
     Override("transformers.Trainer.evaluate", "self eval_dataset ignore_keys metric_key_prefix"),
+    Override(
+        "transformers.Trainer.evaluation_loop",
+        "self dataloader description prediction_loss_only ignore_keys metric_key_prefix",
+    ),
     Override("transformers.Trainer.get_batch_samples", "self epoch_iterator num_batches device"),
     Override("transformers.Trainer.get_train_dataloader", "self"),
+    Override("transformers.Trainer.log", "self logs start_time"),
     Override("transformers.Trainer.save_model", "self output_dir _internal_call"),
     Override("transformers.Trainer.training_step", "self model inputs num_items_in_batch"),
     *(
@@ -112,6 +102,20 @@ PATCHES = (
         "accelerate 1.15",
         "the Trainer constructs its Accelerator, and a rank out of memory must answer in place of a collective",
         "self tensor",
+    ),
+    *(
+        Patch(
+            f"accelerate.Accelerator.{name}",
+            "trainer/upstream.py:on_this_rank",
+            "while the loss of an SFT or DPO batch is computed on several ranks",
+            "trl 1.16",
+            "TRL gathers every figure of every batch, and counts rows twice that fill up the last one",
+            parameters,
+        )
+        for name, parameters in (
+            ("gather", "self tensor"),
+            ("gather_for_metrics", "self input_data use_gather_object"),
+        )
     ),
     Patch(
         "accelerate.Accelerator.reduce",
@@ -156,6 +160,14 @@ PATCHES = (
         "a loaded model's layers cannot be exchanged without renaming their parameters",
     ),
     Patch(
+        "torch.nn.Module._apply",
+        "adapters/reference.py:keep_float32",
+        "a model with adapters that a trainer trains",
+        "trl 1.16",
+        "online trainers cast the whole model to generate, and leave it so",
+        "self fn recurse",
+    ),
+    Patch(
         "peft.tuners.lora.bnb.Linear4bit.__class__",
         "fast/linear.py:fuse",
         "a 4-bit LoRA linear that is fused",
@@ -183,108 +195,4 @@ PATCHES = (
         "peft 0.21, trl 1.16",
         "TRL's fused head reads its bias (trl/trainer/utils.py), and the wrapper passes on the weight only",
     ),
-)
-
-PRIVATE = (
-    Private("transformers.Trainer._inner_training_loop:_tr_loss", "trainer/exact_resume.py"),
-    Private("transformers.Trainer._inner_training_loop:_total_loss_scalar", "trainer/counters.py"),
-    Private("transformers.Trainer._inner_training_loop:_globalstep_last_logged", "trainer/counters.py"),
-    Private("transformers.Trainer.__init__:_train_batch_size", "trainer/accumulation.py"),
-    Private(
-        "transformers.Trainer._evaluate",
-        "trainer/stopping.py",
-        "self trial ignore_keys_for_eval skip_scheduler",
-    ),
-    Private("transformers.Trainer._determine_best_metric", "trainer/stopping.py", "self metrics trial"),
-    Private("transformers.Trainer._prepare_inputs", "trainer/exact_resume.py", "self inputs"),
-    Private(
-        "transformers.Trainer._get_collator_with_removed_columns",
-        "trainer/exact_resume.py",
-        "self data_collator description",
-    ),
-    Private("transformers.Trainer._save", "trainer/whole_adapters.py", "self output_dir state_dict"),
-    Private("trl.SFTTrainer.__init__:_metrics", "trainer/counters.py"),
-    Private("trl.SFTTrainer.__init__:_total_train_tokens", "trainer/counters.py"),
-    Private("trl.DPOTrainer.__init__:_metrics", "trainer/counters.py"),
-    Private(
-        "trl.SFTTrainer._prepare_dataset",
-        "data/prepared.py",
-        "self dataset processing_class args packing formatting_func dataset_name",
-    ),
-    Private(
-        "trl.DPOTrainer._prepare_dataset",
-        "data/prepared.py",
-        "self dataset processing_class args dataset_name",
-    ),
-    *(
-        Private(
-            f"trl.{trainer}._prepare_dataset",
-            "data/prepared.py",
-            "self dataset processing_class args dataset_name",
-        )
-        for trainer in ("KTOTrainer", "RewardTrainer")
-    ),
-    Private(
-        "accelerate.state.GradientState._set_sync_gradients", "trainer/exact_resume.py", "self sync_gradients"
-    ),
-    Private("accelerate.Accelerator.__init__:_optimizers", "distributed/fsdp2.py"),
-    Private("torch.distributed.distributed_c10d._get_default_store", "distributed/ranks.py", ""),
-    Private("torch._foreach_norm", "trainer/finite.py"),
-    *(
-        Private("transformers.PreTrainedConfig._attn_implementation", place)
-        for place in ("fast/batches.py", "fast/family.py")
-    ),
-    Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
-    Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),
-    Private("torch.nn.Module.__init__:_forward_hooks", "fast/family.py"),
-    Private("torch.nn.Module.__init__:_forward_pre_hooks", "fast/family.py"),
-    *(Private("torch.ops.aten._unsafe_view", place) for place in ("fast/layer_call.py", "fast/linear.py")),
-    Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "fast/attention.py"),
-    Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "fast/attention.py"),
-    Private("torch.distributed.distributed_c10d._get_default_store", "resilience/watch.py"),
-    Private("wandb.sdk.wandb_setup.singleton", "tracking/wandb_run.py", ""),
-    Private(
-        "wandb.sdk.lib.wbauth.authenticate_session",
-        "tracking/wandb_run.py",
-        "host source no_offline no_create input_timeout referrer relogin verify prompt update_session",
-    ),
-    Private(
-        "trl.DPOTrainer._precompute_ref_logps", "trainer/float32_adapters.py", "self dataset name batch_size"
-    ),
-    Private(
-        "trl.KTOTrainer._precompute_ref_logps", "trainer/float32_adapters.py", "self dataset name batch_size"
-    ),
-    Private("peft.utils.other.TrainableTokensWrapper", "adapters/fresh.py"),
-    Private("peft.tuners.tuners_utils.BaseTunerLayer", "adapters/fresh.py"),
-    Private(
-        "accelerate.utils.fsdp_utils.fsdp2_prepare_auto_wrap_policy",
-        "distributed/fsdp2.py",
-        "fsdp2_plugin model",
-    ),
-    Private(
-        "accelerate.utils.fsdp_utils.get_module_children_bottom_up",
-        "distributed/fsdp2.py",
-        "model return_fqns",
-    ),
-    Private(
-        "bitsandbytes.optim.optimizer.Optimizer8bit.init_state",
-        "distributed/sharded_optimizers.py",
-        "self group p gindex pindex",
-    ),
-    Private(
-        "bitsandbytes.optim.optimizer.Optimizer8bit.update_step",
-        "distributed/sharded_optimizers.py",
-        "self group p gindex pindex",
-    ),
-    Private(
-        "bitsandbytes.optim.optimizer.Optimizer8bit.prefetch_state",
-        "distributed/sharded_optimizers.py",
-        "self p",
-    ),
-    Private("transformers.integrations.sdpa_attention.sdpa_attention_forward", "fast/batches.py"),
-    Private("transformers.masking_utils.sdpa_mask", "fast/batches.py", _SDPA_MASK),
-    Private("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "fast/batches.py"),
-    Private("trl.trainer.utils.FusedCausalLMOutput", "fast/head.py"),
-    Private("trl.trainer.utils.maybe_gather_lm_head_ctx", "fast/head.py", "params"),
-    Private("peft.tuners.lora.bnb.Linear4bit.forward", "fast/linear.py", "self x args kwargs"),
 )

@@ -1,12 +1,13 @@
 """TRL's constructors leave the adapters float32, and the reference a frozen copy of all of them, rows included."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
@@ -71,6 +72,73 @@ def test_precomputed_references_are_those_of_the_whole_adapter(saved: Path, tmp_
     rows = [row for row in trainer.state.log_history if "rewards/margins" in row]
     assert rows[0]["rewards/margins"] == 0
     assert rows[1]["rewards/margins"] != 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_policy_and_precomputed_reference_come_from_one_forward(
+    model_dir: ModelDir, tmp_path: Path, dtype: str
+) -> None:
+    """The first loss is ln 2 to the last bit, fused: what a reference computed beside the policy gives too."""
+    rows = Dataset.from_list(tiny.preferences(8))
+    for precomputed in (True, False):
+        args = DPOConfig(
+            str(tmp_path), use_cpu=True, bf16=dtype == "bfloat16", max_steps=1, per_device_train_batch_size=4,
+            report_to="none", save_strategy="no", disable_tqdm=True, precompute_ref_log_probs=precomputed,
+        )  # fmt: skip
+        plugin = QLoRAPlugin(dtype=dtype)
+        trainer = plugin.trainer(DPOTrainer, model=str(model_dir("llama")), args=args, train_dataset=rows)
+        assert trainer.report.fusion.layers == 2
+        trainer.train()
+        assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_references_of_another_forward_are_not_taken_from_the_cache(
+    model_dir: ModelDir, tmp_path: Path
+) -> None:
+    Dataset.from_list(tiny.preferences(8)).save_to_disk(tmp_path / "rows")
+    hashes = set()
+    for fast in ("auto", "none"):
+        args = DPOConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to="none", precompute_ref_log_probs=True
+        )
+        rows = load_from_disk(str(tmp_path / "rows"))
+        plugin = QLoRAPlugin(dtype="float32", fast=fast)
+        trainer = plugin.trainer(DPOTrainer, model=str(model_dir("llama")), args=args, train_dataset=rows)
+        hashes.add(trainer._precompute_model_hash)
+    assert len(hashes) == 2
+
+
+class Casting(DPOTrainer):
+    """Casts the model before every step, as TRL's online trainers do to generate (trainer/grpo_trainer.py:1798)."""
+
+    casts = True
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.casts:
+            self.accelerator.unwrap_model(self.model).to(torch.bfloat16)
+        return super().training_step(*args, **kwargs)
+
+
+class NotCasting(Casting):
+    casts = False
+
+
+def test_a_cast_of_the_model_leaves_the_adapters_alone(saved: Path, tmp_path: Path) -> None:
+    """Policy and reference, bit for bit: the base is in bfloat16 already, so that the cast changes nothing."""
+    ended = []
+    for trainer_cls in (Casting, NotCasting):
+        args = DPOConfig(
+            str(tmp_path), use_cpu=True, bf16=True, max_steps=2, per_device_train_batch_size=2, report_to="none",
+            save_strategy="no", disable_tqdm=True, learning_rate=1e-4,
+        )  # fmt: skip
+        plugin = QLoRAPlugin(dtype="bfloat16", adapter_name_or_path=str(saved))
+        rows = Dataset.from_list(tiny.preferences(8))
+        trainer = plugin.trainer(trainer_cls, args=args, train_dataset=rows)
+        trainer.train()
+        parts = {n: p for n, p in trainer.model.named_parameters() if {"default", "ref"} & set(n.split("."))}
+        assert {n: p.dtype for n, p in parts.items() if p.dtype != torch.float32} == {}
+        ended.append(parts)
+    assert all(torch.equal(parameter, ended[1][name]) for name, parameter in ended[0].items())
 
 
 def test_an_evaluation_between_steps_restores_nothing(saved: Path, tmp_path: Path) -> None:

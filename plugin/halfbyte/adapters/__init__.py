@@ -8,7 +8,7 @@ from halfbyte.adapters.fresh import (
     evaluating,
     initialize_eva,
 )
-from halfbyte.adapters.reference import drop_reference_copy, restore, trained_values
+from halfbyte.adapters.reference import drop_reference_copy, keep_float32, restore, trained_values
 from halfbyte.adapters.saved import (
     base_of,
     check_checkpoint,
@@ -33,6 +33,7 @@ __all__ = [
     "drop_reference_copy",
     "evaluating",
     "initialize_eva",
+    "keep_float32",
     "options_of",
     "resolve",
     "restore",

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any, Union
 
 from halfbyte.config.conversion import convert, described, members, no_choice, origins
-from halfbyte.config.limits import COUNTS, choices_for, range_for
+from halfbyte.config.limits import COUNTS, choices_for, largest_for, range_for
 from halfbyte.config.sources import Node, OptionError
 from halfbyte.errors import UserError
 
@@ -33,6 +33,8 @@ class Field:
             words, check = limit
             if not isinstance(value, bool) and not check(value):
                 raise OptionError(f"must be {words}, is {value}")
+            if value > largest_for(self.name):
+                raise OptionError(f"must be {words}, and at most {largest_for(self.name):g}, is {value}")
         return value
 
     def _check_choices(self, value: Any) -> None:

@@ -59,6 +59,18 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
     ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed"),
 )
 
+# What no run can mean: finite numbers that overflow float32, or leave nothing of the weights after one step.
+_LARGEST = {
+    "adam_epsilon": 1.0,
+    "beta": 1e6,
+    "learning_rate": 1e6,
+    "lora_alpha": 1e6,
+    "loraplus_lr_ratio": 1e6,
+    "num_train_epochs": 1e6,
+    "weight_decay": 1e3,
+}
+_LARGEST_OF_ALL = 1e12  # of what is not named above
+
 # Declared float upstream, but a whole number counts steps or rows and a fraction is a share.
 COUNTS = ("eval_steps", "logging_steps", "save_steps", "test_split_size", "warmup_steps")
 
@@ -82,6 +94,11 @@ def range_for(name: str, default: Any) -> tuple[str, Check] | None:
             if not number or check(default):
                 return words, check
     return None
+
+
+def largest_for(name: str) -> float:
+    """Return the largest number that field `name` may have."""
+    return _LARGEST.get(name, _LARGEST_OF_ALL)
 
 
 def choices_for(owner: type, name: str, metadata: dict[str, Any], members: Sequence[Any]) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -54,18 +54,38 @@ class Mixin(TrainerCallback):
     """The base of all mixins: it keeps their values, and makes the trainer its own last callback.
 
     Each event of the Trainer then runs through the mixins by ``super()``, so that the order of the mixins is the
-    order of methods and of events alike. ``recipe_class`` is the class below the mixins.
+    order of methods and of events alike. ``recipe_class`` is the class below the mixins. ``ready`` is called with the
+    trainer once, when its constructor is done with the model and before anything runs it.
     """
 
     recipe_class: type[Trainer]
     conduct: Conduct | None = None
     report: BuildReport = BuildReport()
 
-    def __init__(self, *args: Any, conduct: Conduct | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        conduct: Conduct | None = None,
+        ready: Callable[[Any], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.conduct = conduct
+        self._ready, self._is_ready = ready, False
         super().__init__(*args, **kwargs)
+        self._make_ready_once()
         if conduct is not None:
             self.add_callback(self)
+
+    def make_ready(self) -> None:
+        """Finish the model that the constructor below has made; called once, before anything runs it."""
+        if self._ready is not None:
+            self._ready(self)
+
+    def _make_ready_once(self) -> None:
+        """Later calls come from evaluations in the middle of training."""
+        if not self._is_ready:
+            self._is_ready = True
+            self.make_ready()
 
     def write_beside_checkpoint(self, directory: Path) -> None:
         """Write into ``directory``, on every rank, what a resume needs beside upstream's files."""

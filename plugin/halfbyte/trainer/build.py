@@ -57,30 +57,33 @@ def build(
     cannot be made.
     """
     composed = compose(trainer_cls, mixins)
+
+    def finish(trainer: Any) -> None:
+        optimizers.check(args, model)
+        if fresh_adapter:
+            adapters.drop_reference_copy(model)
+            if initialization == "eva":
+                adapters.initialize_eva(model, _first_batches(trainer))
+        refusal = fast.refusal(args)
+        if refusal is not None or not fused:
+            fusion = fast.FusionReport(mode="none", reason=refusal or "as given")
+        else:
+            fusion = fast.fuse(
+                model,
+                scope=_scope(trainer_cls, parts, sides),
+                args=args,
+                collator=trainer.data_collator,
+                checkpointing=args.gradient_checkpointing,
+                memory_budget=memory_budget,
+                recorded_level=save_level,
+            )
+        trainer.loraplus_lr_ratio = loraplus_lr_ratio
+        trainer.unpads_batches = fusion.padding_free
+        trainer.report = BuildReport(coverage=coverage, fusion=fusion)
+
+    # Before the constructor returns: what it runs the model for must be computed as every step is.
     with _hidden(args, "model_init_kwargs", "chat_template_path"):
-        trainer = composed(model=model, args=args, conduct=conduct, **kwargs)
-    optimizers.check(args, model)
-    if fresh_adapter:
-        adapters.drop_reference_copy(model)
-        if initialization == "eva":
-            adapters.initialize_eva(model, _first_batches(trainer))
-    trainer.loraplus_lr_ratio = loraplus_lr_ratio
-    refusal = fast.refusal(args)
-    if refusal is not None or not fused:
-        fusion = fast.FusionReport(mode="none", reason=refusal or "as given")
-    else:
-        fusion = fast.fuse(
-            model,
-            scope=_scope(trainer_cls, parts, sides),
-            args=args,
-            collator=trainer.data_collator,
-            checkpointing=args.gradient_checkpointing,
-            memory_budget=memory_budget,
-            recorded_level=save_level,
-        )
-    trainer.unpads_batches = fusion.padding_free
-    trainer.report = BuildReport(coverage=coverage, fusion=fusion)
-    return trainer
+        return composed(model=model, args=args, conduct=conduct, ready=finish, **kwargs)
 
 
 def _scope(trainer_cls: type[Trainer], parts: frozenset[str] | None, sides: int | None) -> fast.Scope:

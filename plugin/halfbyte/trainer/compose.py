@@ -12,9 +12,11 @@ from halfbyte.trainer.hub import HubPush
 from halfbyte.trainer.invariants import RankInvariants
 from halfbyte.trainer.loraplus import LoRAPlus
 from halfbyte.trainer.padding_free import PaddingFree
+from halfbyte.trainer.precomputed import PrecomputedReferences
 from halfbyte.trainer.run_directory import RunDirectory
 from halfbyte.trainer.saving import AtomicSaves
 from halfbyte.trainer.stopping import StopTogether
+from halfbyte.trainer.weighted_figures import WeightedFigures
 from halfbyte.trainer.whole_adapters import WholeAdapters
 
 # The method resolution order, outermost first: each class wraps the methods of those below it, and sees every
@@ -23,6 +25,8 @@ LIBRARY: tuple[type, ...] = (
     HubPush,  # pushes what the saves above it and below it have written
     LoRAPlus,  # makes the optimizer; nothing else does
     PaddingFree,  # makes the training loader; nothing else does
+    PrecomputedReferences,  # runs the model in the constructor; nothing else does
+    WeightedFigures,  # computes the loss and logs; nothing else does
     WholeAdapters,  # writes what every save of a sharded run writes
     Float32Adapters,  # innermost: it restores what the constructor below it changed, before any other looks
 )

@@ -8,12 +8,12 @@ import torch
 from transformers import Trainer
 
 # Upstream forgets these over a resume.
-COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens", "_figure_weights")
 
 
 def counters(trainer: Trainer) -> dict[str, Any]:
     """A copy of what a TRL trainer counts in each micro-batch."""
-    names = ("_metrics", "_total_train_tokens", "_step")
+    names = ("_metrics", "_figure_weights", "_total_train_tokens", "_step")
     return {name: copy.deepcopy(getattr(trainer, name)) for name in names if hasattr(trainer, name)}
 
 

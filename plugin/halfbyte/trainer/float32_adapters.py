@@ -13,8 +13,7 @@ class Float32Adapters(Mixin):
     """Undoes what the constructor of a TRL trainer does to the adapters of a 4-bit model.
 
     TRL 1.16 rounds them to bfloat16 (trainer/sft_trainer.py:908, trainer/dpo_trainer.py:726), and copies them
-    incompletely to the reference adapter (see :func:`halfbyte.adapters.restore`). Nothing reads either before the
-    constructor returns, except ``precompute_ref_log_probs``, whose method is overridden here for that reason.
+    incompletely to the reference adapter (see :func:`halfbyte.adapters.restore`).
     """
 
     _initial: tuple[PeftModel, dict[str, torch.Tensor]] | None = None
@@ -24,15 +23,10 @@ class Float32Adapters(Mixin):
         if isinstance(model, PeftModel):
             self._initial = model, adapters.trained_values(model)
         super().__init__(*args, **kwargs)
-        self._restore_initial()
 
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        """Restore first when called from the constructor; DPO and KTO only."""
-        self._restore_initial()
-        return super()._precompute_ref_logps(*args, **kwargs)
-
-    def _restore_initial(self) -> None:
-        """Restore once: later calls come from evaluations in the middle of training."""
+    def make_ready(self) -> None:
         initial, self._initial = self._initial, None
         if initial is not None:
             adapters.restore(*initial)
+            adapters.keep_float32(initial[0])
+        super().make_ready()

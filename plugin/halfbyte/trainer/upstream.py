@@ -33,6 +33,25 @@ def wrap_collectives(accelerator: Any, before: Callable[[], None]) -> None:
         setattr(accelerator, name, _after(before, getattr(accelerator, name)))
 
 
+@contextlib.contextmanager
+def on_this_rank(accelerator: Any) -> Iterator[None]:
+    """Have ``gather`` and ``gather_for_metrics`` of ``accelerator`` return what this rank has, and wait for none."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    kept = {name: getattr(accelerator, name) for name in ("gather", "gather_for_metrics")}
+    accelerator.gather = accelerator.gather_for_metrics = _as_given
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(accelerator, name, method)
+
+
+def _as_given(values: Any) -> Any:
+    return values
+
+
 def _after(before: Callable[[], None], collective: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         before()

@@ -1,0 +1,175 @@
+"""Figures of the log over all that they are taken from: rows or tokens of every batch and rank, each counted once.
+
+TRL averages over batches as if all were of one size, and where the last batch is filled up with rows of the first, it
+counts those again.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer
+from trl import DPOTrainer, SFTTrainer
+
+from halfbyte.trainer.base import Mixin
+from halfbyte.trainer.upstream import on_this_rank
+
+_LAST = ("num_tokens",)  # not averaged: the last value stands
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the figures of one batch weigh: its ``rows``, or for figures per token so many tokens."""
+
+    rows: float
+    tokens: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, key: str) -> float:
+        return self.tokens.get(key, self.rows)
+
+
+class WeightedFigures(Mixin):
+    """Weighs what SFT and DPO trainers log by rows, and by tokens where a figure is per token; keys stay TRL's.
+
+    TRL computes each rank's own figures; ranks are brought together once a row of the log. `eval_loss` is a mean over
+    rows (DPO) or over labels (SFT).
+    """
+
+    _metrics: dict[str, dict[str, list[float]]]
+    _total_train_tokens: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._figure_weights: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        self._evaluation_losses: list[tuple[float, float]] = []
+        super().__init__(*args, **kwargs)
+        self._weights_of = _measure(self.recipe_class)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the trainer's loss; note what the batch's figures weigh."""
+        if self._weights_of is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mode, empty = self._mode(), False
+        if mode == "eval" and not return_outputs:
+            inputs, empty = _without(inputs, self._repeated_rows(inputs))
+        weights = Weights(0) if empty else self._weights_of(inputs)
+        counted = self._total_train_tokens
+        with on_this_rank(self.accelerator):
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._count_tokens_of_all_ranks(mode, counted)
+        for key, values in self._metrics[mode].items():
+            if key not in _LAST:
+                known = self._figure_weights[mode].setdefault(key, [])
+                known.extend([weights.of(key)] * (len(values) - len(known)))
+        if mode == "eval":
+            loss = found[0] if return_outputs else found
+            self._evaluation_losses.append((loss.item(), weights.of("loss")))
+        return found
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log ``logs`` with the weighted figures since the last row; a collective."""
+        mode = self._mode()
+        if self._weights_of is not None:
+            series, weights = self._metrics[mode], self._figure_weights[mode]
+            own = {key: list(zip(series[key], weights[key], strict=False)) for key in series.keys() & weights}
+            self._metrics[mode].update({key: [mean] for key, mean in self._means(own).items()})
+        super().log(logs, *args, **kwargs)
+        self._figure_weights[mode].clear()
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Return upstream's output, its loss weighted: upstream repeats each batch's mean for every row of it."""
+        self._evaluation_losses.clear()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self._weights_of is not None:
+            means = self._means({"loss": self._evaluation_losses})
+            output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in means.items()})
+        return output
+
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _means(self, own: Mapping[str, list[tuple[float, float]]]) -> dict[str, float]:
+        """The weighted mean of each series of (value, weight) over all ranks, without those that weigh nothing."""
+        sums = {
+            key: (sum(value * weight for value, weight in pairs if weight), sum(w for _, w in pairs))
+            for key, pairs in own.items()
+        }
+        ranks = gather_object([sums]) if self.args.world_size > 1 else [sums]
+        totals: dict[str, tuple[float, float]] = {}
+        for key, (value, weight) in (item for rank in ranks for item in rank.items()):
+            before = totals.get(key, (0.0, 0.0))
+            totals[key] = before[0] + value, before[1] + weight
+        return {key: value / weight for key, (value, weight) in totals.items() if weight}
+
+    def _repeated_rows(self, inputs: Any) -> tuple[int, int] | None:
+        """How many rows this rank's batch of an evaluation has, and how many of them are its own.
+
+        The last batches are filled up with rows of the first, so that all ranks have as many; None if none was.
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        if "attention_mask" not in inputs:  # padding-free: its rows cannot be told apart
+            return None
+        sides = 2 if "completion_mask" in inputs else 1
+        rows = len(inputs["input_ids"]) // sides
+        return rows, min(max(state.remainder - self.args.process_index * rows, 0), rows)
+
+    def _count_tokens_of_all_ranks(self, mode: str, before: float) -> None:
+        if mode == "train" and self.args.world_size > 1:
+            own = torch.tensor(self._total_train_tokens - before, device=self.args.device)
+            self._total_train_tokens = before + self.accelerator.reduce(own, "sum").item()
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+def _without(inputs: Any, repeated: tuple[int, int] | None) -> tuple[Any, bool]:
+    """``inputs`` with a rank's own rows only, of pairs both sides; and whether there are none: one is kept then."""
+    if repeated is None or repeated[0] == repeated[1]:
+        return inputs, False
+    rows, own = repeated
+    kept = max(own, 1)
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() == 0 or len(value) not in (rows, 2 * rows):
+            return value
+        return torch.cat([side[:kept] for side in value.split(rows)])
+
+    return {key: part(value) for key, value in inputs.items()}, own == 0
+
+
+def _measure(trainer_cls: type[Trainer]) -> Callable[[Any], Weights] | None:
+    """What the batches of ``trainer_cls`` weigh; None for trainers whose figures stay as they are."""
+    for cls, measure in ((SFTTrainer, _of_labels), (DPOTrainer, _of_pairs)):
+        if issubclass(trainer_cls, cls):
+            return measure
+    return None
+
+
+def _of_labels(inputs: Any) -> Weights:
+    labels = inputs["labels"]
+    tokens = float((labels[..., 1:] != -100).sum().item())
+    return Weights(len(labels), dict.fromkeys(("loss", "entropy", "mean_token_accuracy"), tokens))
+
+
+def _of_pairs(inputs: Any) -> Weights:
+    mask = inputs["completion_mask"][..., 1:]
+    chosen, rejected = (float(side.sum().item()) for side in mask.chunk(2))
+    by_token = {
+        "entropy": chosen + rejected,
+        "logits/chosen": chosen,
+        "logits/rejected": rejected,
+        "mean_token_accuracy": chosen,
+    }
+    return Weights(len(mask) / 2, by_token)
