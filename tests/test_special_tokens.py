@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halfbyte.cli import main
+from halfbyte.data import prepare_tokenizer
+from halfbyte.data.template import text_markers
 from tests import tiny
+from tests.data.conftest import sft
 
 TOKENS = ["<|turn|>", "<|done|>"]
 TEMPLATE = (
@@ -130,3 +134,66 @@ def test_another_template_than_the_adapters_is_an_error(
     assert str(other) in error
     assert str(output) in error
     assert not (tmp_path / "again").exists()
+
+
+MARKED = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_an_empty_list_takes_markers_as_ordinary_text(
+    model_dir: Callable[..., Path], tmp_path: Path, capsys
+) -> None:
+    base, template, output = model_dir("llama"), tmp_path / "marked.jinja", tmp_path / "run"
+    template.write_text(MARKED)
+    rows = tiny.write_rows(tmp_path / "rows", tiny.conversations(16))
+    assert main(["sft", *options(base, output, str(template), rows)]) == 2
+    assert "additional_special_tokens: []" in capsys.readouterr().err
+
+    assert (
+        main(["sft", *options(base, output, str(template), rows), "--additional_special_tokens", "[]"]) == 0
+    )
+    line = "chat template: <|assistant|>, <|user|> are no tokens of the vocabulary but ordinary text"
+    assert line in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert len(tokenizer) == tiny.VOCABULARY
+    assert tokenizer.chat_template == MARKED
+    adapter = load_file(output / "adapter_model.safetensors")
+    assert not [name for name in adapter if "embed" in name or "lm_head" in name]
+    assert json.loads((output / "adapter_config.json").read_text())["trainable_token_indices"] is None
+
+    # The adapter goes on with its template, which is not asked about again.
+    again = [
+        "--adapter_name_or_path",
+        str(output),
+        "--dataset_name",
+        rows,
+        "--output_dir",
+        str(tmp_path / "on"),
+    ]
+    assert main(["sft", *again, "--max_steps", "1", "--report_to", "none", "--dtype", "float32"]) == 0
+    assert line in capsys.readouterr().out
+
+
+def test_markers_that_are_ordinary_text_train_as_text(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer(chat_template=MARKED)
+    messages = tiny.conversations(1)[0]["messages"]
+    ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    text = "".join(f"<|{m['role']}|>\n{m['content']}<|im_end|>\n" for m in messages)
+    assert ids == tokenizer(text)["input_ids"]
+    assert len(tokenizer("<|user|>")["input_ids"]) > 1
+    assert text_markers(tokenizer) == ["<|assistant|>", "<|user|>"]
+    assert text_markers(tiny.tokenizer()) == []
+    assert text_markers(tiny.tokenizer(chat_template=None)) == []
+
+
+def test_the_end_token_of_another_model_is_not_taken_with_its_text(model_dir, tmp_path: Path) -> None:
+    """A template taken from a model whose end token this vocabulary lacks keeps this one's."""
+    other = tiny.tokenizer(chat_template=MARKED)
+    other.add_tokens(["<|stop|>"], special_tokens=True)
+    other.eos_token = "<|stop|>"
+    other.save_pretrained(tmp_path / "other")
+    training = sft(tmp_path, chat_template_path=str(tmp_path / "other"))
+    ours, added = prepare_tokenizer(str(model_dir("llama")), training=training, additional_special_tokens=[])
+    assert (ours.eos_token, added, training.eos_token) == ("<|im_end|>", [], None)

@@ -49,7 +49,10 @@ class ModelOptions(ModelConfig):
     )
     additional_special_tokens: list[str] | None = field(
         default=None,
-        metadata={"help": "Template tokens to add to the vocabulary; their embedding rows are trained."},
+        metadata={
+            "help": "Template tokens to add to the vocabulary; their embedding rows are trained. []: what the template "
+            "writes and the vocabulary lacks is ordinary text."
+        },
     )
     fast: str = field(
         default="auto",

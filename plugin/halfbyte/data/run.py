@@ -13,6 +13,7 @@ from halfbyte.data.rendering import known_roles, training_template
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import RowCheck, digest
 from halfbyte.data.shapes import Seen
+from halfbyte.data.template import text_markers
 from halfbyte.errors import UserError
 from halfbyte.wording import shorten
 
@@ -59,6 +60,10 @@ def load(
             report.train = counts
         else:
             report.eval = counts
+    rendered = report.train.check is not None and report.train.check.conversational
+    if rendered and (markers := text_markers(tokenizer)):
+        text = f"chat template: {', '.join(markers)} are no tokens of the vocabulary but ordinary text"
+        report.notes.append(text)
     if tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token:
         report.notes.append(f"padding with the end token {tokenizer.pad_token}: only the padding is masked")
     return RunData(ready["train"], ready.get("eval"), report, tokenizer, added_token_ids or [])

@@ -34,9 +34,10 @@ def prepare_tokenizer(
 
     Applies ``chat_template_path``, ``eos_token`` and ``pad_token`` of ``training`` where its class has them.
     A template is taken without its tokens: those that the vocabulary lacks must be named in
-    ``additional_special_tokens``. The caller must keep ``chat_template_path`` from TRL, which would add the
-    tokens of another model and resize the embeddings by itself. ``training.eos_token`` becomes the end token
-    that came with the template, so that TRL sets it on the model's configuration. Without a pad token, the
+    ``additional_special_tokens``, which is an empty list where they are ordinary text. The caller must keep
+    ``chat_template_path`` from TRL, which would add the tokens of another model and resize the embeddings by itself.
+    ``training.eos_token`` becomes the end token that came with the template, so that TRL sets it on the model's
+    configuration. Without a pad token, the
     end token pads. Returns the tokenizer and the ids of the tokens that were added. Raises UserError.
     """
     tokenizer = _read(path, revision, trust_remote_code)
@@ -44,10 +45,11 @@ def prepare_tokenizer(
     template_path = getattr(training, "chat_template_path", None)
     source = None
     if template_path is not None:
-        source = _apply_template(tokenizer, template_path, trust_remote_code)
+        source = _apply_template(tokenizer, template_path, trust_remote_code, additional_special_tokens == [])
     eos = getattr(training, "eos_token", None)
-    if eos is None and source is not None and source.eos_token:
-        eos = training.eos_token = source.eos_token
+    brought = None if source is None else source.eos_token
+    if eos is None and brought and (additional_special_tokens != [] or brought in tokenizer.get_vocab()):
+        eos = training.eos_token = brought
     for option, token in (("eos_token", eos), ("pad_token", getattr(training, "pad_token", None))):
         if token is None:
             continue
@@ -150,8 +152,21 @@ def _to_add(tokens: list[str]) -> str:
     )
 
 
-def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool) -> Any | None:
-    """Set a named template on the tokenizer; return the tokenizer it came from, or None for a file."""
+def text_markers(tokenizer: Any) -> list[str]:
+    """Return the markers of turns that the chat template writes and the vocabulary lacks: ordinary text."""
+    template = tokenizer.chat_template
+    written = (
+        SPECIAL.finditer(COMMENT.sub("", template) + _probe(tokenizer)) if isinstance(template, str) else ()
+    )
+    vocabulary = tokenizer.get_vocab()
+    return [name for name in dict.fromkeys(found.group() for found in written) if name not in vocabulary]
+
+
+def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool, as_text: bool) -> Any | None:
+    """Set a named template on the tokenizer; return the tokenizer it came from, or None for a file.
+
+    Raises UserError for tokens of the template that the vocabulary lacks, unless they are taken ``as_text``.
+    """
     file = Path(template_path).expanduser()
     source = None
     if file.suffix in (".jinja", ".j2"):
@@ -188,12 +203,14 @@ def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool)
         needed += [source.eos_token] if source.eos_token else []
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in dict.fromkeys(needed) if token not in vocabulary]
-    if missing:
+    if missing and not as_text:
         raise UserError(
             f"{template_path} writes {len(missing)} tokens that the vocabulary lacks:\n"
             f"  {', '.join(missing)}\n"
             "  to add them and train their rows:\n"
-            f"{_to_add(missing)}",
+            f"{_to_add(missing)}\n"
+            "  to take them as ordinary text, which adds and resizes nothing:\n"
+            "  additional_special_tokens: []",
             option="chat_template_path",
         )
     return source
