@@ -14,7 +14,19 @@ RECIPES = ROOT / "recipes" / "halfbyte_recipes"
 # Each room may import from halfbyte only what stands in a row above its own. The table of commands is data, which
 # recipes must know: it stands on the lowest floor, the commands themselves near the top.
 LAYERS = [
-    {"errors", "wording", "redaction", "streams", "files", "locks", "task", "store", "names", "quiet"}
+    {
+        "errors",
+        "wording",
+        "redaction",
+        "streams",
+        "files",
+        "locks",
+        "task",
+        "store",
+        "identity",
+        "names",
+        "quiet",
+    }
     | {"commands table", "descriptors"},
     {"config", "quantization", "adapters", "optimizers", "data", "distributed"},
     {"fast", "checkpoint", "resilience", "tracking", "memory"},

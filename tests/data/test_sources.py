@@ -1,6 +1,7 @@
 """Every kind of source gives the same rows; every mistake names what is there and what to do."""
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -70,6 +71,27 @@ def test_the_sha_is_of_the_content_and_not_of_the_file(write):
 def test_a_path_with_pattern_characters_is_one_file(write):
     write("a1.jsonl", ROWS[:2])
     assert run_data(write("a[1].jsonl", ROWS)).report.train.rows == 20
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow", "saved", "files/train.jsonl"])
+def test_edited_rows_are_read_whatever_the_times_of_the_file(write, tmp_path, name, mixture):
+    """As `cp -p`, rsync and tar leave a file: another content, the modification time that it had."""
+    path = Path(write(name, [{"text": "one"}]))
+    source = path.parent if path.parent.name == "files" else path
+
+    def read() -> list[str]:
+        named = {"datasets": [{"path": str(source)}]} if mixture else {"name": str(source)}
+        return run_data(**named).train.map(lambda row: {"again": row["text"]})["again"][:]
+
+    assert read() == ["one"]
+    file = next(path.glob("data*.arrow")) if path.is_dir() else path
+    kept = file.stat()
+    other = Path(write(f"other/{name}", [{"text": "two"}]))
+    new = next(other.glob("data*.arrow")) if other.is_dir() else other
+    file.write_bytes(new.read_bytes())
+    os.utime(file, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert read() == ["two"]
 
 
 def refused(*words: str, **options) -> None:

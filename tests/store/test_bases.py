@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from halfbyte import quantization, store
+from halfbyte import identity, quantization, store
 from halfbyte.quantization import stored
 from halfbyte.task import CAUSAL_LM, SEQ2SEQ, SEQUENCE_CLASSIFICATION, Task
 from tests import launch, tiny
@@ -31,14 +31,36 @@ def test_the_bytes_are_those_of_quantizing(arch: str, model_dir, monkeypatch: py
     assert again.config.use_cache is False
 
 
-def test_an_existing_entry_is_loaded_without_the_checkpoint(tmp_path: Path) -> None:
+def test_an_existing_entry_is_loaded_without_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tiny.save_model(tmp_path / "base")
     first = load(base)
-    weights = base / "model.safetensors"
-    before = weights.stat()
-    weights.write_bytes(b"\0" * before.st_size)
-    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    known = identity.sha256(base / "model.safetensors")
+    (base / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(stored, "content", lambda path: known)
     assert_equal(load(base), first)
+
+
+def test_an_edited_checkpoint_is_another_base_whatever_its_times(tmp_path: Path) -> None:
+    base = tiny.save_model(tmp_path / "base")
+    load(base)
+    weights = base / "model.safetensors"
+    before, sha = weights.stat(), quantization.fingerprint(str(base))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert quantization.fingerprint(str(base)) != sha
+    load(base)
+    assert len(set(keys())) == 2
+
+
+def test_a_copy_of_a_checkpoint_is_the_same_base(tmp_path: Path) -> None:
+    base = tiny.save_model(tmp_path / "base")
+    load(base)
+    load(Path(shutil.copytree(base, tmp_path / "copy")))
+    assert len(set(keys())) == 1
 
 
 def test_what_decides_the_bytes_decides_the_entry(tmp_path: Path) -> None:

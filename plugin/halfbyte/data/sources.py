@@ -12,8 +12,10 @@ from typing import Any
 import datasets
 from trl.scripts.utils import DatasetConfig
 
+from halfbyte import identity
 from halfbyte.data import nested
 from halfbyte.errors import UserError, about
+from halfbyte.files import digest_of
 from halfbyte.wording import suggestion
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
@@ -118,9 +120,9 @@ def _mixture(mixture: Any, seed: int) -> Splits:
 
 
 def _part(part: DatasetConfig, streaming: bool) -> Any:
-    loaded = datasets.load_dataset(
-        part.path,
-        part.name,
+    loaded = _loaded(
+        path=part.path,
+        name=part.name,
         data_dir=part.data_dir,
         data_files=part.data_files,
         split=part.split,
@@ -206,7 +208,14 @@ def _from_disk(name: str, path: Path, streaming: bool) -> Splits:
     with reading(name):
         saved = datasets.load_from_disk(str(path))
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    splits = {key: _by_content(split) for key, split in splits.items()}
     return {key: value.to_iterable_dataset() if streaming else value for key, value in splits.items()}
+
+
+def _by_content(saved: Any) -> Any:
+    """The same rows, for whose content what is derived from them is cached, and not for a number saved beside them."""
+    held = [identity.sha256(Path(file["filename"])) for file in saved.cache_files]
+    return datasets.Dataset(saved.data, info=saved.info, split=saved.split, fingerprint=digest_of(held)[:16])
 
 
 def _refuse_strays(name: str, path: Path, config: str | None) -> None:
@@ -242,7 +251,20 @@ def _refuse_missing(name: str, path: Path) -> None:
 
 def _load(shown: str, **options: Any) -> Splits:
     with reading(shown):
-        return datasets.load_dataset(**options)
+        return _loaded(**options)
+
+
+def _loaded(*, split: str | None = None, streaming: bool, **options: Any) -> Any:
+    """`load_dataset`, whose cache is kept by the content of local files: it goes by their modification times."""
+    if not streaming and (
+        Path(options["path"]).exists() or options.get("data_files") or options.get("data_dir")
+    ):
+        files = datasets.load_dataset_builder(**options).config.data_files or {}
+        local = [Path(str(file)) for names in files.values() for file in names]
+        held = [[str(file), identity.sha256(file)] for file in local if file.is_file()]
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "by-content" / digest_of(held)[:32]
+        return datasets.load_dataset(**options, split=split, cache_dir=str(cache))
+    return datasets.load_dataset(**options, split=split, streaming=streaming)
 
 
 @contextlib.contextmanager

@@ -1,37 +1,35 @@
 """What identifies a base checkpoint: its bytes, so that one model under two names has one fingerprint."""
 
 import hashlib
+import re
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from halfbyte import names
+from halfbyte import identity, names
 from halfbyte.errors import UserError
 
-_BLOCK = 1 << 16
-_BLOCKS = 16
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def fingerprint(name_or_path: str, revision: str = "main") -> str | None:
-    """Return a sha256 over ``config.json`` and samples of every weight file, or None if no file is local.
-
-    A weight file is sampled at its head (where safetensors keeps names, dtypes and shapes) and at sixteen evenly
-    spaced blocks of 64 KiB, and its size is included. That takes milliseconds for a checkpoint of any size, and two
-    different trainings never agree in all samples.
-    """
+    """Return a sha256 over ``config.json`` and every weight file, or None if no file is local."""
     directory = directory_of(name_or_path, revision)
     if directory is None:
         return None
     digest = hashlib.sha256()
     for path in [directory / "config.json", *weight_files(directory)]:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}\n".encode())
-        with path.open("rb") as file:
-            for block in range(_BLOCKS):
-                file.seek(block * size // _BLOCKS)
-                digest.update(file.read(_BLOCK))
+        digest.update(f"{path.name}:{content(path)}\n".encode())
     return digest.hexdigest()
+
+
+def content(path: Path) -> str:
+    """Return the sha256 of a checkpoint's file: the name of a large file in the hub's cache, else that of its bytes."""
+    real = path.resolve()
+    if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
+        return real.name
+    return identity.sha256(real)
 
 
 def require(name_or_path: str, revision: str = "main") -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from halfbyte import files
-from halfbyte.quantization.checkpoint import directory_of, weight_files
+from halfbyte.quantization.checkpoint import content, directory_of, weight_files
 
 FORMAT = 1
 
@@ -20,8 +20,7 @@ FORMAT = 1
 def describe(name: str, revision: str, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Return what decides the bytes of a quantized base, or None if the checkpoint's files are not local.
 
-    No weights are read. A file is identified by its name in the hub's cache (a hash of its content), else by its
-    path, size and modification time.
+    A file is identified by its content, which is read where it is not known: see :mod:`halfbyte.identity`.
     """
     directory = directory_of(name, revision)
     if directory is None:
@@ -32,7 +31,7 @@ def describe(name: str, revision: str, settings: dict[str, Any]) -> dict[str, An
     return {
         "format": FORMAT,
         "config": files.digest(directory / "config.json"),
-        "weights": [_identity(path) for path in weights],
+        "weights": [[path.name, content(path)] for path in weights],
         "settings": {key: str(value) for key, value in sorted(settings.items())},
         "versions": {package: version(package) for package in ("bitsandbytes", "transformers")},
     }
@@ -73,10 +72,3 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(t.cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
-
-
-def _identity(path: Path) -> list[Any]:
-    real = path.resolve()
-    if real.parent.name == "blobs":
-        return [path.name, real.name]
-    return [path.name, str(real), real.stat().st_size, real.stat().st_mtime_ns]
