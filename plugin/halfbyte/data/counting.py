@@ -63,6 +63,12 @@ def _values(column: pa.Array) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False)
 
 
+def rows_above_zero(dataset: Any, column: str) -> int:
+    """How many rows hold more than zero in a column of numbers."""
+    tables = dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+    return sum(int((table[column].to_numpy() > 0).sum()) for table in tables)
+
+
 def _limits(args: Any) -> tuple[int | None, bool]:
     """The length that SFTTrainer truncates a sequence to, and whether it keeps the end of it."""
     packing, limit = getattr(args, "packing", False), args.max_length

@@ -7,13 +7,18 @@ from typing import Any
 
 import datasets
 import numpy as np
+from trl.data_utils import extract_prompt
 
 from halfbyte.data import equal
-from halfbyte.data.counting import IGNORED, KNOWN, Prepared, recognise, unlabelled_packs
+from halfbyte.data.counting import IGNORED, KNOWN, Prepared, recognise, rows_above_zero, unlabelled_packs
+from halfbyte.data.encoding import UnrenderedRow
+from halfbyte.data.mapping import mapped, workers
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import first_refused
 from halfbyte.data.template import stop_ids
+from halfbyte.data.tokenizing import LEFT_OUT, Pairs, Truncated, tokenizing
 from halfbyte.errors import UserError
+from halfbyte.wording import plural
 
 STREAMED = 1000  # rows of a stream that are searched for an end token
 
@@ -37,14 +42,20 @@ class CountedRows:
         counts.counted = True
         counts.max_length = getattr(args, "max_length", None)
         given = inspect.signature(prepare).bind(dataset, processing_class, args, *rest)
+        streaming = isinstance(dataset, datasets.IterableDataset)
+        given.arguments["args"] = args = copy.copy(args)  # not dataclasses.replace: __post_init__ has effects
+        if not streaming:
+            args.dataset_num_proc = workers(args.dataset_num_proc, len(dataset))
         try:
             ready = (self._labelled if "packing" in given.arguments else self._differing)(
                 prepare, given, counts, name
             )
         except UserError:
             raise
+        except UnrenderedRow as error:
+            raise _unrendered(error.index + 1, error.reason, name) from error
         except Exception as error:
-            if not isinstance(dataset, datasets.IterableDataset):
+            if not streaming:
                 _blame_row(dataset, name, counts, error)
             raise
         if next(iter(ready), None) is None:
@@ -59,7 +70,9 @@ class CountedRows:
         comparing = format is not None and bool(format.compared)
         if comparing:
             given.arguments["dataset"] = equal.with_numbers(dataset)
-        ready = prepare(*given.args)
+        ready = self._tokenized(prepare, given, counts, name)
+        if ready is None:
+            ready = prepare(*given.args)
         found = self._recognised(ready, whole=False)
         if isinstance(dataset, datasets.IterableDataset):
             return equal.dropped_arriving(ready, name, found, args) if comparing else ready
@@ -77,10 +90,11 @@ class CountedRows:
     def _labelled(self, prepare: Any, given: inspect.BoundArguments, counts: SplitReport, name: str) -> Any:
         """Prepare in two calls: tokenized and labelled; then, without rows that have no label, truncated or packed."""
         args, packing = given.arguments["args"], given.arguments["packing"]
-        untouched = copy.copy(args)  # not dataclasses.replace: __post_init__ has effects of its own
-        untouched.max_length, untouched.shuffle_dataset = None, False
-        given.arguments.update(args=untouched, packing=False)
-        whole = prepare(*given.args)
+        if (whole := self._tokenized(prepare, given, counts, name)) is None:
+            untouched = copy.copy(args)
+            untouched.max_length, untouched.shuffle_dataset = None, False
+            given.arguments.update(args=untouched, packing=False)
+            whole = prepare(*given.args)
         # An evaluation may be packed where training is not.
         counting = copy.copy(args)
         counting.packing = packing
@@ -92,6 +106,13 @@ class CountedRows:
             whole = _without(whole, _note(counts, found, whole, counting))
         if next(iter(whole), None) is None:
             raise _nothing_left(name, counts)
+        args = copy.copy(args)
+        args.dataset_num_proc = None  # packing in parts gives other sequences
+        if found is not None and not streaming and not packing:
+            if counts.truncated:
+                cut = Truncated(args.max_length, keep_end=args.truncation_mode == "keep_end")
+                whole = mapped(f"truncating {name}", whole, cut)
+            args.max_length = None
         given.arguments.update(dataset=whole, args=args, packing=packing, formatting_func=None)
         ready = prepare(*given.args)
         if packing and streaming:
@@ -99,6 +120,26 @@ class CountedRows:
         if packing:
             ready = _without(ready, unlabelled_packs(ready))
             counts.packed = len(ready)
+        return ready
+
+    def _tokenized(
+        self, prepare: Any, given: inspect.BoundArguments, counts: SplitReport, name: str
+    ) -> Any | None:
+        """The rows with the columns that TRL's own preparation adds; None where it must add them itself."""
+        dataset, args = given.arguments["dataset"], given.arguments["args"]
+        tokenize = tokenizing(self, prepare, given.arguments, counts.check)
+        if tokenize is None:
+            return None
+        if isinstance(tokenize, Pairs) and "prompt" not in dataset.column_names:
+            dataset = mapped(f"finding prompts of {name}", dataset, extract_prompt, args.dataset_num_proc)
+        ready = mapped(f"tokenizing {name}", dataset, tokenize, args.dataset_num_proc)
+        if LEFT_OUT in ready.column_names:
+            if cut := rows_above_zero(ready, LEFT_OUT):
+                self.rows_report.notes.append(
+                    f"{name}: in {plural(cut, 'row')} the prompt ends in other tokens than before a completion; "
+                    "a model that answers it alone is asked something that it was not trained on"
+                )
+            ready = ready.remove_columns(LEFT_OUT)
         return ready
 
     def _recognised(self, dataset: Any, *, whole: bool) -> Prepared | None:
@@ -154,8 +195,11 @@ def _blame_row(dataset: Any, name: str, counts: SplitReport, error: Exception) -
     if counts.check is None or not counts.check.conversational:
         return
     if refused := first_refused(dataset, counts.check):
-        number, reason = refused
-        raise UserError(f"the chat template cannot render it: {reason}", split=name, row=number) from error
+        raise _unrendered(*refused, name) from error
+
+
+def _unrendered(number: int, reason: str, name: str) -> UserError:
+    return UserError(f"the chat template cannot render it: {reason}", split=name, row=number)
 
 
 def check_labels(trainer: Any, report: DataReport) -> None:
