@@ -12,6 +12,9 @@ from typing import Any
 import datasets
 import jinja2
 
+from halfbyte.data.forged import BESIDE, Turns, broken, strings
+from halfbyte.data.formats import Layout
+from halfbyte.data.nested import loosened
 from halfbyte.data.rendering import TEMPLATE_ERRORS
 from halfbyte.data.report import DataReport
 from halfbyte.data.rows import numbered
@@ -45,24 +48,26 @@ def turn_delimiters(tokenizer: Any, template: str | None = None) -> tuple[str, .
 def settle(
     split: str,
     dataset: Any,
-    columns: Sequence[str],
+    layout: Layout,
     tokenizer: Any,
     policy: str,
     report: DataReport,
     template: str | None = None,
 ) -> Any:
-    """Return the split with delimiters in its messages handled by ``policy``, and note the counts in ``report``.
+    """Return the split with delimiters in its messages and tools handled by ``policy``; note counts in ``report``.
 
-    ``columns`` hold conversations. With ``error`` a delimiter raises UserError with its row; ``escape`` puts a
+    With ``error`` a delimiter raises UserError with its row; ``escape`` puts a
     space after its first character; ``allow`` leaves it. A stream is handled as it is read, and not counted.
     """
-    check = _Check(turn_delimiters(tokenizer, template), tokenizer)
+    check = _Check(turn_delimiters(tokenizer, template), tokenizer, template, layout, policy)
+    names = dataset.column_names or list(next(iter(dataset)))
+    columns = [*layout.spoken, *(name for name in BESIDE if name in names)]
     if isinstance(dataset, datasets.IterableDataset):
         return _arriving(split, dataset, columns, check, policy)
     rows: list[int] = []
     turns: Counter[str] = Counter()
     others: Counter[str] = Counter()
-    for number, row in numbered(dataset, list(columns)):
+    for number, row in numbered(dataset, columns):
         held = check.count(row, columns)
         if inside := {token: count for token, count in held.items() if token in check.delimiters}:
             rows.append(number)
@@ -82,10 +87,10 @@ def settle(
     if policy == "escape":
         pattern = _pattern(check.delimiters)
         dataset = dataset.map(
-            lambda row: {column: _escaped(row[column], pattern) for column in columns},
-            features=dataset.features,
+            lambda row: {c: broken(row[c], pattern) for c in columns if c in row},
+            features=loosened(dataset.features, columns),
         )
-        for number, row in numbered(dataset, list(columns)):
+        for number, row in numbered(dataset, columns):
             _refuse_rest(split, number, check, row, columns)
     return dataset
 
@@ -97,11 +102,15 @@ def _arriving(split: str, stream: Any, columns: Sequence[str], check: "_Check", 
 
     def treat(row: dict[str, Any], index: int) -> dict[str, Any]:
         if policy == "escape":
-            row = {**row, **{column: _escaped(row[column], pattern) for column in columns}}
+            row = {**row, **{c: broken(row[c], pattern) for c in columns if c in row}}
         _refuse_rest(split, index + 1, check, row, columns)
         return row
 
-    return stream.map(treat, with_indices=True, features=stream.features) if check.delimiters else stream
+    return (
+        stream.map(treat, with_indices=True, features=loosened(stream.features, columns))
+        if check.delimiters
+        else stream
+    )
 
 
 def _refuse_rest(
@@ -115,8 +124,12 @@ def _refuse_rest(
 class _Check:
     """Counts added tokens and delimiters in the messages of a row."""
 
-    def __init__(self, delimiters: tuple[str, ...], tokenizer: Any) -> None:
+    def __init__(
+        self, delimiters: tuple[str, ...], tokenizer: Any, template: str | None, layout: Layout, policy: str
+    ) -> None:
         self.delimiters = frozenset(delimiters)
+        self._turns = Turns(tokenizer, template, layout, () if policy == "allow" else delimiters)
+        self._spoken = layout.spoken
         added = tokenizer.added_tokens_decoder.values()
         self._pattern = _pattern([*(token.content for token in added), *delimiters])
         # A token that is matched after normalization may be written with other characters.
@@ -130,44 +143,24 @@ class _Check:
     def count(self, row: Mapping[str, Any], columns: Sequence[str]) -> Counter[str]:
         found: Counter[str] = Counter()
         for column in columns:
-            for message in row[column] or ():
-                for text in _texts(message):
-                    found.update(self._pattern.findall(text))
-                    if self._ids:
-                        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-                        hidden = Counter(self._ids[token] for token in ids if token in self._ids)
-                        found |= hidden
+            value = row.get(column) or ()
+            spoken = column in self._spoken
+            for text in (t for message in value for t in _texts(message)) if spoken else strings(value):
+                found.update(self._pattern.findall(text))
+                if self._ids:
+                    ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+                    hidden = Counter(self._ids[token] for token in ids if token in self._ids)
+                    found |= hidden
+        if not any(token in self.delimiters for token in found):
+            found |= self._turns.forged(row, columns)
         return found
 
 
 def _texts(message: Mapping[str, Any]) -> Iterator[str]:
     """Every text of a message but its role; the parts of a list joined, as templates do."""
     for key, value in message.items():
-        if key in _ROLES or value is None:
-            continue
-        yield "".join(_strings(value))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if key != "type":
-                yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
-
-
-def _escaped(value: Any, pattern: re.Pattern[str], key: str = "") -> Any:
-    if isinstance(value, str):
-        return value if key in _ROLES else pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", value)
-    if isinstance(value, Mapping):
-        return {name: _escaped(item, pattern, name) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escaped(item, pattern, key) for item in value]
-    return value
+        if key not in _ROLES and value is not None:
+            yield "".join(strings(value))
 
 
 def _probes(tokenizer: Any, template: str | None) -> Iterator[str]:

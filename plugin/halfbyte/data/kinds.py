@@ -59,7 +59,7 @@ def _conversation(value: Any, roles: Collection[str]) -> str | None:
             keys = ", ".join(sorted(key for key, held in message.items() if held is not None)) or "none"
             return f"message {number}: 'role' is {describe(role)}, must be a string; its keys: {keys}"
         if role not in roles:
-            return f"message {number}: {unknown_roles(_roles(value) - set(roles))}"
+            return f"message {number}: {unknown_roles(_roles(value) - set(roles), roles)}"
         if isinstance(content, list) and (wrong := next(filter(None, map(unlike_text, content)), None)):
             return f"message {number}: 'content' has {wrong}"
         spoken = isinstance(content, str) or (isinstance(content, list) and content)
@@ -91,12 +91,12 @@ def _roles(value: list[Any]) -> set[str]:
     return {role for role in found if isinstance(role, str)}
 
 
-def unknown_roles(names: Collection[str]) -> str:
+def unknown_roles(names: Collection[str], roles: Collection[str] = ROLES) -> str:
     """What is wrong with roles that the chat template does not know."""
     known = SPEAKERS.keys() & names
     return (
         f"the chat template knows no role {', '.join(map(repr, sorted(names)))}, "
-        f"expected one of {', '.join(sorted(ROLES))}"
+        f"expected one of {', '.join(sorted(roles))}"
         + (
             f"; write {', '.join(f'{SPEAKERS[name]!r} for {name!r}' for name in sorted(known))}"
             if known

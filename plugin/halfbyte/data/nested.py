@@ -123,6 +123,13 @@ def written_nulls(dataset: Any, columns: Collection[str] = COLUMNS) -> list[str]
     return found
 
 
+def loosened(features: Any, columns: Collection[str]) -> Any:
+    """The features with the mappings of ``columns`` as JSON, whose keys may change; None of None."""
+    if features is None:
+        return None
+    return datasets.Features({n: (_as_json(f) if n in columns else None) or f for n, f in features.items()})
+
+
 def _converted(part: Any, names: Collection[str]) -> Any:
     features = part.features
     nested = {name: _as_json(features[name]) for name in names if name in features} if features else {}

@@ -29,9 +29,43 @@ TEMPLATE_ERRORS = (
 
 
 def known_roles(tokenizer: Any) -> frozenset[str]:
-    """Return the usual roles and every word that the chat template quotes, which may be a role of its own."""
-    template = getattr(tokenizer, "chat_template", None) or ""
-    return ROLES | frozenset(re.findall(r"""['"](\w+)['"]""", str(template)))
+    """Return the usual roles, and those of the chat template's own.
+
+    They are words that it compares a message's role with, or renders unlike an invented role, if it prints what such
+    a message says.
+    """
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    compared = {word for group in _COMPARED.findall(template) for word in _QUOTED.findall(group)}
+    return ROLES | {
+        word
+        for word in {*_QUOTED.findall(template)} - ROLES
+        if _is_role(word, tokenizer, compared=word in compared)
+    }
+
+
+_QUOTED = re.compile(r"""['"](\w+)['"]""")
+_COMPARED = re.compile(r"""role['"\])]*\s*(?:==|!=|(?:not\s+)?in)\s*(\[[^\]]*\]|\([^)]*\)|['"]\w+['"])""")
+_INVENTED, _SAID = "qzroleqz", "7fae5"
+_AROUND = ((("user", "assistant"), ()), ((), ("user", "assistant")), (("user",), ("assistant",)))
+
+
+def _is_role(word: str, tokenizer: Any, *, compared: bool) -> bool:
+    for before, after in _AROUND:
+        own, invented = (
+            _rendered_role((*before, role, *after), len(before), tokenizer) for role in (word, _INVENTED)
+        )
+        unlike = invented is None or own != invented.replace(_INVENTED, word)
+        if own is not None and _SAID in own and (compared or unlike):
+            return True
+    return False
+
+
+def _rendered_role(roles: tuple[str, ...], place: int, tokenizer: Any) -> str | None:
+    turns = [{"role": role, "content": _SAID if n == place else "7fae6"} for n, role in enumerate(roles)]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TEMPLATE_ERRORS:
+        return None
 
 
 def training_template(tokenizer: Any, training: Any) -> str | None:
@@ -59,21 +93,32 @@ def training_template(tokenizer: Any, training: Any) -> str | None:
 
 def refusal(row: Mapping[str, Any], layout: Layout, tokenizer: Any, template: str | None) -> str | None:
     """Return why the chat template cannot render a row, or None."""
-    tools = row.get("tools")
-    options = dict(row.get("chat_template_kwargs") or {})
     try:
-        options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-        for messages, prompt_only in _renderings(row, layout):
-            tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                chat_template=template,
-                add_generation_prompt=prompt_only,
-                **options,
-            )
+        for _ in texts(row, layout, tokenizer, template):
+            pass
     except TEMPLATE_ERRORS as error:
         return shorten(first_line(error), 300)
     return None
+
+
+def texts(
+    row: Mapping[str, Any], layout: Layout, tokenizer: Any, template: str | None, *, prompts: bool = True
+) -> Iterator[str]:
+    """What TRL renders of a row: its conversations, and with ``prompts`` what comes before the answers."""
+    tools = row.get("tools")
+    options = dict(row.get("chat_template_kwargs") or {})
+    options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    for messages, prompt_only in _renderings(row, layout):
+        if prompts or not prompt_only:
+            yield str(
+                tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    chat_template=template,
+                    add_generation_prompt=prompt_only,
+                    **options,
+                )
+            )
 
 
 def _renderings(row: Mapping[str, Any], layout: Layout) -> Iterator[tuple[Messages, bool]]:

@@ -132,9 +132,7 @@ def _split(
     else:
         check.all(dataset)
     if conversational:
-        dataset = delimiters.settle(
-            name, dataset, list(layout.spoken), tokenizer, policy, report, check.template
-        )
+        dataset = delimiters.settle(name, dataset, layout, tokenizer, policy, report, check.template)
     if streaming:
         return dataset, counts
     equal.refuse_identical(dataset, name, format)

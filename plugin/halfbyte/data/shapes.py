@@ -81,7 +81,9 @@ class Seen:
             found = speakers(self.dataset, conversion.spoken)
         if self.roles and (unknown := found - SPEAKERS.keys() - set(self.roles)):
             raise UserError(
-                unknown_roles(unknown), split=self.split, row=self._first_with(unknown, conversion.spoken)
+                unknown_roles(unknown, self.roles),
+                split=self.split,
+                row=self._first_with(unknown, conversion.spoken),
             )
         renamed = [(old, new) for old, new in SPEAKERS.items() if old not in self.roles]
         met = [(old, new) for old, new in renamed if old in found]

@@ -1,0 +1,152 @@
+"""Turns counted in the rendered text: one check for delimiters that fields, tools or the template put together.
+
+A row has as many delimiters as its messages need: as many as the same row with its texts replaced by a word. Only rows
+that could have more are rendered for it: those with a piece of a delimiter at the edge of a text, with a text that the
+template cuts or replaces, and all rows of a template that changes what it prints.
+"""
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from halfbyte.data.rendering import TEMPLATE_ERRORS, texts
+
+Row = Mapping[str, Any]
+
+_WORD = "7fae4"
+_NAME = re.compile(r"[A-Za-z_$][\w$-]*")
+# Under these a template finds words of its own; no delimiter is one word.
+_KEPT_KEYS = frozenset({"role", "from", "type", "id", "tool_call_id"})
+BESIDE = ("tools", "chat_template_kwargs")
+_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_CUTS = re.compile(
+    r"""(?:split|partition|replace|removeprefix|removesuffix|startswith|endswith)\(\s*(['"])(.+?)\1"""
+)
+_FOUND_IN = re.compile(r"""(['"])([^'"]+)\1\s+(?:not\s+)?in\b""")
+_REPLACED = re.compile(r"""replace\(\s*(['"])(.+?)\1""")
+
+
+class Turns:
+    """Counts turn delimiters in the renderings of a row: those of its texts, and those that it must have."""
+
+    def __init__(self, tokenizer: Any, template: str | None, layout: Any, delimiters: Sequence[str]) -> None:
+        self._tokenizer, self._template, self._layout = tokenizer, template, layout
+        self._pattern = re.compile(
+            "|".join(map(re.escape, sorted(delimiters, key=len, reverse=True))) or "(?!)"
+        )
+        code = " ".join(_CODE.findall(str(template or tokenizer.chat_template)))
+        cuts = {cut for _, cut in (*_CUTS.findall(code), *_FOUND_IN.findall(code)) if cut.strip("\\nrt \n")}
+        self._triggers = tuple(cuts)
+        replaced = {cut for _, cut in _REPLACED.findall(code)}
+        kept = [cut for cut in cuts - replaced if not any(cut in d or d in cut for d in delimiters)]
+        self._kept = (
+            re.compile(f"({'|'.join(map(re.escape, sorted(kept, key=len, reverse=True)))})") if kept else None
+        )
+        self._heads = _pieces(delimiters, lambda d, n: d[:n])
+        self._tails = _pieces(delimiters, lambda d, n: d[-n:])
+        self._inner = {d[i:j] for d in delimiters for i in range(len(d)) for j in range(i + 1, len(d) + 1)}
+        self._changes = bool(delimiters) and not self._prints_as_given()
+
+    def forged(self, row: Row, columns: Sequence[str]) -> Counter[str]:
+        """The delimiters that the rendered row has too many."""
+        if not self._suspect(row, columns):
+            return Counter()
+        found = self._count(row)
+        for neutral in (self._neutral, self._broken):
+            needed = self._count({**row, **{c: neutral(row[c]) for c in (*columns, *BESIDE) if row.get(c)}})
+            if needed is not None:
+                return (found or Counter()) - needed
+        return Counter()
+
+    def _suspect(self, row: Row, columns: Sequence[str]) -> bool:
+        if self._changes:
+            return True
+        begun = ended = False
+        for text in (text for column in (*columns, *BESIDE) for text in strings(row.get(column))):
+            edge = text.strip()
+            if (
+                self._pattern.search(text)
+                or edge in self._inner
+                or any(cut in text for cut in self._triggers)
+            ):
+                return True
+            begun, ended = begun or edge.endswith(self._heads), ended or edge.startswith(self._tails)
+        return begun and ended
+
+    def _count(self, row: Row) -> Counter[str] | None:
+        try:
+            rendered = list(texts(row, self._layout, self._tokenizer, self._template, prompts=False))
+        except TEMPLATE_ERRORS:
+            return None
+        return Counter(token for text in rendered for token in self._pattern.findall(text))
+
+    def _prints_as_given(self) -> bool:
+        """Whether every character of a message is printed as it is."""
+        text = "".join(f"{c}q" for c in string.ascii_letters + string.digits + string.punctuation)
+        talk = [{"role": role, "content": f"{n}{text}"} for n, role in enumerate(("user", "assistant"))]
+        try:
+            rendered = self._tokenizer.apply_chat_template(talk, tokenize=False, chat_template=self._template)
+        except TEMPLATE_ERRORS:
+            return False
+        return all(turn["content"] in rendered for turn in talk)
+
+    def _neutral(self, value: Any, key: str = "") -> Any:
+        """``value`` with a word in place of each text, and what the template cuts it by."""
+        if isinstance(value, Mapping):
+            return {
+                name if _NAME.fullmatch(name) else f"k{number}": self._neutral(item, name)
+                for number, (name, item) in enumerate(value.items())
+            }
+        if isinstance(value, list):
+            return [self._neutral(item, key) for item in value]
+        if not isinstance(value, str) or not value.strip():
+            return value
+        if key in _KEPT_KEYS and _NAME.fullmatch(value):
+            return value
+        if value.lstrip()[:1] in ("{", "["):
+            try:
+                return json.dumps(self._neutral(json.loads(value), key))
+            except (ValueError, RecursionError):
+                pass
+        if self._kept is None:
+            return _WORD
+        return "".join(
+            part if number % 2 or not part.strip() else _WORD
+            for number, part in enumerate(self._kept.split(value))
+        )
+
+    def _broken(self, value: Any) -> Any:
+        return broken(value, self._pattern)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a value, keys that are no plain names among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if not _NAME.fullmatch(key):
+                yield key
+            if key not in ("role", "from", "type"):
+                yield from strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)
+
+
+def broken(value: Any, pattern: re.Pattern[str], key: str = "") -> Any:
+    """``value`` with a space after the first character of whatever matches, in keys too, but not in roles."""
+    if isinstance(value, str):
+        return value if key in ("role", "from") else pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", value)
+    if isinstance(value, Mapping):
+        return {broken(name, pattern): broken(item, pattern, name) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [broken(item, pattern, key) for item in value]
+    return value
+
+
+def _pieces(delimiters: Sequence[str], cut: Any) -> tuple[str, ...]:
+    return tuple({cut(each, n) for each in delimiters for n in range(1, len(each))})
