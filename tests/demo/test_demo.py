@@ -80,11 +80,42 @@ def test_failure_shows_the_end_of_the_log_and_passes_the_status_on(
 
 def test_earlier_demo_is_moved_aside(failing: list[str], tmp_path: Path) -> None:
     directory = tmp_path / "out"
-    directory.mkdir()
-    (directory / "mine").write_text("kept")
+    (directory / "sft").mkdir(parents=True)
+    (directory / "sft" / "run.json").write_text("kept")
     demo.run(directory, SMALL)
-    assert (tmp_path / "out.1" / "mine").read_text() == "kept"
-    assert not (directory / "mine").exists()
+    assert (tmp_path / "out.1" / "sft" / "run.json").read_text() == "kept"
+    assert not (directory / "sft").exists()
+
+
+def test_nothing_else_is_moved_aside_or_written(
+    failing: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (home / "empty" / "inner").mkdir(parents=True)
+    (home / "demo" / "sft").mkdir(parents=True)
+    (home / "mine").write_text("kept")
+    (home / "link").symlink_to(home / "demo")
+    (home / "loop").symlink_to(home / "loop")
+    monkeypatch.chdir(home / "empty" / "inner")
+    before = sorted(tmp_path.rglob("*"))
+    for place, words in {
+        home: "holds demo, which is not a demo's",
+        Path(): "is a link or the working directory",
+        Path("."): "is a link or the working directory",
+        Path(".."): "holds inner, which is not a demo's",
+        home / "link": "is a link or the working directory",
+        home / "loop": "is a link or the working directory",
+        home / "mine": "is a file; name a directory",
+        home / "mine" / "x": "cannot write",
+        home / ("x" * 300): "File name too long",
+        Path("/proc/x/y"): "cannot write /proc/x/y: No such file",
+        Path("a\0b"): "null",
+    }.items():
+        with pytest.raises(UserError, match=rf"^--output_dir: .*{words}") as caught:
+            demo.run(place, SMALL)
+        assert len(str(caught.value).splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert failing == []
 
 
 @pytest.mark.parametrize("argv", [["--output", "x"], ["--steps", "3"], ["stray"]])

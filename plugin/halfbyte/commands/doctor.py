@@ -23,8 +23,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse(arguments)
     from halfbyte.plan import doctor  # imports torch
 
-    checks = doctor.checks()
     launch = doctor.inspect_launch(options.launch) if options.launch else None
+    checks = doctor.checks()
     ok = all(check.ok for check in checks) and not (launch and launch.problems)
     if options.json:
         report = {

@@ -7,7 +7,7 @@ from halfbyte.checkpoint import manifest, usable
 from halfbyte.checkpoint.history import checkpoints, step_of
 from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
-from halfbyte.wording import say
+from halfbyte.wording import say, shorten
 
 
 def main(arguments: list[str]) -> int:
@@ -17,8 +17,13 @@ def main(arguments: list[str]) -> int:
         "directory", type=Path, metavar="DIR", help="a run's output_dir or a checkpoint of it"
     )
     directory: Path = parser.parse(arguments).directory
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory", option="halfbyte verify")
+    try:
+        list(directory.iterdir())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"cannot read {shorten(str(directory), 200)}: {reason}", option="halfbyte verify"
+        ) from error
     if step_of(directory) is not None or (directory / manifest.NAME).exists():
         return 0 if _checkpoint(directory)[0] else 1
     return _run(directory)

@@ -14,8 +14,12 @@ from rich.console import Console
 from halfbyte.demo import base, corpus, stages, summary
 from halfbyte.errors import UserError
 from halfbyte.files import next_free
+from halfbyte.wording import shorten
 
 __all__ = ["run"]
+
+_OPTION = "--output_dir"
+_PARTS = ("data", *summary.RUNS, *(f"{name}.log" for name in summary.RUNS))
 
 
 def run(output_dir: Path, size: stages.Size | None = None) -> int:
@@ -27,8 +31,7 @@ def run(output_dir: Path, size: stages.Size | None = None) -> int:
     size = size or stages.Size()
     console = Console()
     directory = output_dir.absolute()
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{output_dir} is a file; name a directory", option="--output_dir")
+    _require_place(directory)
     console.print("reading Python's standard library", highlight=False)
     source = corpus.collect()
     if directory.is_dir() and any(directory.iterdir()):
@@ -58,6 +61,41 @@ def run(output_dir: Path, size: stages.Size | None = None) -> int:
         summary.show(directory, console)
     console.print(f"{time.monotonic() - started:.0f} s in all", highlight=False)
     return 0
+
+
+def _require_place(directory: Path) -> None:
+    """Refuse a directory that cannot be written, or that holds something else than an earlier demo.
+
+    Nothing is left behind: a directory that is made to try it is removed again.
+    """
+    try:
+        present = directory.exists()
+        if present and not directory.is_dir():
+            raise UserError(f"{directory} is a file; name a directory", option=_OPTION)
+        strange = (
+            sorted(path.name for path in directory.iterdir() if path.name not in _PARTS) if present else []
+        )
+        if strange:
+            raise UserError(
+                f"{directory} holds {shorten(strange[0])}, which is not a demo's, and only an earlier demo is moved "
+                f"aside; choose another",
+                option=_OPTION,
+            )
+        if directory.is_symlink() or Path.cwd().is_relative_to(directory.resolve()):
+            raise UserError(
+                f"{directory} is a link or the working directory, which is not moved aside; choose another",
+                option=_OPTION,
+            )
+        if not present:
+            missing = [directory, *(parent for parent in directory.parents if not parent.exists())]
+            directory.mkdir(parents=True)
+            for made in missing:
+                made.rmdir()
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot write {shorten(str(directory), 200)}: {reason}", option=_OPTION) from error
 
 
 def _base(source: corpus.Corpus, directory: Path, size: stages.Size, console: Console) -> None:

@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from halfbyte.distributed import support
 from halfbyte.distributed.launcher import Request, from_config
 from halfbyte.errors import UserError
-from halfbyte.wording import first_line
+from halfbyte.wording import first_line, shorten
 
 
 @dataclass
@@ -30,19 +30,30 @@ def inspect(path: Path, gpus: int) -> Launch:
 
     Raises :class:`UserError` if the file is none of these.
     """
-    if not path.is_file():
-        raise UserError(f"no file {path}", option="--launch")
-    if path.suffix == ".sh":
-        return _script(path, gpus)
     try:
+        if not path.is_file():
+            raise UserError(f"no file {path}", option="--launch")
+        if path.suffix == ".sh":
+            return _script(path, gpus)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {first_line(error)}", option="--launch") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read {shorten(str(path), 200)}: {first_line(error)}", option="--launch"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a configuration of accelerate, Slurm or Kubeflow", option="--launch")
-    if content.get("kind") == "TrainJob":
-        return _train_job(path, content)
-    return _accelerate(path, content, gpus)
+    try:
+        return (
+            _train_job(path, content)
+            if content.get("kind") == "TrainJob"
+            else _accelerate(path, content, gpus)
+        )
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path} has a value of the wrong type: {first_line(error)}", option="--launch"
+        ) from error
 
 
 def _accelerate(path: Path, config: dict[str, Any], gpus: int) -> Launch:
