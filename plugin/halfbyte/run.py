@@ -34,7 +34,7 @@ from halfbyte.resilience.memory import advice
 from halfbyte.resilience.signals import Signals
 from halfbyte.resilience.watch import watch
 from halfbyte.resolve import Decisions
-from halfbyte.tracking import RunRecord, Tracker, next_command, resume_command
+from halfbyte.tracking import RunRecord, Tracker, again_command, next_command, resume_command
 from halfbyte.trainer.base import Conduct
 from halfbyte.wording import say
 
@@ -169,6 +169,7 @@ def _tracker(
         figures=recipe.figures,
         next_command=next_command(recipe.next, options.args.output_dir, decisions.base, adapter=adapter),
         resume_command=resume_command(name, argv),
+        again_command=again_command(name, argv) if resume.path is None else None,
     )
 
 

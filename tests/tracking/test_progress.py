@@ -1,4 +1,5 @@
 import io
+import re
 import sys
 
 import pytest
@@ -44,6 +45,48 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     progress.end()
     assert "20/100" in terminal.getvalue()
     assert "loss 1.234" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("columns", [50, 80, 120])
+def test_the_bar_drops_figures_before_the_counter(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """Every drawn line fits, and has steps and time left; logged rows are printed above it."""
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    progress = RunProgress(bar=True)
+    progress.begin(0, 100_000)
+    progress.step(20)
+    row = {**ROW, "mean_token_accuracy": 0.5, "rewards/accuracies": 0.5, "rewards/margins": 1.5}
+    progress.row(row, 12_345.0)
+    progress.end()
+    lines = [
+        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", terminal.getvalue())
+    ]
+    drawn = [line for line in lines if line.startswith("train")]
+    assert drawn
+    assert all(len(line) <= columns for line in drawn)
+    assert re.search(r" 20/100000 (-:--:--|\d+:\d\d:\d\d)", drawn[-1])
+    assert ("loss 1.234" in drawn[-1]) is (columns > 50)
+    assert any(line.startswith("step 20/100000  loss 1.234  lr 2.0e-04") for line in lines)
+
+
+def test_ties_are_no_accuracy_of_zero() -> None:
+    start = {
+        "rewards/accuracies": 0.0,
+        "rewards/chosen": 0.0,
+        "rewards/rejected": 0.0,
+        "rewards/margins": 0.0,
+    }
+    assert figures(start) == "accuracy - (ties)  margin 0"
+    assert figures({f"eval_{key}": value for key, value in start.items()}) == "accuracy - (ties)  margin 0"
+    lost = {
+        "rewards/accuracies": 0.0,
+        "rewards/chosen": -0.5,
+        "rewards/rejected": 0.5,
+        "rewards/margins": -1.0,
+    }
+    assert figures(lost) == "accuracy 0.000  margin -1"
 
 
 def test_no_bar_keeps_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte import recipe as recipes
-from halfbyte.tracking import next_command, resume_command
+from halfbyte.tracking import again_command, next_command, resume_command
 from tests.config.test_help import SHIPPED
 
 ODD = [
@@ -89,6 +89,13 @@ def test_what_only_the_first_start_needed_is_left_out(given: list[str]) -> None:
     assert shlex.split(command) == [
         *("halfbyte", "dpo", "--seed", "3", "--packing"),
         *("--resume_from_checkpoint", "auto"),
+    ]
+
+
+def test_a_run_that_saved_nothing_is_started_over() -> None:
+    argv = ["--seed", "3", "--resume_from_checkpoint", "auto", "--packing"]
+    assert shlex.split(again_command("sft", argv)) == [
+        *("halfbyte", "sft", "--seed", "3", "--packing", "--overwrite_output_dir")
     ]
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.tracking.callback import Tracker
     from halfbyte.tracking.record import RunRecord, peak_memory_bytes
-    from halfbyte.tracking.suggested import next_command, resume_command
+    from halfbyte.tracking.suggested import again_command, next_command, resume_command
     from halfbyte.tracking.wandb_run import check_wandb, wandb_missing, wandb_ready
 
 _PLACES = {
+    "again_command": "suggested",
     "RunRecord": "record",
     "Tracker": "callback",
     "check_wandb": "wandb_run",
@@ -26,6 +27,7 @@ _PLACES = {
 __all__ = [
     "RunRecord",
     "Tracker",
+    "again_command",
     "check_wandb",
     "next_command",
     "peak_memory_bytes",

@@ -1,7 +1,6 @@
 """The one callback through which a Trainer fills its run directory."""
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,14 @@ from transformers.trainer_utils import has_length
 from halfbyte.checkpoint.history import checkpoints
 from halfbyte.errors import Stopped
 from halfbyte.files import replace_file
+from halfbyte.tracking import summary
 from halfbyte.tracking.card import model_card
 from halfbyte.tracking.figures import DEFAULT, Figures
 from halfbyte.tracking.metrics import MetricsLog, Row, Throughput, is_evaluation, read_rows
-from halfbyte.tracking.progress import RunProgress, print_summary
+from halfbyte.tracking.progress import RunProgress
 from halfbyte.tracking.record import RunRecord, peak_memory_bytes, wandb_id
 from halfbyte.tracking.wandb_run import WandbRun
-from halfbyte.wording import count, memory, say
+from halfbyte.wording import say
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,13 @@ class Tracker(TrainerCallback):
         figures: Figures = DEFAULT,
         next_command: str | None = None,
         resume_command: str | None = None,
+        again_command: str | None = None,
     ) -> None:
         self.record = record
         self.metrics = MetricsLog(record.output_dir / "metrics.jsonl")
         self._main = main
         self._next_command, self._resume_command = next_command, resume_command
+        self._again_command = again_command  # where there is nothing to resume from
         self._throughput = Throughput()
         self._figures = figures
         self._progress = RunProgress(bar=bar, figures=figures)
@@ -69,7 +71,7 @@ class Tracker(TrainerCallback):
             self.finish("completed", self._next_command)
         else:
             interrupted = isinstance(error, KeyboardInterrupt | Stopped)
-            self.finish("interrupted" if interrupted else "failed", self._resume_command)
+            self.finish("interrupted" if interrupted else "failed", self._goes_on)
 
     # Events of the Trainer, in the order they come.
 
@@ -179,18 +181,24 @@ class Tracker(TrainerCallback):
             self.write_card()
         self._try("metrics.jsonl", self.metrics.close)
         where = self._wandb.finish(0 if status == "completed" else 1) if self._wandb is not None else None
-        self._print_summary(plots, where)
+        values, place = self.record.as_dict(), self.record.output_dir
+        summary.show(values, place, self._figures, self._total_steps, plots, where)
 
     def fail(self) -> None:
         """Close the run as failed: for a thread that ends a process whose main thread is stuck."""
-        self.finish("failed")
+        self.finish("failed", self._goes_on)
 
     def abandon(self, signum: int) -> None:
         """Write to disk that a signal ended the run, and no more: for a thread that ends the process at once."""
         if self._main and not self._finished:
             self._finished = True
-            self.record.update(status="interrupted", next=self._resume_command)
+            self.record.update(status="interrupted", next=self._goes_on)
             self.record.write()
+
+    @property
+    def _goes_on(self) -> str | None:
+        """The command after a run that did not complete: a resume, where a checkpoint was saved."""
+        return self._resume_command if checkpoints(self.record.output_dir) else self._again_command
 
     def write_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Write README.md; takes the place of `Trainer.create_model_card`, whose arguments it accepts."""
@@ -221,8 +229,8 @@ class Tracker(TrainerCallback):
             from halfbyte.tracking import plots
 
             directory = self.record.output_dir / "plots"
-            recipe = self.record["recipe"]
-            return plots.draw(self.metrics.rows, directory, recipe, self._drawn, figures=self._figures)
+            title = f"{self.record['recipe']}, {self.record.output_dir.resolve().name}"
+            return plots.draw(self.metrics.rows, directory, title, self._drawn, figures=self._figures)
 
         return self._try("the plots", draw) or []
 
@@ -246,29 +254,3 @@ class Tracker(TrainerCallback):
         """The tokens of the run so far; for a trainer that does not count them, the data's size by epoch."""
         size = self.record["data"].get("tokens")
         return counted if counted is not None else size * epoch if size and epoch else None
-
-    def _print_summary(self, plots: list[Path], where: str | None) -> None:
-        values = self.record.as_dict()
-        metrics, peaks = values["metrics"], values["peak_memory_bytes"]
-        rows = [
-            ("status", values["status"]),
-            ("steps", f"{values['steps']} of {self._total_steps}" if self._total_steps else "0"),
-        ]
-        if "best_checkpoint" in values:
-            rows.append(("weights", f"those of {values['best_checkpoint']}, the best"))
-        loss = metrics["train"].get("train_loss", metrics["train"].get("loss"))
-        if loss is not None:
-            rows.append(("train loss", f"{loss:.4f}"))
-        for figure in self._figures.compared:
-            values_of = [metrics[part].get(f"eval_{figure.key}") for part in ("before", "eval")]
-            if found := [value for value in values_of if value is not None]:
-                rows.append((f"eval {figure.label}", " -> ".join(f"{value:.4f}" for value in found)))
-        if values["tokens_per_second"]:
-            rows.append(("speed", f"{count(values['tokens_per_second'])} tokens/s"))
-        ranks = f", the most of {len(peaks)} ranks" if len(peaks) > 1 else ""
-        rows.append(("peak memory", memory(max(peaks)) + ranks))
-        rows.append(("output", os.fspath(self.record.output_dir)))
-        if plots:
-            rows.append(("plots", os.fspath(plots[0].parent / "*.png")))
-        commands = [("wandb", where), ("next", values["next"])]
-        print_summary(rows, [(label, line) for label, line in commands if line])

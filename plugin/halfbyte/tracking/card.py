@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 
 from halfbyte import task
 from halfbyte.redaction import redact, redact_text
-from halfbyte.tracking.figures import DEFAULT, Figures
+from halfbyte.tracking.figures import DEFAULT, Figures, are_ties
 from halfbyte.tracking.record import RunRecord
 
 # What a reader of the card looks for first, the recipe's own between these two; run.json has the rest.
@@ -98,7 +98,10 @@ def _results(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not names:
         return []
     columns = ("evaluation", "before", "after")
-    return ["## Results", _table(columns, [(name, before.get(name), after.get(name)) for name in names])]
+    rows = [
+        (name, *("ties" if are_ties(p, name) else p.get(name) for p in (before, after))) for name in names
+    ]
+    return ["## Results", _table(columns, rows)]
 
 
 def _ended(values: Mapping[str, Any]) -> str:

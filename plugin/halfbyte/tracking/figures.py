@@ -3,7 +3,9 @@
 Keys are those that TRL logs, without ``eval_``; a figure whose key no row has is left out.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,16 @@ class Figures:
     def compared(self) -> tuple[Figure, ...]:
         """The figures that the closing summary compares before and after training."""
         return tuple(figure for figure in self.figures if figure.compared)
+
+
+def are_ties(row: Mapping[str, Any], key: str) -> bool:
+    """Whether ``key`` is a preference accuracy of 0 that means ties: policy and reference are equal for every pair.
+
+    So it is before the first step. TRL counts a tie as lost.
+    """
+    prefix, found, _ = key.partition("rewards/accuracies")
+    rewards = ("rewards/accuracies", "rewards/chosen", "rewards/rejected")
+    return bool(found) and all(row.get(prefix + name) == 0 for name in rewards)
 
 
 LOSS = Figure("loss", "loss", ".4g", compared=True)

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from halfbyte.files import replace_file
-from halfbyte.tracking.figures import DEFAULT, Figures, Plot
+from halfbyte.tracking.figures import DEFAULT, Figures, Plot, are_ties
 from halfbyte.tracking.metrics import Row
+from halfbyte.wording import shorten
 
 Points = list[tuple[int, float]]
 Series = dict[tuple[str, str], Points]
@@ -32,7 +33,7 @@ def draw(
     """Draw every plot of ``figures`` that ``rows`` have values for, and return the files, written now or before.
 
     ``rows`` are those of ``metrics.jsonl``; of rows with one step the last counts (a resumed run repeats steps).
-    ``title`` is the run's recipe, set above every picture. ``drawn`` holds what each picture shows already, by its
+    ``title`` names the run above every picture. ``drawn`` holds what each picture shows already, by its
     name: such a picture is left as it is. It is updated.
     """
     written = []
@@ -59,6 +60,8 @@ def _series(rows: Sequence[Row], keys: Sequence[str]) -> Series:
         for row in rows:
             for name, value in row.items():
                 if not isinstance(value, int | float):
+                    continue
+                if are_ties(row, name):
                     continue
                 if name == key:
                     found[key, "train"][row["step"]] = value
@@ -89,7 +92,7 @@ def _png(plot: Plot, series: Series, title: str) -> bytes:
     if plot.bounds is not None:
         low, high = plot.bounds
         axes.set_ylim(low - 0.02 * (high - low), high + 0.02 * (high - low))
-    axes.set_title(f"{plot.title}  ·  {title}", loc="left", fontsize=11)
+    axes.set_title(f"{plot.title}  ·  {shorten(title)}", parse_math=False, loc="left", fontsize=11)
     axes.set_xlabel("step")
     axes.set_ylabel(plot.label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

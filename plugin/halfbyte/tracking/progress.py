@@ -1,20 +1,21 @@
-"""Progress on the terminal: a bar on a TTY, plain lines elsewhere, and the closing summary."""
+"""Progress on the terminal: lines, and on a TTY a bar under them."""
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from rich.table import Column
 
-from halfbyte.streams import printable
-from halfbyte.tracking.figures import DEFAULT, Figures
+from halfbyte.tracking.figures import DEFAULT, Figures, are_ties
 from halfbyte.tracking.metrics import Row, is_evaluation
 from halfbyte.wording import count, say
 
+_BAR = 20  # columns
+# What stands before the figures: description, bar, counter, time left, and the spaces between them.
+_COUNTED = len("train") + _BAR + len("0:00:00") + 4
 _SLOW_EVALUATION = 2.0  # seconds, after which an evaluation gets a bar of its own
 
 
@@ -36,10 +37,10 @@ class RunProgress:
         if self._wants_bar and self._live is None:
             self._live = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=_BAR),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
                 console=Console(),
             )
             self._training = self._live.add_task("train", total=total, completed=step, figures="")
@@ -50,16 +51,16 @@ class RunProgress:
             self._live.update(self._training, completed=step)
 
     def row(self, row: Row, tokens_per_second: float | None) -> None:
-        """Show one row of ``metrics.jsonl``: in the bar, or as a line."""
-        text = figures(row, tokens_per_second, shown=self._figures)
-        if not text or "train_runtime" in row:  # the closing row belongs to the summary
+        """Print one row of ``metrics.jsonl``; show as many of its figures in the bar as there is room for."""
+        parts = _parts(row, tokens_per_second, self._figures)
+        if not parts or "train_runtime" in row:  # the closing row belongs to the summary
             return
-        if is_evaluation(row):
-            self._print(f"step {row['step']}/{self._total}  eval  {text}")
-        elif self._live is not None and self._training is not None:
-            self._live.update(self._training, figures=text)
-        else:
-            self._print(f"step {row['step']}/{self._total}  {text}")
+        evaluation = is_evaluation(row)
+        text = "  ".join(["eval", *parts] if evaluation else parts)
+        self._print(f"step {row['step']}/{self._total}  {text}")
+        if self._live is not None and self._training is not None and not evaluation:
+            room = self._live.console.width - _COUNTED - 2 * len(str(self._total)) - 1
+            self._live.update(self._training, figures=_fitting(parts, room))
 
     def evaluating(self, batches: int | None) -> None:
         """Count one batch of an evaluation; show a bar once it proves slow."""
@@ -95,11 +96,17 @@ def figures(
     row: Mapping[str, Any], tokens_per_second: float | None = None, *, shown: Figures = DEFAULT
 ) -> str:
     """The figures of a row on one line: ``loss 1.234  lr 2.0e-04  grad 0.81  12.3k tok/s``."""
+    return "  ".join(_parts(row, tokens_per_second, shown))
+
+
+def _parts(row: Mapping[str, Any], tokens_per_second: float | None, shown: Figures) -> list[str]:
     prefix = "eval_" if is_evaluation(row) else ""
     parts = []
     for figure in shown.logged:
         value = row.get(prefix + figure.key)
-        if isinstance(value, int | float):
+        if are_ties(row, prefix + figure.key):
+            parts.append(f"{figure.label} - (ties)")
+        elif isinstance(value, int | float):
             parts.append(f"{figure.label} {value:{figure.form}}")
         elif prefix + figure.key in row:
             parts.append(f"{figure.label} nan")  # null in the file: it was not finite
@@ -110,25 +117,11 @@ def figures(
         parts += [f"{key[len(prefix) : -len('_loss')]} loss {row[key]:.4g}" for key in names if row[key]]
     if tokens_per_second is not None:
         parts.append(f"{count(tokens_per_second)} tok/s")
+    return parts
+
+
+def _fitting(parts: list[str], room: int) -> str:
+    """The first of ``parts`` that fit into ``room`` columns."""
+    while parts and len("  ".join(parts)) > room:
+        parts = parts[:-1]
     return "  ".join(parts)
-
-
-def print_summary(rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str, str]]) -> None:
-    """Print the closing summary.
-
-    ``rows`` are labels with values, ``commands`` labels with lines to copy, which are never wrapped or cut.
-    """
-    console = Console()
-    if sys.stdout.isatty():
-        table = Table(show_header=False, box=None, pad_edge=False)
-        for label, value in rows:
-            # Before the table folds it: a secret in two lines is not recognized.
-            table.add_row(Text(label, style="bold"), Text(printable(value), overflow="fold"))
-        console.print()
-        console.print(table)
-    else:
-        width = max(len(label) for label, _ in rows)
-        for label, value in rows:
-            say(f"{label:<{width}}  {value}")
-    for label, command in commands:
-        say(f"{label}: {command}")

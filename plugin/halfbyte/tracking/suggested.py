@@ -1,4 +1,4 @@
-"""The commands that a run suggests: the one that resumes it, without secrets, and the one that comes next."""
+"""The commands that a run suggests, without secrets: to resume it, to start it over, and what comes next."""
 
 import shlex
 
@@ -10,6 +10,15 @@ _DROPPED = ("resume_from_checkpoint", "overwrite_output_dir")  # with the words 
 
 def resume_command(name: str, argv: list[str]) -> str:
     """The command that resumes the run ``halfbyte NAME ARGV`` from its newest checkpoint."""
+    return _command(name, argv, "--resume_from_checkpoint", "auto")
+
+
+def again_command(name: str, argv: list[str]) -> str:
+    """The command that starts the run ``halfbyte NAME ARGV`` over, and moves aside what it left."""
+    return _command(name, argv, "--overwrite_output_dir")
+
+
+def _command(name: str, argv: list[str], *more: str) -> str:
     kept: list[str] = []
     option = ""
     for word in argv:
@@ -21,7 +30,7 @@ def resume_command(name: str, argv: list[str]) -> str:
         elif option not in _DROPPED:
             kept.append(str(redact(word, option)))
     launcher = distributed.launch_command([name, *argv])
-    return shlex.join([*(launcher or ["halfbyte"]), name, *kept, "--resume_from_checkpoint", "auto"])
+    return shlex.join([*(launcher or ["halfbyte"]), name, *kept, *more])
 
 
 def next_command(template: str | None, output_dir: str, base: str, *, adapter: bool) -> str | None:
