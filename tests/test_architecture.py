@@ -34,7 +34,7 @@ LAYERS = [
     {"model_options", "precision", "init_kwargs", "unsupported"},
     {"resolve"},
     {"loading"},
-    {"assembly"},
+    {"assembly", "given"},
     {"plugin"},
     {"recipe", "options", "bound"},
     {"plan", "export", "run", "demo"},

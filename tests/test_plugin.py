@@ -10,7 +10,9 @@ import torch
 import trl
 from accelerate import Accelerator
 from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from halfbyte import QLoRAPlugin
 from halfbyte.errors import UserError
@@ -62,9 +64,7 @@ TRAINERS = {
 @pytest.mark.parametrize("name", TRAINERS)
 def test_any_trl_trainer_trains_the_adapters_alone(model_dir: ModelDir, tmp_path: Path, name: str) -> None:
     config, trainer_cls = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
-    qlora = QLoRAPlugin(
-        lora_r=4, dtype="float32", lora_task_type="SEQ_CLS" if name == "Reward" else "CAUSAL_LM"
-    )
+    qlora = QLoRAPlugin(lora_r=4, dtype="float32")
     trainer = qlora.trainer(
         trainer_cls,
         model=str(model_dir("llama")),
@@ -122,11 +122,100 @@ def test_a_loop_of_one_s_own(model_dir: ModelDir) -> None:
     assert all(torch.equal(weight, base[name]) for name, weight in frozen(model).items())
 
 
-def test_a_loaded_model_is_refused_in_one_sentence(model_dir: ModelDir, tmp_path: Path) -> None:
-    plugin = QLoRAPlugin(dtype="float32")
-    model = plugin.load(str(model_dir("llama")))
-    with pytest.raises(UserError, match=r"model: PeftModelForCausalLM is a loaded model; give a name"):
-        plugin.trainer(trl.SFTTrainer, model=model, args=trl.SFTConfig(**options(tmp_path)))
+def test_a_trainer_over_a_model_that_load_made(model_dir: ModelDir, tmp_path: Path) -> None:
+    """It trains as if the trainer had loaded it: the same adapter, the same step, the same fusion."""
+    base, rows = str(model_dir("llama")), Dataset.from_list(tiny.conversations(8))
+
+    def ended(given: Any, plugin: QLoRAPlugin, **changed: Any) -> tuple[dict[str, torch.Tensor], str]:
+        args = trl.SFTConfig(**options(tmp_path, **changed))
+        trainer = plugin.trainer(trl.SFTTrainer, model=given, args=args, train_dataset=rows)
+        trainer.train()
+        return trained(trainer.model), trainer.report.fusion.line()
+
+    plugin = QLoRAPlugin(lora_r=4, dtype="float32")
+    changed = {"gradient_checkpointing": False}  # load() turned it on
+    torch.manual_seed(42)  # the seed of the arguments
+    one, line = ended(plugin.load(base), plugin, **changed)
+    other, same = ended(base, plugin, **changed)
+    assert line == same
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_model_that_load_did_not_make_is_refused(model_dir: ModelDir, tmp_path: Path) -> None:
+    base, plugin = str(model_dir("llama")), QLoRAPlugin(dtype="float32")
+    args, rows = trl.SFTConfig(**options(tmp_path)), Dataset.from_list(tiny.texts(4))
+    strange = AutoModelForCausalLM.from_pretrained(base)
+    others = QLoRAPlugin(dtype="float32", lora_r=4).load(base)
+    used = plugin.load(base)
+    plugin.trainer(trl.SFTTrainer, model=used, args=args, train_dataset=rows)
+    for model in (strange, others, used, 3):
+        with pytest.raises(
+            UserError, match=r"^model: \w+ is not a model that this plugin loaded; give a name"
+        ):
+            plugin.trainer(trl.SFTTrainer, model=model, args=args, train_dataset=rows)
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(
+        UserError, match=r"model: it was loaded without rows .*plugin.load\(..., tokenizer=tokenizer"
+    ):
+        plugin.trainer(
+            trl.SFTTrainer, model=plugin.load(base), args=args, train_dataset=rows, processing_class=tokenizer
+        )
+
+
+def test_the_trainer_of_transformers_itself(model_dir: ModelDir, tmp_path: Path) -> None:
+    """Its training arguments lack fields that TRL's have."""
+    rows = [{"input_ids": [5, 6, 7, 8], "attention_mask": [1] * 4, "labels": [5, 6, 7, 8]}] * 8
+    arguments = {"model": str(model_dir("llama")), "args": TrainingArguments(**options(tmp_path))}
+    plugin = QLoRAPlugin(lora_r=4, dtype="float32")
+    trainer = plugin.trainer(
+        Trainer, **arguments, train_dataset=Dataset.from_list(rows), data_collator=default_data_collator
+    )
+    start = trained(trainer.model)
+    trainer.train()
+    assert all(
+        not torch.equal(start[name], end) for name, end in trained(trainer.model).items() if "lora_B" in name
+    )
+    again = plugin.trainer(trl.SFTTrainer, **arguments, train_dataset=Dataset.from_list(tiny.texts(8)))
+    again.train()
+    assert again.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"peft_config": LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj"], use_dora=True)},
+         r"peft_config: .*`QLoRAPlugin\(lora_r=4, lora_alpha=9, lora_target_modules=\['q_proj'\], use_dora=True\)`"),
+        ({"quantization_config": {}}, "quantization_config: the plugin quantizes the base; write `load_in_4bit`"),
+        ({"ref_model": "x"}, "ref_model: the reference is the base without its adapter"),
+        ({"tokenizer": 3}, "tokenizer: trainers call it `processing_class`"),
+        ({"model_init": lambda: None}, "model_init: the plugin loads the model; write `model`"),
+        ({"args": None}, "args: NoneType are no training arguments; write the config of the trainer"),
+        ({"args": {}}, "args: dict are no training arguments"),
+    ],
+)  # fmt: skip
+def test_arguments_that_would_undo_the_plugin_are_answered(tmp_path: Path, given: dict, message: str) -> None:
+    arguments = {"model": "a-model", "args": trl.SFTConfig(**options(tmp_path)), **given}
+    with pytest.raises(UserError, match=message):
+        QLoRAPlugin().trainer(trl.SFTTrainer, **arguments)
+
+
+def test_a_merge_is_made_on_a_base_in_16_bits(model_dir: ModelDir, tmp_path: Path) -> None:
+    """As plugin/README says; on the base in four bits it is inexact, and upstream cannot save it."""
+    base = str(model_dir("llama"))
+    model = QLoRAPlugin(dtype="float32").load(base)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(NotImplementedError):
+        model.merge_and_unload().save_pretrained(tmp_path / "broken")
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    ids = torch.arange(8)[None]
+    expected = whole(ids).logits
+    whole.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
 
 
 def test_two_processes_do_what_one_does(model_dir: ModelDir, tmp_path: Path) -> None:

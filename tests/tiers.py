@@ -39,6 +39,8 @@ NOT_QUICK = (
     "tests/resilience/test_signals.py::test_what_a_signal_cut_off",
     "tests/store/test_bases.py::test_loading_grows_memory",
     "tests/store/test_bases.py::test_one_of_many_processes",
+    "tests/test_architectures.py::test_every_adapter_is_moved",
+    "tests/test_architectures.py::test_what_cannot_be_trained",
     "tests/test_faults.py",
     "tests/test_parity.py",
     "tests/test_plugin.py::test_two_processes",

@@ -97,7 +97,7 @@ def load_tokenizer(
     tokenizer, added = data.prepare_tokenizer(
         str(adapter) if own else decisions.base,
         revision="main" if own else decisions.revision,
-        trust_remote_code=args.trust_remote_code,
+        trust_remote_code=getattr(args, "trust_remote_code", False),
         training=args,
         additional_special_tokens=options.additional_special_tokens,
     )

@@ -1,18 +1,19 @@
 """QLoRAPlugin: how to load a base in four bits, what adapters to put on it, and any TRL trainer over both."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from halfbyte import distributed, loading, optimizers, resolve
+from halfbyte import distributed, given, loading, optimizers, resolve
 from halfbyte import fast as fast_step  # `fast` is an option here
 from halfbyte.assembly import assemble
-from halfbyte.errors import UserError
+from halfbyte.loading import Loaded
 from halfbyte.model_options import ModelOptions
+from halfbyte.trainer import trial
 from halfbyte.trainer.build import with_values
 from halfbyte.trainer.compose import LIBRARY
 from halfbyte.wording import say
@@ -39,51 +40,66 @@ class QLoRAPlugin(ModelOptions):
         weights are trained, in float32. Raises :class:`UserError` for a checkpoint or adapter that does not fit.
         """
         decisions = resolve.for_loop(self, model, model_init_kwargs)
-        loaded = loading.load(
+        added_token_ids = tuple(added_token_ids)
+        made = loading.load(
             self,
             decisions,
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
             added_token_ids=added_token_ids,
             model_init_kwargs=decisions.values.get("model_init_kwargs", model_init_kwargs),
-        ).model
+        )
+        loaded = made.model
         if gradient_checkpointing:
+            trial.check_checkpointing(loaded)
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.enable_input_require_grads()
         if self.fast != "none":
             fast_step.fuse(loaded, checkpointing=gradient_checkpointing, memory_budget=self.memory_budget)
+        given.remember(loaded, given.Made(self, model, decisions.dtype, made.coverage, added_token_ids))
         return loaded
 
     def trainer(
         self,
         trainer_cls: type[Trainer],
         *,
-        model: str | None = None,
+        model: str | PreTrainedModel | PeftModel | None = None,
         args: Any,
         processing_class: PreTrainedTokenizerBase | None = None,
         added_token_ids: Iterable[int] = (),
         **kwargs: Any,
     ) -> Trainer:
-        """Build ``trainer_cls``, any TRL trainer, over ``model`` loaded by this plugin.
+        """Build ``trainer_cls``, any TRL trainer or transformers', over ``model``: a name, or what ``load`` returned.
 
         ``args`` is left as it is: what must change for 4-bit training is changed in a copy, and printed in one line
         each. Without ``processing_class`` the tokenizer is the adapter's or the base's. The trainer's ``report`` says
-        how much of the base is in four bits and what of the step is fused.
+        how much of the base is in four bits and what of the step is fused. Raises :class:`UserError` for a model that
+        ``load`` of this plugin did not make, and for arguments of a trainer that would undo what the plugin does.
         """
+        given.check(args, kwargs)
+        plugin, loaded = self, None
         if model is not None and not isinstance(model, str):
-            raise UserError(
-                f"{type(model).__name__} is a loaded model; give a name or a directory, which the plugin loads in four "
-                f"bits for this rank",
-                option="model",
-            )
+            made = given.take(model, self)
+            loaded = Loaded(model, made.coverage)
+            plugin, model = replace(self, dtype=made.dtype), made.name
         distributed.refuse_unsupported()
-        decisions = resolve.for_arguments(self, args, model)
+        decisions = resolve.for_arguments(plugin, args, model)
         say(*decisions.lines, error=True)
         args = with_values(args, decisions.values)
         if processing_class is None:
-            processing_class, added_token_ids = loading.load_tokenizer(self, decisions, args)
+            processing_class, added_token_ids = loading.load_tokenizer(plugin, decisions, args)
+        if loaded is not None:
+            given.check_tokens(loaded.model, made, processing_class, added_token_ids)
         trainer = assemble(
-            self, trainer_cls, decisions, args, LIBRARY, processing_class, added_token_ids, **kwargs
+            plugin,
+            trainer_cls,
+            decisions,
+            args,
+            LIBRARY,
+            processing_class,
+            added_token_ids,
+            loaded=loaded,
+            **kwargs,
         )
         say(trainer.report.fusion.line(), error=True)
         return trainer

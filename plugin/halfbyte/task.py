@@ -41,6 +41,17 @@ SEQ2SEQ = Task("sequence to sequence", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM")
 _TASKS = {task.peft_type: task for task in (CAUSAL_LM, SEQUENCE_CLASSIFICATION, SEQ2SEQ)}
 
 
+# Trainer classes, of TRL and transformers, that train one kind of model only.
+_TRAINERS = {"RewardTrainer": SEQUENCE_CLASSIFICATION, "Seq2SeqTrainer": SEQ2SEQ}
+
+
+def by_trainer(trainer_cls: type) -> Task | None:
+    """Return the one task of ``trainer_cls``, by its name or that of a base; None if it has several."""
+    return next(
+        (_TRAINERS[each.__name__] for each in trainer_cls.__mro__ if each.__name__ in _TRAINERS), None
+    )
+
+
 def by_peft_type(peft_type: str) -> Task:
     """Return the task that PEFT calls ``peft_type``. Raises :class:`UserError` for one that is not supported."""
     task = _TASKS.get(peft_type)

@@ -32,7 +32,7 @@ def with_config(saved: Path, into: Path, **values: Any) -> str:
 
 WRONG = {
     "r": ["16", 1.5, True, [16], {}],
-    "lora_alpha": ["32", [], False],
+    "lora_alpha": ["32", [], False, float("inf")],
     "lora_dropout": ["0"],
     "target_modules": [5, {"q_proj": 1}, [1], [["q_proj"]], True],
     "exclude_modules": [5, [None]],

@@ -66,6 +66,16 @@ def of_another_width(tensors: Tensors) -> Tensors:
     return {n: t[:, :8].contiguous() if "lora_A" in n else t for n, t in tensors.items()}
 
 
+def not_finite(tensors: Tensors) -> Tensors:
+    return {
+        n: torch.full_like(t, float("nan")) if "1.mlp.up_proj.lora_B" in n else t for n, t in tensors.items()
+    }
+
+
+def whole_numbers(tensors: Tensors) -> Tensors:
+    return {n: t.to(torch.int8) if "1.mlp.up_proj.lora_B" in n else t for n, t in tensors.items()}
+
+
 # How the file is changed, what the message names, and whether the header alone shows it.
 MISMATCHES = {
     "every key renamed": (renamed, r"\d+ tensors missing, the first \S+\.layers\.0\.\S+; \d+ \w+ unexpected", False),
@@ -112,6 +122,39 @@ def test_a_checkpoint_is_checked_against_the_model_that_it_resumes(
     change, named, _ = MISMATCHES[case]
     with pytest.raises(UserError, match=named):
         adapters.check_checkpoint(model, str(changed(saved, tmp_path / "checkpoint-5", change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (not_finite, r"layers\.1\.mlp\.up_proj\.lora_B\S+ has values that are not finite"),
+        (whole_numbers, r"layers\.1\.mlp\.up_proj\.lora_B\S+ is in I8, not in floating point"),
+    ],
+)
+def test_values_that_cannot_be_trained_are_refused(saved: Path, tmp_path: Path, change, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        QLoRAPlugin(dtype="float32", adapter_name_or_path=str(changed(saved, tmp_path / "a", change))).load()
+
+
+def without_the_head(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
+
+
+def with_a_smaller_head(tensors: Tensors) -> Tensors:
+    return {name: t[:10].contiguous() if "lm_head" in name else t for name, t in tensors.items()}
+
+
+def test_modules_trained_in_full_are_compared_too(model_dir: ModelDir, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    plugin = QLoRAPlugin(dtype="float32", lora_modules_to_save=["lm_head"])
+    plugin.load(str(model_dir("llama"))).save_pretrained(saved)
+    for change, message in (
+        (without_the_head, "lm_head.weight is missing"),
+        (with_a_smaller_head, r"size mismatch for \S+lm_head"),
+    ):
+        directory = changed(saved, tmp_path / change.__name__, change)
+        with pytest.raises(UserError, match=message):
+            QLoRAPlugin(dtype="float32", adapter_name_or_path=str(directory)).load()
 
 
 def test_a_matching_adapter_is_loaded_bit_for_bit(saved: Path) -> None:

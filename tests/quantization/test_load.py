@@ -107,6 +107,24 @@ def test_a_missing_checkpoint_is_a_users_error(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+LLAMA = '{"model_type": "llama", '
+CONTENTS = ("[]", "null", "{}", "3", "[" * 100_000, "{", '{"model_type": 3}', '{"model_type": "nope"}')
+VALUES = (
+    '"hidden_size": "x"}',
+    '"num_attention_heads": 0}',
+    '"quantization_config": 3}',
+    '"quantization_config": {}}',
+)
+
+
+@pytest.mark.parametrize("content", [*CONTENTS, *(LLAMA + value for value in VALUES)])
+def test_a_configuration_of_any_content_is_a_users_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=str(tmp_path)) as error:
+        load(tmp_path)
+    assert len(str(error.value).splitlines()) <= 2
+
+
 def test_code_in_a_checkpoint_is_not_run_without_consent(
     model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:

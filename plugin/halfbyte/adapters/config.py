@@ -1,6 +1,7 @@
 """The configuration file of a saved adapter, read and checked for the types that PEFT relies on without checking."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ _TYPES: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "base_model_name_or_path": ("a text", str),
     "revision": ("a text", str),
     "r": ("a whole number", int),
-    "lora_alpha": ("a number", (int, float)),
-    "lora_dropout": ("a number", (int, float)),
+    "lora_alpha": ("a finite number", (int, float)),
+    "lora_dropout": ("a finite number", (int, float)),
     "target_modules": (_NAMES, (str, list)),
     "exclude_modules": (_NAMES, (str, list)),
     "layers_pattern": (_NAMES, (str, list)),
@@ -56,4 +57,6 @@ def _is(value: Any, types: type | tuple[type, ...]) -> bool:
     if isinstance(value, dict):
         numbers = all(isinstance(item, int | float) and not isinstance(item, bool) for item in value.values())
         return isinstance({}, types) and numbers
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     return isinstance(value, types) and (types is bool or not isinstance(value, bool))

@@ -14,9 +14,9 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from halfbyte.adapters import patterns
+from halfbyte.adapters import decoder, patterns
 from halfbyte.errors import UserError
-from halfbyte.wording import suggestion
+from halfbyte.wording import first_line, plural, say, suggestion
 
 _REWRITES_BASE = "it rewrites the base weights, which on a 4-bit base means quantizing them a second time"
 _DECOMPOSES_BASE = "it decomposes the base weight, which on a 4-bit base is packed bytes"
@@ -69,11 +69,17 @@ def attach(
     elif initialization == "gaussian":
         config.init_lora_weights = "gaussian"
     _check_targets(model, config)
+    _check_excluded(model, config)
+    if config.target_modules == "all-linear":
+        _target_the_decoder(model, config)
     added = sorted(added_token_ids)
     if added:
         config.trainable_token_indices = _rows_to_train(model, added)
     # EVA sets A later, from data; until then B is zero and A is PEFT's default.
-    peft_model = get_peft_model(model, config)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(first_line(error), option="lora_target_modules") from error
     _check_head(peft_model)
     return show_head_bias(to_float32(peft_model))
 
@@ -134,12 +140,44 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
         matched = [name for name in names if name == target or name.endswith(f".{target}")]
         if head is not None and any(model.get_submodule(name) is head for name in matched):
             raise _head_refused(f"{target} is the output head", model)
-        if not matched and target != "all-linear":
+        if target == "all-linear":
+            raise UserError("`all-linear` stands alone; remove the other names", option="lora_target_modules")
+        if not matched:
             leaves = _linear_leaves(model)
             raise UserError(
                 f"{target!r} matches no layer{suggestion(target, leaves)}; linear layers: {', '.join(leaves)}",
                 option="lora_target_modules",
             )
+
+
+def _check_excluded(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raise if an exclusion matches no module."""
+    excluded = config.exclude_modules
+    if not isinstance(excluded, (list, set)):
+        return
+    paths = [name for name, _ in model.named_modules()]
+    for name in sorted(excluded):
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            parts = {part for path in paths for part in path.split(".") if not part.isdigit()}
+            raise UserError(
+                f"{name!r} excludes nothing: no module has that name{suggestion(name, parts)}; "
+                f"linear layers: {', '.join(_linear_leaves(model))}",
+                option="lora_exclude_modules",
+            )
+
+
+def _target_the_decoder(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Replace `all-linear` by the linear layers that text reaches, and print those it does not."""
+    chosen, others = decoder.linears(model)
+    config.target_modules = set(chosen)
+    if others:
+        kinds = sorted({decoder.place(name) for name in others})
+        more = f" and {len(kinds) - 4} more" if len(kinds) > 4 else ""
+        say(
+            f"adapters: {plural(len(chosen), 'linear layer')}; none on {plural(len(others), 'layer')} without a "
+            f"gradient from text: {', '.join(kinds[:4])}{more}",
+            error=True,
+        )
 
 
 def _check_head(model: PeftModel) -> None:

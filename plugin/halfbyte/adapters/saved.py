@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte import names
@@ -118,6 +118,17 @@ def options_of(adapter: str, requested: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def options_in(config: PeftConfig) -> dict[str, Any]:
+    """The options, in halfbyte's names, that a PEFT configuration sets to other values than PEFT's own."""
+    defaults = LoraConfig()
+    found = {
+        option: (getattr(config, name, None), getattr(defaults, name)) for option, name in _FIXED.items()
+    }
+    return {
+        option: _listed(value) for option, (value, default) in found.items() if value not in (None, default)
+    }
+
+
 @about(_OPTION)
 def continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     """Put the saved adapter ``adapter``, a run's or a checkpoint's directory, on ``model``: trainable, float32.
@@ -212,6 +223,10 @@ def _fetched(adapter: str) -> str:
     if directory_of(directory) is None:
         raise UserError(f"{adapter!r} is not an adapter: it has no {config.FILE}", option=_OPTION)
     return str(directory)
+
+
+def _listed(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
 
 
 def _plain(value: Any) -> Any:

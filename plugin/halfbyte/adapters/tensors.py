@@ -15,6 +15,7 @@ from halfbyte.errors import UserError
 from halfbyte.wording import first_line, plural
 
 _ADVICE = "save the adapter again, or start a fresh one"
+_DTYPES = ("F64", "F32", "F16", "BF16")
 # The factors of a layer's update by PEFT's names, with the name of the other factor and the dimension that is r.
 _FACTORS = (
     (".lora_A.weight", ".lora_B.weight", 0),
@@ -66,6 +67,9 @@ def load_weights(model: PeftModel, adapter: str, name: str = "default") -> None:
     """
     with _refusing(adapter):
         result = model.load_adapter(adapter, name, is_trainable=True, torch_device="cpu")
+    for parameter, tensor in model.named_parameters():
+        if tensor.requires_grad and not tensor.isfinite().all():
+            raise UserError(f"{adapter}: {parameter} has values that are not finite; {_ADVICE}")
     missing = [key.replace(f".{name}", "") for key in result.missing_keys]
     unexpected = [key for key in result.unexpected_keys if key not in _tied_rows(model)]
     _refuse_mismatch(adapter, missing, unexpected)
@@ -121,9 +125,14 @@ def _header(adapter: str) -> tuple[Path, dict[str, list[int]]]:
         raise UserError(f"{adapter} holds no adapter weights: it has no {SAFETENSORS_WEIGHTS_NAME}")
     try:
         with safe_open(file, framework="pt") as tensors:
-            return file, {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            shapes = {name: each.get_shape() for name, each in slices.items()}
+            dtypes = {name: each.get_dtype() for name, each in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged: {first_line(error)}; {_ADVICE}") from error
+    if (wrong := next((name for name in sorted(dtypes) if dtypes[name] not in _DTYPES), None)) is not None:
+        raise UserError(f"{file}: {wrong} is in {dtypes[wrong]}, not in floating point; {_ADVICE}")
+    return file, shapes
 
 
 @contextmanager

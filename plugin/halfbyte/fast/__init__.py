@@ -8,9 +8,9 @@ and values, ``I`` and ``O`` the input and output features of any linear map. Ten
 """
 
 from halfbyte.fast.budget import check as check_memory_budget
-from halfbyte.fast.fusion import fuse, refusal
+from halfbyte.fast.fusion import fuse, refusal, unfuse
 from halfbyte.fast.layer import fell_back
 from halfbyte.fast.report import FusionReport
 from halfbyte.fast.scope import Scope, scope
 
-__all__ = ["FusionReport", "Scope", "check_memory_budget", "fell_back", "fuse", "refusal", "scope"]
+__all__ = ["FusionReport", "Scope", "check_memory_budget", "fell_back", "fuse", "refusal", "scope", "unfuse"]

@@ -74,6 +74,16 @@ def fuse(
     )
 
 
+def unfuse(model: PreTrainedModel | PeftModel) -> None:
+    """Undo :func:`fuse` as it is done without a trainer: linears, layers, and the way around autocast."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.__dict__.pop("forward", None)
+    for module in base.modules():
+        linear.unfuse(module)
+        if isinstance(module, GradientCheckpointingLayer):
+            layer.unfuse(module)
+
+
 def _tokens(args: Any, base: PreTrainedModel, sides: int) -> int:
     """The most tokens that one forward can have on one rank."""
     length = getattr(args, "max_length", None) or base.config.get_text_config().max_position_embeddings

@@ -59,12 +59,18 @@ class Coverage:
         largest = sorted(self.sixteen_bit_weights.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} ({weights:,} weights)" for name, weights in largest[:4])
         more = f" and {len(largest) - 4} more" if len(largest) > 4 else ""
-        classes = ", ".join(self.unquantized_classes)
+        classes = ", ".join(name for name in self.unquantized_classes if name != "Linear")
+        reasons = []
+        if classes:
+            reasons.append(
+                f"nn.Linear and Conv1D are quantized, and no other class: {classes} stay in 16 bits."
+            )
+        if "Linear" in self.unquantized_classes:
+            reasons.append("transformers leaves out nn.Linear that share their weights or stay in 32 bits.")
         raise UserError(
             f"only {self.four_bit_share:.1%} of the decoder's matrix weights is in 4 bits; not quantized: "
             f"{shown}{more}.\n"
-            f"Only nn.Linear and Conv1D are quantized, not their subclasses: {classes} stay in 16 bits. Use another "
-            f"model, or write `load_in_4bit: false` to train on the unquantized base.",
+            f"{' '.join(reasons)} Use another model, or write `load_in_4bit: false` to train on the unquantized base.",
             option="model_name_or_path",
         )
 

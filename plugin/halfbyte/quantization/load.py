@@ -17,10 +17,12 @@ from halfbyte import store
 from halfbyte.errors import UserError
 from halfbyte.quantization import stored
 from halfbyte.task import CAUSAL_LM, Task
-from halfbyte.wording import first_line
+from halfbyte.wording import first_line, shorten
 
 # Arguments of from_pretrained that leave the bytes of a base as they are.
 _KEEPS_BYTES = {"attn_implementation"}
+# Linear layers of a few weights that a model reads itself, not by a product: packed bytes are no numbers to it.
+_READ_AS_NUMBERS = {"gemma3n_text": ("prediction_coefs", "correction_coefs")}
 
 
 def load_base(
@@ -81,7 +83,7 @@ def _load(
     origin: dict[str, Any],
     options: dict[str, Any],
 ) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name, **origin)
+    config = _configuration(name, origin)
     own = _own_quantization(config)
     _check_own_quantization(name, own, quantization)
     auto = getattr(transformers, task.auto_class)
@@ -99,10 +101,11 @@ def _load(
 
     if quantization is None or own is not None:
         return load(name, **origin)
-    if task.unquantized:
+    read = _READ_AS_NUMBERS.get(config.get_text_config().model_type, ())
+    if task.unquantized or read:
         # A new head is trained from scratch: 4 bits would freeze it.
         quantization = copy.copy(quantization)
-        quantization.llm_int8_skip_modules = list(task.unquantized)
+        quantization.llm_int8_skip_modules = [*task.unquantized, *(("lm_head", *read) if read else ())]
     description = None
     if quantization.load_in_4bit and _can_be_stored(task, origin, options):
         stored.download(name, origin["revision"])
@@ -129,6 +132,22 @@ def _load(
     return model
 
 
+def _configuration(name: str, origin: dict[str, Any]) -> Any:
+    """Read the base's configuration. Raises :class:`UserError` for one that its class does not take."""
+    try:
+        config = AutoConfig.from_pretrained(name, **origin)
+        config.get_text_config()
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # of JSON's shape, or of any configuration class
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"{name}: its config.json is not that of a model: {type(error).__name__}: {shorten(said, 200)}",
+            option="model_name_or_path",
+        ) from error
+    return config
+
+
 def _can_be_stored(task: Task, origin: dict[str, Any], options: dict[str, Any]) -> bool:
     """Return whether the description in the store covers everything that decides the model's bytes."""
     if task.unquantized or origin["trust_remote_code"] or not options.keys() <= _KEEPS_BYTES:
@@ -151,7 +170,10 @@ def _own_quantization(config: Any) -> dict[str, Any] | None:
     own = getattr(config, "quantization_config", None)
     if own is None or isinstance(own, dict):
         return own
-    return own.to_dict()
+    if not hasattr(own, "to_dict"):
+        raise ValueError(f"quantization_config must be a mapping, is {shorten(repr(own))}")
+    found: dict[str, Any] = own.to_dict()
+    return found
 
 
 def _check_own_quantization(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from halfbyte import adapters, fast, optimizers
 from halfbyte.quantization import Coverage
+from halfbyte.trainer import trial
 from halfbyte.trainer.base import BuildReport, Conduct
 from halfbyte.trainer.compose import compose
 
@@ -54,12 +55,15 @@ def build(
     ``parts`` of the fast step may apply, all that fit the class by default; ``sides`` is the number of sequences that
     a row brings to one forward. ``fresh_adapter`` says that the adapter is new, so that the base is the reference of a
     preference trainer. ``kwargs`` are the trainer's own. Raises :class:`UserError` for an optimizer or schedule that
-    cannot be made.
+    cannot be made, and for a model whose loss TRL cannot compute.
     """
     composed = compose(trainer_cls, mixins)
+    if args.gradient_checkpointing:
+        trial.check_checkpointing(model)
 
     def finish(trainer: Any) -> None:
         optimizers.check(args, model)
+        trial.check_loss(trainer, model)
         if fresh_adapter:
             adapters.drop_reference_copy(model)
             if initialization == "eva":

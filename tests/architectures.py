@@ -1,0 +1,150 @@
+"""Tiny bases of every architecture that the installed transformers has, and a walk over them.
+
+``python -m tests.architectures [NAME...]`` takes one SFT step on each: it trains, or is refused in one sentence. What
+ends otherwise, and adapters that no gradient moved, are printed.
+"""
+
+import inspect
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from trl import SFTConfig, SFTTrainer
+
+from halfbyte import QLoRAPlugin
+from halfbyte.errors import UserError
+from tests import tiny
+
+_LARGEST = 20_000_000  # weights; a shape that stays larger is not walked
+
+# Fields of configurations, by the size they are given.
+_SIZES: dict[int, str] = {
+    tiny.VOCABULARY: "vocab_size vocab_size_per_layer_input",
+    256: "max_position_embeddings n_positions max_seq_len n_ctx",
+    128: "intermediate_size ffn_dim d_ff decoder_ffn_dim encoder_ffn_dim ffn_hidden_size n_inner feed_forward_size "
+    "mlp_hidden_size block_ff_dim mamba_d_ssm intermediate_size_mlp shared_intermediate_size",
+    64: "hidden_size d_model n_embd dim n_embed embed_dim word_embed_proj_dim embedding_size moe_intermediate_size "
+    "shared_expert_intermediate_size lru_width sliding_window block_dim conv_dim out_hidden_size projection_dim",
+    32: "q_lora_rank kv_lora_rank qk_head_dim block_multiple_of image_size",
+    16: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim attention_head_dim kv_channels mamba_d_head "
+    "mamba_head_dim mamba_headdim mamba_chunk_size chunk_size linear_key_head_dim linear_value_head_dim patch_size "
+    "hidden_size_per_layer_input",
+    8: "mamba_d_state state_size ssm_state_size mamba_dt_rank time_step_rank mamba_n_heads mamba_num_heads "
+    "num_mamba_heads rotary_dim laurel_rank adapter_rank",
+    4: "num_attention_heads n_head num_heads n_heads decoder_attention_heads encoder_attention_heads attention_heads "
+    "num_experts num_local_experts n_routed_experts moe_num_experts mamba_d_conv linear_num_value_heads "
+    "mm_tokens_per_image",
+    3: "pad_token_id conv_L_cache num_channels",
+    2: "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers num_key_value_heads "
+    "num_experts_per_tok moe_topk moe_k mamba_expand n_mamba_heads linear_num_key_heads altup_num_inputs eos_token_id",
+    1: "n_group topk_group n_shared_experts first_k_dense_replace mamba_ngroups mamba_n_groups n_groups",
+    0: "bos_token_id num_kv_shared_layers",
+}  # fmt: skip
+_BY_FIELD = {name: size for size, names in _SIZES.items() for name in names.split()}
+# What an architecture requires beside.
+_MORE: dict[str, dict[str, Any]] = {
+    "falcon_mamba": {"state_size": 2},
+    "gemma3n_text": {
+        "layer_types": ["full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 2,
+        "altup_coef_clip": 120.0,
+    },
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+              "num_experts": 1, "num_experts_per_tok": 1, "use_mamba_kernels": False},
+    "lfm2": {"full_attn_idxs": [1], "layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [], "num_local_experts": 1},
+    "mamba": {"state_size": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "minicpm3": {"num_key_value_heads": 4},
+    "reformer": {"is_decoder": True},
+    "youtu": {"num_key_value_heads": 4},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
+               "num_mem_blocks": 1, "n_mamba_heads": 8, "attention_head_dim": 32},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+
+def config(name: str, **more: Any) -> PretrainedConfig:
+    """A tiny configuration of the architecture ``name``."""
+    return _shrunk(CONFIG_MAPPING[name], **{**_MORE.get(name, {}), **more})
+
+
+def save(directory: Path, name: str, **more: Any) -> str:
+    """Write a random base of the architecture ``name`` with its tokenizer, and return the directory."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(name, **more), dtype=torch.float32)
+    if (weights := sum(parameter.numel() for parameter in model.parameters())) > _LARGEST:
+        raise ValueError(f"{weights:,} weights")
+    model.save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def step(directory: str, output: Path, plugin: dict[str, Any] | None = None, **options: Any) -> Any:
+    """Take one SFT step on the base in ``directory``; return the trainer, and the adapters that did not move."""
+    arguments = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_length": 64}
+    arguments |= {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    trainer = QLoRAPlugin(dtype="float32", lora_r=4, **(plugin or {})).trainer(
+        SFTTrainer,
+        model=directory,
+        args=SFTConfig(output_dir=str(output), **{**arguments, **options}),
+        train_dataset=Dataset.from_list(tiny.texts(8)),
+    )
+    trainer.train()
+    still = [
+        name.partition(".lora_B")[0].removeprefix("base_model.model.")
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad and "lora_B" in name and not parameter.any()
+    ]
+    return trainer, still
+
+
+def _shrunk(cls: type[PretrainedConfig], **more: Any) -> PretrainedConfig:
+    fields = {*inspect.signature(cls.__init__).parameters}
+    fields |= {name for base in cls.__mro__ for name in vars(base).get("__annotations__", {})}
+    aliases = getattr(cls, "attribute_map", {})
+    values = {name: size for name, size in _BY_FIELD.items() if name in fields or name in aliases}
+    values = {name: size for name, size in values.items() if aliases.get(name) not in values}
+    for name, part in getattr(cls, "sub_configs", {}).items():
+        if part is not AutoConfig:
+            values[name] = _shrunk(part).to_dict()
+    return cls(**{**values, **more})
+
+
+def _walk(names: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    counts: dict[str, int] = {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                base = save(Path(directory) / "base", name)
+            except Exception as error:  # this walk's shape, not halfbyte
+                outcome, line = "no shape", f"{type(error).__name__}: {str(error)[:100]}"
+            else:
+                try:
+                    _, still = step(base, Path(directory) / "out")
+                    outcome, line = "trained", f"without a gradient: {', '.join(still)}" if still else ""
+                except UserError as error:
+                    outcome, line = "refused", str(error)
+                except Exception as error:
+                    outcome, line = "FAILED", f"{type(error).__name__}: {error}"
+        counts[outcome] = counts.get(outcome, 0) + 1
+        print(f"{name}: {outcome} {line}", flush=True)
+    print(counts)
+
+
+if __name__ == "__main__":
+    _walk(sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))

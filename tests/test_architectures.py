@@ -1,0 +1,138 @@
+"""Architectures beyond the Llama family: each trains what text reaches, or is refused in a sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma3Config, PretrainedConfig
+
+from halfbyte import QLoRAPlugin
+from halfbyte.errors import UserError
+from tests import architectures
+
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def base(tmp_path: Path):
+    def make(name: str, **more: Any) -> str:
+        return architectures.save(tmp_path / name, name, **more)
+
+    return make
+
+
+def adapted(model: torch.nn.Module) -> set[str]:
+    """The last names of the layers that have an adapter."""
+    names = [name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name]
+    return {name.rpartition(".")[2] for name in names}
+
+
+TRAINS = {
+    "bart": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},  # of its decoder's self-attention
+    "falcon_h1": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj"},
+    "mamba2": {"in_proj"},
+    "qwen3_5_text": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+}
+
+
+@pytest.mark.parametrize("name", ["bart", "falcon_h1", "mamba2", "gpt2"])
+def test_every_adapter_is_moved_by_text(base, tmp_path: Path, name: str) -> None:
+    trainer, still = architectures.step(base(name), tmp_path / "out")
+    assert not still
+    if name in TRAINS:
+        assert adapted(trainer.model) == TRAINS[name]
+    paths = [path for path, _ in trainer.model.named_parameters() if ".lora_A" in path]
+    assert not any("encoder_attn" in path for path in paths)
+
+
+def multimodal() -> PretrainedConfig:
+    text = architectures.config("gemma3_text").to_dict()
+    vision = {
+        **VISION,
+        "image_size": 8,
+        "patch_size": 4,
+        "vision_use_head": False,
+        "model_type": "siglip_vision_model",
+    }
+    return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+
+
+def test_the_vision_tower_of_a_multimodal_checkpoint_gets_no_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = multimodal()
+    monkeypatch.setattr(architectures, "config", lambda _: found)
+    base = architectures.save(tmp_path / "base", "gemma3")
+    trainer, still = architectures.step(base, tmp_path / "out")
+    paths = [path for path, _ in trainer.model.named_parameters() if ".lora_A" in path]
+    assert not still
+    assert paths
+    assert not any("vision" in path or "projector" in path for path in paths)
+    assert "without a gradient from text: model.vision_tower" in capsys.readouterr().err
+
+
+ROUTER = r"router_aux_loss_coef: \w+ has no load-balancing loss that TRL can compute .*; write `router_aux_loss_coef: 0"
+REFUSED = {
+    "doge": ({}, ROUTER),
+    "jamba": ({}, ROUTER),
+    "phimoe": ({"load_in_4bit": False}, ROUTER),
+    "granitemoehybrid": ({"load_in_4bit": False}, ROUTER),
+    "llama4_text": ({}, r"model_name_or_path: TRL cannot compute the loss of Llama4ForCausalLM .*; use another model$"),
+    "modernbert-decoder": ({}, "TRL would compute another loss than ModernBertDecoderForCausalLM does"),
+    "openai-gpt": ({}, "OpenAIGPTLMHeadModel does not .* write `gradient_checkpointing: false`"),
+    "falcon": ({}, "no other class: FalconLinear stay in 16 bits"),
+    "zamba2": ({}, "transformers leaves out nn.Linear that share their weights"),
+    "mixtral": ({}, "MixtralExperts stay in 16 bits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(base, tmp_path: Path, name: str) -> None:
+    plugin, message = REFUSED[name]
+    with pytest.raises(UserError, match=message) as error:
+        architectures.step(base(name), tmp_path / "out", plugin)
+    assert len(str(error.value).splitlines()) <= 2
+    if message is ROUTER:
+        _, still = architectures.step(
+            str(tmp_path / name), tmp_path / "out", plugin, router_aux_loss_coef=0.0
+        )
+        assert not still or name == "doge"  # whose new base has weights of zero behind a layer
+
+
+def test_a_model_that_reads_a_few_weights_itself_keeps_them(base, tmp_path: Path) -> None:
+    """Gemma 3n clamps the weights of its AltUp, and multiplies an output of a fused linear in place."""
+    trainer, _ = architectures.step(base("gemma3n_text"), tmp_path / "out")
+    assert "not fused" in trainer.report.fusion.line()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "diffllama"])
+def test_the_seed_decides_the_adapter_whether_the_base_is_stored_or_not(base, name: str) -> None:
+    """Loading these draws random numbers, another count from the store than from 16 bits."""
+    directory = base(name)
+
+    def start() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        model = QLoRAPlugin(dtype="float32").load(directory)
+        return {key: value for key, value in model.named_parameters() if value.requires_grad}
+
+    first, later = start(), start()
+    assert first.keys() == later.keys()
+    assert all(torch.equal(first[key], later[key]) for key in first)
+
+
+def test_an_exclusion_that_excludes_nothing_is_refused(model_dir) -> None:
+    llama = str(model_dir("llama"))
+    with pytest.raises(
+        UserError, match=r"lora_exclude_modules: 'gate_prj' excludes nothing.*did you mean gate_proj"
+    ):
+        QLoRAPlugin(dtype="float32", lora_exclude_modules=["gate_prj"]).load(llama)
+    model = QLoRAPlugin(dtype="float32", lora_exclude_modules=["gate_proj", "self_attn.q_proj"]).load(llama)
+    assert adapted(model) == {"k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
+    with pytest.raises(UserError, match=r"lora_target_modules: `all-linear` stands alone"):
+        QLoRAPlugin(dtype="float32", lora_target_modules=["all-linear", "q_proj"]).load(llama)
+
+
+def test_layers_that_peft_refuses_are_named(base) -> None:
+    with pytest.raises(UserError, match=r"lora_target_modules: .*'out_proj' is incompatible with Mamba"):
+        QLoRAPlugin(dtype="float32", lora_target_modules=["in_proj", "out_proj"]).load(base("mamba2"))
