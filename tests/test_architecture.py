@@ -17,6 +17,7 @@ LAYERS = [
     {
         "errors",
         "wording",
+        "passes",
         "redaction",
         "streams",
         "files",

@@ -87,6 +87,16 @@ OVERRIDES = (
 )
 
 PATCHES = (
+    *(
+        Patch(
+            f"datasets.{module}.hf_tqdm",
+            "data/progress.py:showing",
+            "while the data of a run is read, checked and prepared",
+            "datasets 5.2",
+            "its passes, and those of TRL through it, tell how far they are to this class alone",
+        )
+        for module in ("arrow_dataset", "builder")
+    ),
     Patch(
         "torch.save",
         "trainer/upstream.py:without_pickled_arguments",

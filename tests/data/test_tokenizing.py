@@ -23,7 +23,8 @@ TEMPLATE = (
     + "{% if add_generation_prompt and quick %}the fox<|im_end|>{% endif %}"
 )
 TOOLS = [
-    {"type": "function", "function": {"name": name, "description": "", "parameters": {}}} for name in "ab"
+    {"type": "function", "function": {"name": name, "parameters": {name: {"type": kind}}}}
+    for name, kind in (("a", "string"), ("b", ["null"]))
 ]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from halfbyte.passes import Pass
+
 IGNORED = -100  # the label of a token that is not trained
 
 
@@ -51,8 +53,10 @@ def recognise(columns: Collection[str], among: Iterable[Prepared]) -> Prepared |
 
 def _columns(dataset: Any, *names: str) -> Iterator[dict[str, pa.Array]]:
     """Batches of list columns as arrow arrays."""
-    for table in dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=1000):
-        yield {name: table[name].combine_chunks() for name in names}
+    with Pass("counting tokens", len(dataset)) as progress:
+        for table in dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=1000):
+            yield {name: table[name].combine_chunks() for name in names}
+            progress.advance(len(table))
 
 
 def _lengths(column: pa.Array) -> np.ndarray:

@@ -67,7 +67,7 @@ def settle(
     rows: list[int] = []
     turns: Counter[str] = Counter()
     others: Counter[str] = Counter()
-    for number, row in numbered(dataset, columns):
+    for number, row in numbered(dataset, columns, doing=f"looking for turn delimiters in {split}"):
         held = check.count(row, columns)
         if inside := {token: count for token, count in held.items() if token in check.delimiters}:
             rows.append(number)
@@ -90,7 +90,7 @@ def settle(
             lambda row: {c: broken(row[c], pattern) for c in columns if c in row},
             features=loosened(dataset.features, columns),
         )
-        for number, row in numbered(dataset, columns):
+        for number, row in numbered(dataset, columns, doing=f"looking for turn delimiters in {split}"):
             _refuse_rest(split, number, check, row, columns)
     return dataset
 

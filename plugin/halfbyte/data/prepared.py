@@ -13,6 +13,7 @@ from halfbyte.data import equal
 from halfbyte.data.counting import IGNORED, KNOWN, Prepared, recognise, rows_above_zero, unlabelled_packs
 from halfbyte.data.encoding import UnrenderedRow
 from halfbyte.data.mapping import mapped, workers
+from halfbyte.data.progress import showing
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import first_refused
 from halfbyte.data.template import stop_ids
@@ -47,9 +48,10 @@ class CountedRows:
         if not streaming:
             args.dataset_num_proc = workers(args.dataset_num_proc, len(dataset))
         try:
-            ready = (self._labelled if "packing" in given.arguments else self._differing)(
-                prepare, given, counts, name
-            )
+            with showing(args):
+                ready = (self._labelled if "packing" in given.arguments else self._differing)(
+                    prepare, given, counts, name
+                )
         except UserError:
             raise
         except UnrenderedRow as error:

@@ -11,24 +11,29 @@ from halfbyte.data.formats import TOKEN_COLUMNS, Layout
 from halfbyte.data.kinds import ROLES, describe
 from halfbyte.data.rendering import refusal
 from halfbyte.errors import UserError
+from halfbyte.passes import Pass
 
 BATCH = 1000  # rows decoded at a time
 RENDERED = 2000  # rows rendered up front; a later one is found when its tokenization fails
 
 
-def numbered(dataset: Any, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a Dataset with their numbers, counted from 1."""
+def numbered(
+    dataset: Any, columns: list[str] | None = None, *, doing: str = "reading rows"
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a Dataset with their numbers, counted from 1; ``doing`` names the pass where it is shown."""
     if columns is not None:
         dataset = dataset.select_columns(columns)
     number = 0
-    for batch in dataset.iter(batch_size=BATCH):
-        names = list(batch)
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield number, dict(zip(names, values, strict=True))
+    with Pass(doing, len(dataset)) as progress:
+        for batch in dataset.iter(batch_size=BATCH):
+            names, before = list(batch), number
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield number, dict(zip(names, values, strict=True))
+            progress.advance(number - before)
 
 
-def digest(dataset: Any) -> str:
+def digest(dataset: Any, split: str = "rows") -> str:
     """Return the sha256 of a Dataset's rows, all columns, whatever file and chunks they came in."""
     sha = hashlib.sha256()
 
@@ -49,10 +54,12 @@ def digest(dataset: Any) -> str:
             return True
 
     writer = None
-    for table in dataset.with_format("arrow").iter(batch_size=BATCH):
-        plain = table.combine_chunks().replace_schema_metadata(None)
-        writer = writer or pa.ipc.new_stream(Sink(), plain.schema)
-        writer.write_table(plain)
+    with Pass(f"hashing {split}", len(dataset)) as progress:
+        for table in dataset.with_format("arrow").iter(batch_size=BATCH):
+            plain = table.combine_chunks().replace_schema_metadata(None)
+            writer = writer or pa.ipc.new_stream(Sink(), plain.schema)
+            writer.write_table(plain)
+            progress.advance(len(plain))
     if writer is not None:
         writer.close()
     return sha.hexdigest()
@@ -106,7 +113,8 @@ class RowCheck:
 
     def all(self, dataset: Any) -> None:
         """Check every row of a Dataset, rendering the first ``RENDERED``."""
-        for number, row in numbered(dataset, _read_columns(dataset, self.layout)):
+        doing = f"checking {self.split}"
+        for number, row in numbered(dataset, _read_columns(dataset, self.layout), doing=doing):
             self(number, row, render=number <= RENDERED)
 
     def arriving(self, stream: Any) -> Any:
@@ -121,7 +129,8 @@ class RowCheck:
 
 def first_refused(dataset: Any, check: RowCheck) -> tuple[int, str] | None:
     """Return the first row of a Dataset that the template cannot render, and why."""
-    for number, row in numbered(dataset, _read_columns(dataset, check.layout)):
+    doing = f"looking for the row of {check.split}"
+    for number, row in numbered(dataset, _read_columns(dataset, check.layout), doing=doing):
         if reason := refusal(row, check.layout, check.tokenizer, check.template):
             return number, reason
     return None

@@ -9,6 +9,7 @@ from trl import extract_prompt
 
 from halfbyte.data import conversion, delimiters, equal, nested, sources, unread
 from halfbyte.data.formats import BESIDE_TOKENS, DECIDING, DataFormat, Layout
+from halfbyte.data.progress import showing
 from halfbyte.data.rendering import known_roles, training_template
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import RowCheck, digest
@@ -46,6 +47,18 @@ def load(
     config. ``eval`` is read only with ``eval_strategy``. Without a format only an empty split is refused.
     Raises UserError, with the row number where a row is at fault.
     """
+    with showing(training):
+        return _load(script, mixture, training, format, tokenizer, added_token_ids or [])
+
+
+def _load(
+    script: Any,
+    mixture: Any,
+    training: Any,
+    format: DataFormat | None,
+    tokenizer: Any,
+    added_token_ids: list[int],
+) -> RunData:
     splits = sources.read(script, mixture, seed=training.seed)
     wanted = {"train": (script.dataset_train_split, "dataset_train_split")}
     if training.eval_strategy != "no":
@@ -66,7 +79,7 @@ def load(
         report.notes.append(text)
     if tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token:
         report.notes.append(f"padding with the end token {tokenizer.pad_token}: only the padding is masked")
-    return RunData(ready["train"], ready.get("eval"), report, tokenizer, added_token_ids or [])
+    return RunData(ready["train"], ready.get("eval"), report, tokenizer, added_token_ids)
 
 
 def _split(
@@ -86,7 +99,7 @@ def _split(
     counts = SplitReport(streaming=streaming)
     if not streaming:
         dataset = dataset.with_format(None)
-        counts.rows, counts.sha = len(dataset), digest(dataset)
+        counts.rows, counts.sha = len(dataset), digest(dataset, name)
         if nulls := nested.written_nulls(dataset):
             report.notes.append(
                 f"{name}: keys that hold null are left out of {', '.join(nulls)}, as Arrow cannot tell them from "
