@@ -6,6 +6,7 @@ from trl import ModelConfig
 
 from halfbyte import adapters
 from halfbyte import fast as fast_step  # `fast` is an option here
+from halfbyte.config import check_values
 from halfbyte.errors import UserError
 
 
@@ -70,10 +71,9 @@ class ModelOptions(ModelConfig):
     )
 
     def __post_init__(self) -> None:
+        check_values(self)
         super().__post_init__()
         adapters.check_initialization(self.init_lora_weights)
-        if self.fast not in ("auto", "none"):
-            raise UserError(f"{self.fast!r} is not a choice; write `auto` or `none`", option="fast")
         fast_step.check_memory_budget(self.memory_budget)
         if not self.use_peft and (self.loraplus_lr_ratio is not None or self.init_lora_weights is not None):
             option = "loraplus_lr_ratio" if self.loraplus_lr_ratio is not None else "init_lora_weights"

@@ -5,6 +5,7 @@ Importing this package imports neither torch nor TRL; ``RunArguments``, a subcla
 
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.config.fields import check_values
 from halfbyte.config.reading import read, refuse_early
 from halfbyte.config.settings import Settings
 from halfbyte.config.sources import Source
@@ -13,7 +14,16 @@ from halfbyte.config.written import Written, collect
 if TYPE_CHECKING:
     from halfbyte.config.run import RunArguments
 
-__all__ = ["RunArguments", "Settings", "Source", "Written", "collect", "read", "refuse_early"]
+__all__ = [
+    "RunArguments",
+    "Settings",
+    "Source",
+    "Written",
+    "check_values",
+    "collect",
+    "read",
+    "refuse_early",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import numbers
 import re
 import shlex
 import types
@@ -33,6 +34,24 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 def origins(hint: Any) -> list[Any]:
     return [typing.get_origin(member) or member for member in members(hint)]
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value of Python's is of the type; one text is a list of texts, as upstream takes it."""
+    kinds = dict(zip(origins(hint), members(hint), strict=True))
+    if value is None or isinstance(value, bool):
+        return type(value) in kinds or Any in kinds
+    if isinstance(value, numbers.Real):
+        allowed = (int, float, Any) if isinstance(value, numbers.Integral) else (float, Any)
+        return any(kind in kinds for kind in allowed) and math.isfinite(value)
+    if list in kinds and isinstance(value, str | list | tuple | set):
+        item = (*typing.get_args(kinds[list]), Any)[0]
+        return all(fits(entry, item) for entry in ([value] if isinstance(value, str) else value))
+    if any(kind in (list, int, float, str, bool, type(None)) for kind in kinds) and len(kinds) == 1 + (
+        type(None) in kinds
+    ):
+        return isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+    return True  # a class, an Enum or a mapping: the class that declares it checks it
 
 
 def described(hint: Any) -> str:

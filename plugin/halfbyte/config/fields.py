@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any, Union
 
-from halfbyte.config.conversion import convert, described, members, no_choice, origins
+from halfbyte.config.conversion import convert, described, fits, members, no_choice, origins
 from halfbyte.config.limits import COUNTS, choices_for, largest_for, range_for
-from halfbyte.config.sources import Node, OptionError
+from halfbyte.config.sources import Node, OptionError, shown
 from halfbyte.errors import UserError
 
 
@@ -28,6 +28,16 @@ class Field:
         value = convert(node, self.type, self.choices)
         if self.name in COUNTS and isinstance(value, float) and value >= 1 and value.is_integer():
             value = int(value)
+        self._check(value)
+        return value
+
+    def check(self, value: Any) -> None:
+        """Raise OptionError for a value of Python's that is not of this field's type, or not allowed."""
+        if not fits(value, self.type):
+            raise OptionError(f"must be {described(self.type)}, is {shown(value)}")
+        self._check(value)
+
+    def _check(self, value: Any) -> None:
         self._check_choices(value)
         if (limit := range_for(self.name, self.default)) and isinstance(value, int | float):
             words, check = limit
@@ -82,6 +92,15 @@ def fields_of(classes: Iterable[type]) -> dict[str, Field]:
             help = " ".join(str(metadata.get("help", "")).split())
             found.setdefault(name, Field(name, owner, hint, default_of(declared), help, choices))
     return found
+
+
+def check_values(options: Any) -> None:
+    """Raise UserError for the first field of the dataclass ``options`` that the command line would refuse as well."""
+    for name, field in fields_of([type(options)]).items():
+        try:
+            field.check(getattr(options, name))
+        except OptionError as error:
+            raise UserError(str(error), option=name) from error
 
 
 def _widened(name: str, hint: Any, metadata: dict[str, Any]) -> Any:
