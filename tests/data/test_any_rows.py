@@ -120,7 +120,8 @@ NULL_ROWS = {
 @pytest.mark.parametrize("content", NULL_ROWS)
 def test_a_row_that_is_null_is_named(tmp_path: Path, content: str) -> None:
     path = written(tmp_path, content.encode(), "jsonl")
-    assert outcome(str(path)) == f"{path}: line {NULL_ROWS[content]} is `null`, which is no row; remove it"
+    told = f"dataset_name: {path}: line {NULL_ROWS[content]} is `null`, which is no row; remove it"
+    assert outcome(str(path)) == told
     assert f"line {NULL_ROWS[content]} is `null`" in outcome(str(tmp_path))
 
 
@@ -132,7 +133,7 @@ def test_null_within_a_row_is_no_row_of_its_own(tmp_path: Path) -> None:
 
 
 def test_arrow_still_crashes_on_a_row_that_is_null() -> None:
-    """When this fails `_refuse_null_rows` can go."""
+    """When this fails the refusal of rows that are `null` can go."""
     code = "import io, pyarrow.json; pyarrow.json.read_json(io.BytesIO(b'null'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == -signal.SIGSEGV

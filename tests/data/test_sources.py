@@ -144,7 +144,7 @@ def test_files_that_cannot_be_read(write, tmp_path: Path):
     (tmp_path / "empty.jsonl").write_bytes(b"")
     refused("the file is empty", name=str(tmp_path / "empty.jsonl"))
     (tmp_path / "cut.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"text": "b"\n')
-    refused("cut.jsonl: cannot be read", "JSON parse error", "row 1", name=str(tmp_path / "cut.jsonl"))
+    refused("cut.jsonl: cannot be read", "line 2, column 13", name=str(tmp_path / "cut.jsonl"))
     for name in ("bad.parquet", "bad.arrow"):
         (tmp_path / name).write_text("hello")
         refused(f"{name}: cannot be read", name=str(tmp_path / name))

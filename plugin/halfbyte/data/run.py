@@ -8,6 +8,7 @@ import datasets
 from trl import extract_prompt
 
 from halfbyte.data import conversion, delimiters, equal, nested, sources, unread
+from halfbyte.data.contents import reading
 from halfbyte.data.formats import BESIDE_TOKENS, DECIDING, DataFormat, Layout
 from halfbyte.data.progress import showing
 from halfbyte.data.rendering import known_roles, training_template
@@ -66,9 +67,10 @@ def _load(
     found = {name: sources.split(splits, *asked) for name, asked in wanted.items()}
     report = DataReport(format=format)
     policy = getattr(script, "user_special_tokens", "error")
+    origin = [part.path for part in mixture.datasets] or [script.dataset_name]
     ready = {}
     for name, dataset in found.items():
-        ready[name], counts = _split(name, dataset, training, format, tokenizer, report, policy)
+        ready[name], counts = _split(name, dataset, training, format, tokenizer, report, policy, origin)
         if name == "train":
             report.train = counts
         else:
@@ -90,9 +92,10 @@ def _split(
     tokenizer: Any,
     report: DataReport,
     policy: str,
+    origin: list[str],
 ) -> tuple[Any, SplitReport]:
     streaming = isinstance(dataset, datasets.IterableDataset)
-    with sources.reading(name):
+    with reading(*origin):
         first = next(iter(dataset), None)
     if first is None:
         raise UserError("the split has no rows", split=name)

@@ -1,11 +1,9 @@
 """Where rows come from: the hub, a local file or directory, or a mixture of them."""
 
-import contextlib
 import dataclasses
 import json
-import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,15 @@ import datasets
 from trl.scripts.utils import DatasetConfig
 
 from halfbyte import identity
-from halfbyte.data import nested
+from halfbyte.data import contents, nested
+from halfbyte.data.contents import BUILDERS, reading
 from halfbyte.errors import UserError, about
 from halfbyte.files import digest_of
 from halfbyte.wording import suggestion
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 ACCEPTED = "json, jsonl, csv, parquet, arrow, a `save_to_disk` directory, or a directory of such files"
-# What a file begins with, in an array or not; of a file of lines, any of them.
-_NULL_ROW = {
-    ".json": re.compile(rb"\A(?:\xef\xbb\xbf)?\s*\[?\s*null\b"),
-    ".jsonl": re.compile(rb"\A(?:\xef\xbb\xbf)?\s*\[?\s*null\b|\n[ \t\r]*null[ \t\r]*(?:\n|\Z)"),
-}
+# What `glob` reads as a pattern.
+_MAGIC = re.compile(r"[*?[]")
 
 Splits = Mapping[str, Any]  # split name -> Dataset, or IterableDataset when streaming
 
@@ -91,8 +86,7 @@ def _one(name: str, config: str | None, streaming: bool) -> Splits:
                     f"{config!r} has no effect on a saved data set; leave it out", option="dataset_config"
                 )
             return _from_disk(name, path, streaming)
-        _refuse_strays(name, path, config)
-        return _load(name, path=str(path), name=config, streaming=streaming)
+        return _load(name, **_directory(name, path, config), streaming=streaming)
     _refuse_missing(name, path)
     return _load(name, path=name, name=config, streaming=streaming)
 
@@ -159,8 +153,7 @@ def _local_part(part: DatasetConfig) -> DatasetConfig:
         }
         return dataclasses.replace(part, path="arrow", data_files=files)
     if path.is_dir():
-        _refuse_strays(part.path, path, part.name)
-        return dataclasses.replace(part, path=str(path))
+        return dataclasses.replace(part, **_directory(part.path, path, part.name))
     _refuse_missing(part.path, path)
     return part
 
@@ -172,23 +165,13 @@ def _builder(path: Path) -> str:
         )
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
-    _refuse_null_rows(path)
+    contents.refuse(path)
     return BUILDERS[path.suffix]
-
-
-def _refuse_null_rows(path: Path) -> None:
-    """Refuse JSON with rows that are `null`: Arrow crashes on one that comes first (apache/arrow#47409)."""
-    if path.suffix not in _NULL_ROW or path.stat().st_size == 0:
-        return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if (found := _NULL_ROW[path.suffix].search(content)) is not None:
-            line = content[: found.end()].rstrip().count(b"\n") + 1
-            raise UserError(f"{path}: line {line} is `null`, which is no row; remove it")
 
 
 def _literal(path: Path) -> str:
     """The path, escaped: `data_files` takes patterns."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in str(path.absolute()))
+    return _MAGIC.sub(lambda found: f"[{found[0]}]", str(path.absolute()))
 
 
 def _saved(path: Path) -> bool:
@@ -197,8 +180,14 @@ def _saved(path: Path) -> bool:
 
 def _saved_files(folder: Path) -> list[Path]:
     """The files of a saved split; what `datasets` derived from it may lie beside them."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return [folder / file["filename"] for file in state["_data_files"]]
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        files = [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder}: its state.json is not one that `save_to_disk` writes") from error
+    for file in files:
+        contents.refuse(file)
+    return files
 
 
 def _from_disk(name: str, path: Path, streaming: bool) -> Splits:
@@ -218,21 +207,29 @@ def _by_content(saved: Any) -> Any:
     return datasets.Dataset(saved.data, info=saved.info, split=saved.split, fingerprint=digest_of(held)[:16])
 
 
-def _refuse_strays(name: str, path: Path, config: str | None) -> None:
-    """Refuse a directory with files that `load_dataset` would silently ignore, and name them."""
+def _directory(name: str, path: Path, config: str | None) -> dict[str, Any]:
+    """How `load_dataset` must be called for a directory of files. Raises UserError where it would ignore some."""
     present = {
-        file.resolve()
+        file.resolve() if file.exists() else file
         for file in path.rglob("*")
         if file.suffix in BUILDERS
+        and not file.is_dir()
         and not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)
     }
     if not present:
         raise UserError(f"{name}: no data files in this directory; accepted: {ACCEPTED}")
+    for file in sorted(present):
+        contents.refuse(file)
+    called: dict[str, Any] = {"path": str(path), "name": config}
+    if _MAGIC.search(str(path.absolute())):
+        # Read as a pattern otherwise, of its own name and of others; the files decide the format, and not a README.
+        if config is not None:
+            raise UserError(f"{name}: rename the directory, without *, ? and [", option="dataset_config")
+        first = min(present, key=lambda file: sum(file.suffix != other.suffix for other in present))
+        called = {"path": BUILDERS[first.suffix], "data_dir": _literal(path), "name": None}
     with reading(name):
-        files = datasets.load_dataset_builder(str(path), name=config).config.data_files or {}
+        files = datasets.load_dataset_builder(**called).config.data_files or {}
     used = {Path(str(file)).resolve() for paths in files.values() for file in paths}
-    for file in sorted(used & present):
-        _refuse_null_rows(file)
     # A README may declare configurations, and then the rest belongs to the others.
     strays = sorted(str(file.relative_to(path.resolve())) for file in present - used)
     if strays and not (path / "README.md").exists():
@@ -240,10 +237,13 @@ def _refuse_strays(name: str, path: Path, config: str | None) -> None:
             f"{name}: {len(strays)} of its files would not be read, among them {', '.join(strays[:5])}\n"
             "  give all files one format, and all or none of them a split's name (train.jsonl, test.jsonl)"
         )
+    return called
 
 
 def _refuse_missing(name: str, path: Path) -> None:
     """Refuse a local path that does not exist; anything else may be a hub id."""
+    if path.exists() or path.is_symlink():
+        contents.refuse(path)
     if path.suffix in BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{name}: no such file or directory{suggestion(path.name, siblings)}")
@@ -265,27 +265,3 @@ def _loaded(*, split: str | None = None, streaming: bool, **options: Any) -> Any
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "by-content" / digest_of(held)[:32]
         return datasets.load_dataset(**options, split=split, cache_dir=str(cache))
     return datasets.load_dataset(**options, split=split, streaming=streaming)
-
-
-@contextlib.contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Turn whatever `datasets` raises while it reads ``name`` into a UserError with the first cause."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if datasets.config.HF_HUB_OFFLINE and isinstance(error, OSError):
-            raise UserError(
-                f"{name}: not a local path, not in the cache, and HF_HUB_OFFLINE is set\n"
-                "  unset HF_HUB_OFFLINE, or give a local path"
-            ) from error
-        if "corresponds to no data" in str(error):  # a plain ValueError, which has no other mark
-            raise UserError(f"{name}: the split has no rows") from error
-        # "An error occurred while generating the dataset" gives no reason; its cause does.
-        generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        cause = error.__cause__ if generic and error.__cause__ is not None else error
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-        raise UserError(
-            f"{name}: cannot be read: " + "\n  ".join(line[:200] for line in lines[:3])
-        ) from error
