@@ -20,6 +20,10 @@ def said(who: str, value: str) -> dict[str, str]:
     return {"from": who, "value": value}
 
 
+def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 SHARE = [said("human", ASKED), said("gpt", SAID)]
 
 # What people bring, and the same by hand.
@@ -48,6 +52,20 @@ TEXT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"conversations": [*SHARE, said("tool", "sky"), said("gpt", SAID)], "tools": '[{"name": "f"}]'},
         {"messages": [U, A, turn("tool", "sky"), A], "tools": '[{"name": "f"}]'},
     ),
+    "calls of tools": (
+        {
+            "conversations": [
+                SHARE[0],
+                said("function_call", '{"name": "f", "arguments": {"a": 1}}'),
+                said("function_call", '[{"name": "g", "arguments": "{}"}]'),
+                said("observation", "sky"),
+                SHARE[1],
+            ]
+        },
+        {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [call("f", {"a": 1}), call("g", {})]},
+                      turn("tool", "sky"), A]},
+    ),
+    "input and output": ({"input": ASKED, "output": SAID}, {"prompt": [U], "completion": [A]}),
     "alpaca": (
         {"instruction": ASKED, "input": BELOW, "output": SAID},
         {"prompt": [LONG], "completion": [A]},
@@ -94,6 +112,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "messages as the prompt, lists": ({"messages": [U], "chosen": [A], "rejected": [W]}, BY_HAND),
     "conversation as the prompt": ({"conversation": SHARE[:1], **SIDES}, BY_HAND),
     "question and text": ({"question": ASKED, **SIDES}, BY_HAND),
+    "input and text": ({"system": SYSTEM, "input": ASKED, **SIDES}, {**BY_HAND, "prompt": [S, U]}),
     "query and text": ({"query": ASKED, **SIDES}, BY_HAND),
     "alpaca": (
         {"instruction": ASKED, "input": BELOW, **SIDES},
@@ -174,6 +193,7 @@ def test_converted_rows_train_the_same_tokens(write, prepare, kind, name):
     ours = run_data(write("brought.jsonl", rows), format=KINDS[kind][1])
     theirs = run_data(write("hand.jsonl", hand), format=KINDS[kind][1])
     assert prepare(kind, ours.train) == prepare(kind, theirs.train)
+    assert ours.train.cache_files  # on disk, whatever their number
     (line,) = [note for note in ours.report.notes if "converted to" in note]
     assert line.startswith("train: ")
     assert theirs.report.notes == [note for note in ours.report.notes if note != line]

@@ -24,7 +24,7 @@ def notes(path: str, format: Any = PreferencePairs, **options: Any) -> list[str]
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     "column",
-    ["input", "context", "history", "problem", "post", "passage", "info", "tools", "src", "system"],
+    ["context", "history", "problem", "post", "passage", "info", "tools", "src", "system"],
 )
 def test_text_sides_without_a_prompt_refuse_any_column_that_could_hold_it(write, column, streaming):
     values = {"info": {"a": "b"}, "tools": [{"a": 1}], "history": [["a", "b"]]}
@@ -62,9 +62,8 @@ def test_a_found_prompt_is_printed(write):
         (Text, {"messages": [U, A], "instruction": "what?"}, "instruction"),
         (Text, {"messages": [U, A], "prompt": "what?"}, "prompt"),
         (Text, {"messages": [U, A], "conversations": [U, W]}, "conversations"),
-        (Text, {"messages": [U, A], "output": "what?"}, "output"),
+        (Text, {"messages": [U], "output": "what?"}, "output"),
         (Text, {"instruction": "a", "context": "c", "response": "b"}, "context"),
-        (Text, {"question": "a", "answer": "b", "response": "c"}, "answer"),
         (Text, {"text": "a fox", "weight": 0.5}, "weight"),
         (Text, {"input_ids": [1, 2], "loss_mask": [0, 1]}, "loss_mask"),
         (PreferencePairs, {**BOTH, "question": "what?"}, "question"),
@@ -91,6 +90,8 @@ def test_context_and_weights_that_are_not_read_are_refused(write, format, row, c
         (Text, {"messages": [U, A], "prompt": "hi", "score": 1}, "prompt, score"),
         (Text, {"messages": [U, A], "text": "<user>hi</user><bot>hello</bot>"}, "text"),
         (Text, {"messages": [U, A], "images": []}, "images"),
+        (Text, {"messages": [U, A], "problem": "hi", "solution": "other"}, "problem, solution"),
+        (Text, {"question": "a", "answer": "b", "response": "b"}, "answer"),
         (Text, {"messages": [U, A], "chosen": [U, A], "rejected": [U, W]}, "chosen, rejected"),
         (Text, {"input_ids": [1, 2], "text": "a fox", "messages": [U, A]}, "text, messages"),
         (Text, {"input_ids": [1, 2], "labels": [1, 2], "loss_mask": [0, 1]}, None),
@@ -170,13 +171,20 @@ def test_turns_that_must_not_be_trained(write, key):
     rows = [{"messages": [U, {**A, key: 1}]}, {"messages": [U, {**A, key: 0}]}]
     with refusal("train row 2", f"message 2: {key!r} is 0", "completion"):
         notes(write("a.jsonl", rows), Text)
-    assert notes(write("b.jsonl", rows[:1]), Text) == []
+    rows = [rows[0], {"messages": [{**U, key: 0}, {**A, key: 1}]}]
+    assert notes(write("b.jsonl", rows), Text) == []
 
 
 def test_two_readings_are_both_shown(write):
     row = {"instruction": "a", "input": "b", "output": "c", "text": "Below is a"}
     with refusal("two readings", "columns: [instruction, input, output]", "columns: [text]"):
         notes(write("a.jsonl", [row]), Text)
+    with refusal(
+        "train: two readings: the answer is in response or in answer", "columns: [question, response]"
+    ):
+        notes(write("c.jsonl", [{"question": "a", "answer": "b", "response": "c"}]), Text)
+    with refusal("train: two readings: prompt + response as text", "`completion`", "`question`"):
+        notes(write("d.jsonl", [{"prompt": "a", "response": "b"}]), Text)
     row = {"messages": [U, A], "chosen": "hello", "rejected": "no"}
     with refusal("two readings", "'messages' ends with the assistant's turn"):
         notes(write("b.jsonl", [row]))
@@ -215,6 +223,8 @@ def test_without_a_template_there_is_no_conversation(write, tmp_path):
         (Text, {"instruction": "a", "output": "b"}, {"instruction": None, "output": "b"}, ["'instruction'", "None"]),
         (Text, {"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}, ["'output'", "None"]),
         (Text, {"conversations": [{"from": "human", "value": "a"}]}, {"conversations": []}, ["no conversation"]),
+        (Text, {"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": {}}'}]},
+         {"conversations": [{"from": "function_call", "value": "f()"}]}, ["a call of a tool must be JSON"]),
         (Text, {"system": "s", "messages": [U]}, {"system": "s", "messages": [turn("system", "t"), U]}, ["differ"]),
         (Text, {"instruction": "a", "output": "b", "history": [["c", "d"]]},
          {"instruction": "a", "output": "b", "history": [["c"]]}, ["'history'", "pairs"]),

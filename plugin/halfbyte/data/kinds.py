@@ -67,11 +67,12 @@ def _conversation(value: Any, roles: Collection[str]) -> str | None:
             keys = ", ".join(sorted(key for key, held in message.items() if held is not None))
             return f"message {number}: 'content' is {describe(content)}, must be a string; its keys: {keys}"
         weights = [key for key in TURN_WEIGHTS if message.get(key) not in (None, 1)]
-        if weights:
+        if (
+            weights and role == "assistant"
+        ):  # of other turns `assistant_only_loss` and `completion_only_loss` decide
             return (
                 f"message {number}: {weights[0]!r} is {describe(message[weights[0]])}, but single turns are not left "
-                "out of the loss; write the turns to train on as `completion` after a `prompt`, or set "
-                "`assistant_only_loss: true`, and remove the key"
+                "out of the loss; write the turns to train on as `completion` after a `prompt`, and remove the key"
             )
     return None
 

@@ -118,15 +118,27 @@ def text(seen: Seen) -> Conversion | None:
         return _completion(seen)
     if seen.talks:
         return seen.settled(Conversion(**{**seen.beside, "history": None}, talk=seen.talks))
-    asked = _asked(seen)
-    answers = seen.texts(*ANSWERS)
+    asked, answers = _asked(seen), seen.texts(*ANSWERS)
+    if not asked and answers and seen.shape("prompt") == "text":
+        raise UserError(
+            f"two readings: prompt + {answers[0]} as text, or as a question to a chat model and its answer\n"
+            f"  rename `{answers[0]}` to `completion` for the first, `prompt` to `question` for the second",
+            split=seen.split,
+        )
     if not asked or not answers:
         return None
+    if len({seen.first[name] for name in answers}) > 1:
+        raise UserError(
+            f"two readings: the answer is in {' or in '.join(answers)}, and they differ\n"
+            f"  keep one: `datasets: [{{path: ..., columns: [{', '.join([*asked.values(), answers[0]])}]}}]`",
+            split=seen.split,
+        )
     if seen.holds(seen.text_field):
         read = [*asked.values(), answers[0]]
         raise UserError(
             f"two readings: a conversation from {' + '.join(read)}, or the text of {seen.text_field!r} as it stands\n"
-            f"  keep one: `datasets: [{{path: ..., columns: [{', '.join(read)}]}}]`, or `columns: [{seen.text_field}]`"
+            f"  keep one: `datasets: [{{path: ..., columns: [{', '.join(read)}]}}]`, or `columns: [{seen.text_field}]`",
+            split=seen.split,
         )
     return seen.settled(Conversion(**seen.beside, **asked, answers=(("completion", answers[0]),)))
 
@@ -154,7 +166,8 @@ def pairs(seen: Seen) -> Conversion | None:
     if prompt.get("talk") == seen.talks and _speaker(seen.first[seen.talks[0]][-1]) == "assistant":
         raise UserError(
             f"two readings: {seen.talks[0]!r} ends with the assistant's turn; it may be the prompt, or the prompt with "
-            "one answer\n  cut that turn off, or leave the column out"
+            "one answer\n  cut that turn off, or leave the column out",
+            split=seen.split,
         )
     return seen.settled(Conversion(**beside, **prompt, answers=answers))
 
@@ -193,8 +206,8 @@ def _prompt(seen: Seen) -> dict[str, Any]:
 
 
 def _asked(seen: Seen) -> dict[str, Any]:
-    """The user's message: one column, with Alpaca's ``input`` below its instruction."""
-    asked = seen.texts(*QUESTIONS)
+    """The user's message: one column, with Alpaca's ``input`` below its instruction, or ``input`` alone."""
+    asked = seen.texts(*QUESTIONS) or seen.texts("input")
     if not asked:
         return {}
     below = "input" if asked[0] == "instruction" and seen.holds("input") else None

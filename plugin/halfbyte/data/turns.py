@@ -1,5 +1,6 @@
 """Turns of a conversation as other systems write them, read as messages."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,12 @@ SPEAKERS = {
     "bot": "assistant",
     "model": "assistant",
     "observation": "tool",
+    "tool_response": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
 }
+# Those whose turns are calls of tools, as JSON.
+_CALLERS = ("function_call", "tool_call")
 
 # Keys by which other systems leave single turns out of the loss.
 TURN_WEIGHTS = ("weight", "train", "training", "loss")
@@ -48,7 +54,14 @@ def messages(value: Any, roles: Mapping[str, str]) -> list[Message]:
 
     Raises UnreadableError for a turn that says who speaks, or what, twice.
     """
-    return [_message(turn, roles) for turn in (value if isinstance(value, list) else [value])]
+    found: list[Message] = []
+    for turn in value if isinstance(value, list) else [value]:
+        message = _message(turn, roles)
+        if found and message.keys() == found[-1].keys() == {"role", "content", "tool_calls"}:
+            found[-1]["tool_calls"] += message["tool_calls"]  # calls in a row are one message
+        else:
+            found.append(message)
+    return found
 
 
 def speakers(dataset: Any, columns: list[str]) -> set[str]:
@@ -86,6 +99,8 @@ def _message(turn: Any, roles: Mapping[str, str]) -> Message:
     if not isinstance(turn, Mapping):
         raise UnreadableError(f"a turn must be a mapping, is {type(turn).__name__}")
     role, content = _either(turn, WHO), _either(turn, WHAT)
+    if role in _CALLERS and role in roles:
+        return {"role": "assistant", "content": "", "tool_calls": _calls(content)}
     rest = {key: held for key, held in turn.items() if key not in (*WHO, *WHAT) and held is not None}
     return {"role": roles.get(role, role) if isinstance(role, str) else role, "content": content, **rest}
 
@@ -95,3 +110,23 @@ def _either(turn: Mapping[str, Any], keys: tuple[str, str]) -> Any:
     if len(held) == 2 and held[0] != held[1]:
         raise UnreadableError(f"a turn has both {keys[0]!r} and {keys[1]!r}, and they differ; keep one")
     return held[0] if held else None
+
+
+def _calls(content: Any) -> list[dict[str, Any]]:
+    """The calls of a turn such as ``{"name": "f", "arguments": {}}``, or a list of them, as JSON text."""
+    try:
+        found = json.loads(content) if isinstance(content, str) else content
+        found = [
+            {"type": "function", "function": {"name": call["name"], "arguments": _arguments(call)}}
+            for call in (found if isinstance(found, list) else [found])
+        ]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UnreadableError(
+            'a call of a tool must be JSON: {"name": ..., "arguments": {...}}, or a list of such calls'
+        ) from error
+    return found
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    held = call["arguments"]
+    return json.loads(held) if isinstance(held, str) else held

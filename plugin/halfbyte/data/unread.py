@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from halfbyte.data.formats import Layout, OtherRowsError
+from halfbyte.data.rows import numbered
 from halfbyte.data.shapes import ANSWERS, QUESTIONS, SYSTEMS, TALKS, Seen
+from halfbyte.data.turns import speaking
 from halfbyte.errors import UserError
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -55,6 +57,10 @@ _ASIDE = ("id", "idx", "index", "uuid", "source", "dataset", "subset", "split", 
           "category", "model", "type", "task", "license", "date", "hash")  # fmt: skip
 
 
+# Further answers, which are only named where what is read ends with one.
+_ANSWERS = frozenset({*ANSWERS, "solution", "target", "targets", "outputs", "responses", "answers"})
+
+
 def settle(seen: Seen, layout: Layout, *, deciding: Sequence[str]) -> tuple[Any, list[str]]:
     """Return the data set without unread columns that would mislead, and the lines about those that are not read.
 
@@ -89,15 +95,30 @@ def settle(seen: Seen, layout: Layout, *, deciding: Sequence[str]) -> tuple[Any,
         for name in unread
         if _weighs(name, tokens, seen) or (not (tokens or chosen) and _tells(name, seen, implicit))
     ]
+    if _ends_with_an_answer(layout, seen.first):
+        checked = [name for name in checked if name not in _ANSWERS]
     dataset = seen.dataset
     if checked:
         dataset = _checked(seen, list(layout.columns), checked)
     gone = [name for name in unread if name in deciding or name in MEDIA]
-    named = [name for name in unread if name in gone or name in checked or _shown(name, tokens or chosen)]
+    named = [
+        name
+        for name in unread
+        if name in gone
+        or name in checked
+        or _shown(name, tokens or chosen)
+        or (name in _ANSWERS and seen.holds(name))
+    ]
     if gone:
         dataset = dataset.remove_columns(gone)
     lines = [f"{seen.split}: read as {layout}; columns not used: {', '.join(named)}"] if named else []
     return dataset, lines
+
+
+def _ends_with_an_answer(layout: Layout, first: Mapping[str, Any]) -> bool:
+    talk = first.get("messages") if "messages" in layout.columns else None
+    said = bool(talk) and isinstance(talk, list) and {"assistant"} == {*speaking(talk[-1])}
+    return said or bool({"completion", "chosen"} & set(layout.columns) and not layout.begin_alike)
 
 
 def _weighs(name: str, tokens: bool, seen: Seen) -> bool:
@@ -130,8 +151,8 @@ def _checked(seen: Seen, read: list[str], checked: list[str]) -> Any:
             return row
 
         return seen.dataset.map(arriving, with_indices=True, features=seen.dataset.features)
-    for index, row in enumerate(seen.dataset.select_columns([*read, *checked])):
-        check(row, index)
+    for number, row in numbered(seen.dataset, [*read, *checked]):
+        check(row, number - 1)
     return seen.dataset
 
 
