@@ -15,6 +15,8 @@ NOT_QUICK = (
     "tests/checkpoint/test_resume.py::test_a_resumed_run_has_each_row_once",
     "tests/checkpoint/test_security.py",
     "tests/config/test_fields.py::test_every_field",
+    "tests/data/test_limited.py::test_a_template_that_does_not_end[loops ",
+    "tests/data/test_limited.py::test_a_template_that_takes_all_memory_or_prints_without_end[doubled]",
     "tests/demo/test_control.py",
     "tests/demo/test_corpus.py",
     "tests/demo/test_demo.py",

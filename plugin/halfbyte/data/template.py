@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AddedToken, AutoTokenizer
 
 from halfbyte import names
+from halfbyte.data import limited
 from halfbyte.data.rendering import TEMPLATE_ERRORS
 from halfbyte.errors import UserError
 from halfbyte.wording import first_line, shorten, suggestion
@@ -44,7 +45,9 @@ def prepare_tokenizer(
     added = _add(tokenizer, additional_special_tokens or [])
     template_path = getattr(training, "chat_template_path", None)
     source = None
-    if template_path is not None:
+    if template_path is None:
+        _require_bounded(tokenizer.chat_template, path)
+    else:
         source = _apply_template(tokenizer, template_path, trust_remote_code, additional_special_tokens == [])
     eos = getattr(training, "eos_token", None)
     brought = None if source is None else source.eos_token
@@ -68,6 +71,17 @@ def prepare_tokenizer(
             raise UserError(f"{path}: the tokenizer has no pad token and no end token; set `pad_token`")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, added
+
+
+def _require_bounded(template: Any, where: str, option: str | None = None) -> None:
+    """Refuse a template that would hang this process or take all memory, before it renders anything here."""
+    for text in template.values() if isinstance(template, dict) else [template]:
+        if isinstance(text, str) and (excess := limited.excess(text)) is not None:
+            raise UserError(
+                f"{where}: its chat template {excess} on a few short messages; take another, in a .jinja file that "
+                "`chat_template_path` names",
+                option=option,
+            )
 
 
 def stop_ids(tokenizer: Any, template: str | None = None) -> set[int]:
@@ -189,6 +203,7 @@ def _apply_template(tokenizer: Any, template_path: str, trust_remote_code: bool,
                 f"the tokenizer of {template_path} has no chat template", option="chat_template_path"
             )
         template = source.get_chat_template()
+    _require_bounded(template, template_path, "chat_template_path")
     tokenizer.chat_template = template
     try:
         written = COMMENT.sub("", template) + _probe(tokenizer)
