@@ -5,6 +5,7 @@ import os
 import pytest
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
+from halfbyte.config import reading
 from halfbyte.config.sources import MAX_BYTES, MAX_DEPTH
 from tests.config.reading import DPO, parse, refusal
 
@@ -255,3 +256,11 @@ def test_rules_between_fields(config) -> None:
     assert "keep one" in refusal(config, "load_in_8bit: true\nload_in_4bit: true")
     assert refusal(config, "use_peft: false").startswith("run.yaml:1: use_peft: a 4-bit base")
     assert parse("--load_in_8bit", classes=(SFTConfig, ModelConfig))["load_in_4bit"] is False
+
+
+def test_names_are_looked_up_for_the_lines_that_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+    monkeypatch.setattr(reading, "suggestion", lambda name, known: looked_up.append(name) or "")
+    message = refusal(parse, *(f"--no_such_option_{number}=1" for number in range(5000)))
+    assert message.splitlines()[-1] == "... and 4991 more"
+    assert len(looked_up) <= 10

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from halfbyte.config.declared import option_classes
@@ -52,7 +53,7 @@ def refuse_early(written: Written, prog: str, *, keys: bool, recipe: str | None 
     options = Entries()
     for name, words, source in written.options:
         options.add(name, Node(words[0] if len(words) == 1 else None, source))
-    mistakes = written.file.mistakes + options.mistakes
+    mistakes: list[Mistake] = [*written.file.mistakes, *options.mistakes]
     for entries in (written.file, options) if keys else ():
         for key, node in entries.nodes.items():
             if (why := reason(key, prog, node.value)) is not None:
@@ -79,13 +80,12 @@ def _settings(
     prog: str,
 ) -> Settings:
     options = _options(written.options, fields)
-    mistakes: list[Mistake] = written.file.mistakes + options.mistakes
+    mistakes: list[Mistake] = [*written.file.mistakes, *options.mistakes]
     given: dict[str, Source] = {}
     for entries in (written.file, options):
         for key, node in entries.nodes.items():
             if key not in fields:
-                text = f"{node.source.at(shorten(key))}: {_unknown(key, node.value, fields, prog)}"
-                mistakes.append((node.source, text))
+                mistakes.append((node.source, partial(_unknown, key, node, fields, prog)))
                 continue
             try:
                 values[key] = fields[key].convert(node)
@@ -131,13 +131,13 @@ def _whole(words: Sequence[str], source: Source) -> Node | None:
         return None
 
 
-def _unknown(key: str, value: Any, fields: Mapping[str, Field], prog: str) -> str:
+def _unknown(key: str, node: Node, fields: Mapping[str, Field], prog: str) -> str:
     name = key.replace("-", "_")
     if name in fields:
-        return f"unknown option; write {name}"
-    if (why := reason(key, prog, value)) is not None:
-        return why
-    return f"unknown option{suggestion(name.lower(), fields)} ({prog} --help all lists all)"
+        why: str | None = f"unknown option; write {name}"
+    elif (why := reason(key, prog, node.value)) is None:
+        why = f"unknown option{suggestion(name.lower(), fields)} ({prog} --help all lists all)"
+    return f"{node.source.at(shorten(key))}: {why}"
 
 
 def _consistent(settings: Settings) -> tuple[Settings, list[str]]:

@@ -5,7 +5,7 @@ Reading it imports neither torch nor TRL, so what it shows by itself is refused 
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from halfbyte.config.sources import Entries, Source, read_yaml, shown
@@ -14,7 +14,7 @@ from halfbyte.wording import CONFIGURATIONS, shorten
 
 MAX_LINES = 10
 Option = tuple[str, list[str], Source]
-Mistake = tuple[Source, str]
+Mistake = tuple[Source, str | Callable[[], str]]  # nearest names are looked up for the lines that are shown
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def collect(argv: Sequence[str]) -> Written:
 def listed(mistakes: Iterable[Mistake]) -> str:
     """Return one line for each mistake, the file's first in the order of its lines; at most ten lines."""
     ordered = sorted(mistakes, key=lambda mistake: (mistake[0].file is None, mistake[0].line))
-    return limited([text for _, text in ordered])
+    shown = [text if isinstance(text, str) else text() for _, text in ordered[:MAX_LINES]]
+    return limited([*shown, *("" for _ in ordered[MAX_LINES:])])
 
 
 def limited(lines: list[str]) -> str:
