@@ -78,10 +78,13 @@ def config(name: str, **more: Any) -> PretrainedConfig:
 
 def save(directory: Path, name: str, **more: Any) -> str:
     """Write a random base of the architecture ``name`` with its tokenizer, and return the directory."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(name, **more), dtype=torch.float32)
-    if (weights := sum(parameter.numel() for parameter in model.parameters())) > _LARGEST:
+    found = config(name, **more)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(found, dtype=torch.float32)
+    if (weights := sum(parameter.numel() for parameter in empty.parameters())) > _LARGEST:
         raise ValueError(f"{weights:,} weights")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(found, dtype=torch.float32)
     model.save_pretrained(directory)
     tiny.tokenizer().save_pretrained(directory)
     return str(directory)

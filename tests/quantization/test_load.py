@@ -107,6 +107,15 @@ def test_a_missing_checkpoint_is_a_users_error(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["t5", "clip"])
+def test_an_architecture_without_a_causal_lm_is_a_users_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{name}"}}')
+    with pytest.raises(
+        UserError, match="has no class for causal language modeling with it; use another model"
+    ):
+        load(tmp_path)
+
+
 LLAMA = '{"model_type": "llama", '
 CONTENTS = ("[]", "null", "{}", "3", "[" * 100_000, "{", '{"model_type": 3}', '{"model_type": "nope"}')
 VALUES = (

@@ -65,9 +65,10 @@ def load_base(
                 f"`trust_remote_code: true`",
                 option="model_name_or_path",
             ) from error
-        raise UserError(
-            f"cannot load the model {name_or_path!r}: {first_line(error)}", option="model_name_or_path"
-        ) from error
+        said = f"cannot load the model {name_or_path!r}: {first_line(error)}"
+        if "Unrecognized configuration class" in said:
+            said = f"{name_or_path!r}: transformers has no class for {task.name} with it; use another model"
+        raise UserError(said, option="model_name_or_path") from error
     # No caller of a training model reads the cache, and padding-free attention is wrong with one.
     model.config.use_cache = False
     _prepare_linears(model, dtype)
