@@ -38,6 +38,7 @@ _EPOCH = (
 )
 
 OVERRIDES = (
+    Override("transformers.Trainer._determine_best_metric", "self metrics trial"),
     Override("transformers.Trainer._get_output_dir", "self trial"),
     Override(
         "transformers.Trainer._init_training_state",

@@ -61,17 +61,17 @@ class Node:
     @property
     def detailed(self) -> Source:
         """The source with the lines of what is within the value."""
-        return replace(self.source, inner=dict(self._lines("")))
+        return replace(self.source, inner=dict(self.lines_below("")))
 
-    def _lines(self, path: str) -> Iterator[tuple[str, int]]:
+    def lines_below(self, path: str) -> Iterator[tuple[str, int]]:
         if path:
             yield path, self.source.line
         if isinstance(self.value, list):
             for index, item in enumerate(self.value):
-                yield from item._lines(f"{path}[{index}]")
+                yield from item.lines_below(f"{path}[{index}]")
         elif isinstance(self.value, dict):
             for key, item in self.value.items():
-                yield from item._lines(f"{path}.{key}")
+                yield from item.lines_below(f"{path}.{key}")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
@@ -56,7 +57,7 @@ def fuse(
     apart: dict[str, int] = {}
     if "layers" in scope.parts and _has_4bit_adapters(model):
         level = layer.LEVELS[0] if checkpointing else layer.LEVELS[-1]
-        layers, apart = _fuse_layers(model, level)
+        layers, apart = _fuse_layers(model, level, args)
     if layers and checkpointing and args is not None:
         choice = budget.apply(model, memory_budget, _tokens(args, base, scope.sides), recorded_level)
         level = choice.level if choice is not None else level
@@ -94,18 +95,35 @@ def _has_4bit_adapters(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and any(isinstance(each, Linear4bit) for each in model.modules())
 
 
-def _fuse_layers(model: Any, level: int) -> tuple[int, dict[str, int]]:
-    """Fuse decoder layers at save ``level``; return how many, and how many not by reason."""
+def _fuse_layers(model: Any, level: int, args: TrainingArguments | None) -> tuple[int, dict[str, int]]:
+    """Fuse decoder layers at save ``level``; return how many, and how many not by reason.
+
+    One that would run its own forward in every step is left alone, so that the report says so.
+    """
     count = 0
     apart: Counter[str] = Counter()
-    for module in model.get_base_model().modules():
+    base = model.get_base_model()
+    hidden = torch.empty(0, dtype=base.get_input_embeddings().weight.dtype, device=base.device)
+    for module in base.modules():
         if isinstance(module, GradientCheckpointingLayer):
             reason = layer.fuse(module, model.active_adapter, level)
+            if reason is None:
+                with _autocast(hidden, args):
+                    reason = layer.never_fused(module, hidden)
+                if reason is not None:
+                    layer.unfuse(module)
             if reason is None:
                 count += 1
             else:
                 apart[reason] += 1
     return count, dict(apart)
+
+
+def _autocast(hidden: torch.Tensor, args: TrainingArguments | None) -> torch.autocast:
+    """The autocast that a trainer with ``args`` enters; none in a loop of one's own."""
+    sixteen = torch.bfloat16 if args is not None and args.bf16 else torch.float16
+    enabled = args is not None and (args.bf16 or args.fp16) and hidden.dtype != sixteen
+    return torch.autocast(hidden.device.type, dtype=sixteen, enabled=enabled)
 
 
 def _fuse_linears(base: nn.Module) -> tuple[int, dict[str, int]]:

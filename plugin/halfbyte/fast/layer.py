@@ -60,6 +60,16 @@ def unfuse(layer: nn.Module) -> None:
     layer.__dict__.pop("forward", None)
 
 
+def never_fused(layer: nn.Module, hidden: Tensor) -> str | None:
+    """Return why no training call of a fused ``layer`` on tensors like ``hidden`` will be computed fused, or None."""
+    assert isinstance(layer.forward, FusedForward)
+    try:
+        family.check_call(layer.forward.decoder, True, hidden)
+    except Uncovered as reason:
+        return str(reason)
+    return None
+
+
 def fell_back(model: nn.Module) -> dict[str, int]:
     """Return why fused layers of ``model`` ran their original forward while training, and how often in all."""
     reasons: Counter[str] = Counter()

@@ -4,9 +4,11 @@ from transformers import Trainer
 
 from halfbyte.trainer.accumulation import AccumulateOnOutOfMemory
 from halfbyte.trainer.base import Conduct, Mixin
+from halfbyte.trainer.best_metric import BestMetric
 from halfbyte.trainer.changed_options import ChangedOptions
 from halfbyte.trainer.exact_resume import ExactResume
 from halfbyte.trainer.finite import FiniteSteps
+from halfbyte.trainer.first_step import FirstStep
 from halfbyte.trainer.float32_adapters import Float32Adapters
 from halfbyte.trainer.hub import HubPush
 from halfbyte.trainer.invariants import RankInvariants
@@ -27,6 +29,7 @@ LIBRARY: tuple[type, ...] = (
     PaddingFree,  # makes the training loader; nothing else does
     PrecomputedReferences,  # runs the model in the constructor; nothing else does
     WeightedFigures,  # computes the loss and logs; nothing else does
+    BestMetric,  # looks at options and the figures of evaluations
     WholeAdapters,  # writes what every save of a sharded run writes
     Float32Adapters,  # innermost: it restores what the constructor below it changed, before any other looks
 )
@@ -37,6 +40,8 @@ RUN: tuple[type, ...] = (
     AccumulateOnOutOfMemory,
     # Outside of saving: weights that are not finite are refused before a save begins.
     FiniteSteps,
+    # Inside of FiniteSteps, which may discard the gradients that it looks at.
+    FirstStep,
     # After the step was logged and before it is judged: ranks that differ are named first.
     RankInvariants,
     # After ExactResume has restored the counters that it reads, before a stop at on_save ends the event.
