@@ -175,6 +175,35 @@ def test_turns_that_must_not_be_trained(write, key):
     assert notes(write("b.jsonl", rows), Text) == []
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_context_that_only_later_rows_have(write, streaming):
+    rows = [{"question": "a", "answer": "b", "system": ""}, {"question": "a", "answer": "b", "system": "s"}]
+    train = list(run_data(write("a.jsonl", rows), dataset_streaming=streaming).train)
+    assert [len(row["prompt"]) for row in train] == [1, 2]
+    rows = [{"instruction": "a", "input": "", "output": "b", "history": []},
+            {"instruction": "a", "input": "x", "output": "b", "history": [["c", "d"]]}]  # fmt: skip
+    train = list(run_data(write("b.jsonl", rows), dataset_streaming=streaming).train)
+    assert [len(row["prompt"]) for row in train] == [1, 3]
+    rows = [{"messages": [U, A], "system": None}, {"messages": [U, A], "system": "s"}]
+    train = list(run_data(write("c.jsonl", rows), dataset_streaming=streaming).train)
+    assert [len(row["messages"]) for row in train] == [2, 3]
+    rows = [{"text": "a fox", "context": ""}, {"text": "a fox", "context": "what?"}]
+    with refusal("train row 2: column 'context' is not read"):
+        notes(write("d.jsonl", rows), Text, dataset_streaming=streaming)
+
+
+def test_a_prompt_that_the_sides_repeat_is_not_trained_twice(write):
+    found = notes(write("a.jsonl", [{"prompt": [U], **BOTH}] * 2))
+    assert found == ["train: read as chosen + rejected; columns not used: prompt"]
+    with refusal("the completion begins with the prompt"):
+        notes(write("b.jsonl", [{"prompt": [U], "completion": [U, A]}]), Text)
+
+
+def test_sides_of_one_message_without_a_prompt(write):
+    with refusal("train row 1", "'chosen'", "found a mapping"):
+        notes(write("a.jsonl", [{"chosen": A, "rejected": W}]))
+
+
 def test_two_readings_are_both_shown(write):
     row = {"instruction": "a", "input": "b", "output": "c", "text": "Below is a"}
     with refusal("two readings", "columns: [instruction, input, output]", "columns: [text]"):

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from halfbyte.data.kinds import describe
-from halfbyte.data.turns import Message, UnreadableError, messages
+from halfbyte.data.turns import Message, UnreadableError, messages, speaking
 from halfbyte.errors import UserError
 
 _MESSAGES = datasets.List(datasets.Json())  # each message keeps its own keys
@@ -57,9 +57,10 @@ class Conversion:
         columns = dict.fromkeys([*first, *sorted(targets)], _MESSAGES)
         return {**columns, **({"label": datasets.Value("bool")} if self.label else {})}
 
-    def line(self) -> str:
-        """What is done, in one line."""
-        parts = [f"{old} speaks as {new}" for old, new in self.roles]
+    def line(self, first: Mapping[str, Any], whole: bool) -> str:
+        """What is done, in one line; of a stream (not ``whole``) with the speakers of its ``first`` row."""
+        met = {name for column in self.spoken for name in speaking(first.get(column))}
+        parts = [f"{old} speaks as {new}" for old, new in self.roles if whole or old in met]
         if self.system:
             parts.append(f"{self.system} is the system message")
         if self.history:
@@ -70,6 +71,8 @@ class Conversion:
         if "completion" in self.written:
             parts.append("the loss is on the completion (completion_only_loss: false puts it on all)")
         how = f" ({'; '.join(parts)})" if parts else ""
+        if set(self.read) == set(self.written):
+            return f"{' + '.join(self.read)} converted to messages of `role` and `content`{how}"
         return f"{' + '.join(self.read)} converted to {' + '.join(self.written)} as messages{how}"
 
     def row(self, row: Mapping[str, Any]) -> dict[str, Any]:

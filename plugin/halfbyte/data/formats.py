@@ -18,7 +18,7 @@ from halfbyte.data.kinds import (
     text_or_messages,
     tokens,
 )
-from halfbyte.data.shapes import Seen
+from halfbyte.data.shapes import Seen, begins_with
 from halfbyte.data.turns import SPEAKERS, UnreadableError
 from halfbyte.errors import UserError
 from halfbyte.wording import suggestion
@@ -144,9 +144,11 @@ class DataFormat:
         ]
         present = [layout for layout in layouts if set(layout.columns) <= set(columns)]
         for layout in present:
-            # A plain prompt beside conversations is a copy of the prompt that they begin with.
-            lists = any(isinstance(first[name], list) for name in layout.columns)
-            if not (lists and isinstance(first.get("prompt"), str) and "prompt" in layout.columns):
+            # A prompt beside conversations that begin with it, or as text, is a copy.
+            held = [first[name] for name in layout.columns if name != "prompt"]
+            lists, prompt = any(isinstance(side, list) for side in held), first.get("prompt")
+            copy = (lists and isinstance(prompt, str)) or all(begins_with(side, prompt) for side in held)
+            if not (copy and "prompt" in layout.columns):
                 return layout
         if present:
             return present[0]

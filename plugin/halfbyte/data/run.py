@@ -121,7 +121,7 @@ def _split(
     conversational = layout.conversational(first)
     dataset, lines = unread.settle(seen, layout, deciding=_deciding(seen.columns, layout, text_field))
     report.notes += lines
-    if layout.begin_alike and not conversational:
+    if layout.begin_alike and all(isinstance(first[side], str) for side in layout.columns):
         prompt = shorten(repr(extract_prompt(dict(first))["prompt"]))
         report.notes.append(
             f"{name}: no prompt column; the prompt is what both sides begin with, in row 1 {prompt}"
@@ -171,7 +171,7 @@ def _converted(seen: Seen, format: DataFormat, tokenizer: Any, training: Any, re
             f"  {how}; or write the text to train on into the data",
             split=seen.split,
         )
-    report.notes.append(f"{seen.split}: {found.line()}")
+    report.notes.append(f"{seen.split}: {found.line(seen.first, seen.whole)}")
     dataset = conversion.apply(seen.split, seen.dataset, seen.columns, found)
     first = next(iter(dataset))
     return replace(seen, dataset=dataset, columns=tuple(dataset.column_names or first), first=first)

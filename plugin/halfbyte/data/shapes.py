@@ -59,6 +59,10 @@ class Seen:
         one = self.dataset.select_columns([column]).with_format("arrow")
         return any(_something(table[column].combine_chunks()) for table in one.iter(batch_size=10_000))
 
+    def may_hold(self, column: str | None) -> bool:
+        """Whether any row may have something in a column: of a stream later rows are not known."""
+        return column in self.columns and (self.holds(column) if self.whole else True)
+
     @property
     def beside(self) -> dict[str, Any]:
         """The columns that stand before a prompt: a system message, and turns before the last."""
@@ -68,7 +72,7 @@ class Seen:
     def talks(self) -> tuple[str, ...]:
         """The columns of whole conversations: one, or several of which each row has one."""
         held = [name for name in TALKS if self.shape(name) == "talk"]
-        empty = [name for name in TALKS if name in self.columns and self.first.get(name) is None]
+        empty = [name for name in TALKS if self.first.get(name) is None and self.may_hold(name)]
         return (held[0], *empty) if held else ()
 
     def settled(self, conversion: Conversion) -> Conversion | None:
@@ -107,7 +111,7 @@ class Seen:
         return next(said)
 
     def _optional(self, names: tuple[str, ...]) -> str | None:
-        return next((name for name in names if self.holds(name)), None)
+        return next((name for name in names if self.may_hold(name)), None)
 
 
 def text(seen: Seen) -> Conversion | None:
@@ -161,7 +165,11 @@ def pairs(seen: Seen) -> Conversion | None:
     prompt = _prompt(seen)
     if not prompt:
         return None
-    if prompt == {"question": "prompt"} and not any(beside.values()) and len(seen.texts(*sides)) == 2:
+    if (
+        prompt == {"question": "prompt"}
+        and not any(map(seen.holds, beside.values()))
+        and len(seen.texts(*sides)) == 2
+    ):
         return None  # TRL's own columns, as text
     if prompt.get("talk") == seen.talks and _speaker(seen.first[seen.talks[0]][-1]) == "assistant":
         raise UserError(
@@ -192,8 +200,16 @@ def unpaired(seen: Seen) -> Conversion | None:
 def _completion(seen: Seen, label: str | None = None) -> Conversion | None:
     """``prompt`` and ``completion`` that are not both text, or that have more beside them."""
     beside, shapes = seen.beside, [seen.shape("prompt"), seen.shape("completion")]
-    if None in shapes or (shapes == ["text", "text"] and not any(beside.values()) and label is None):
+    if None in shapes or (
+        shapes == ["text", "text"] and not any(map(seen.holds, beside.values())) and label is None
+    ):
         return None
+    if shapes == ["talk", "talk"] and begins_with(seen.first["completion"], seen.first["prompt"]):
+        raise UserError(
+            "the completion begins with the prompt, which would be trained twice\n"
+            "  leave the prompt out of the completion, or leave `prompt` out and rename `completion` to `messages`",
+            split=seen.split,
+        )
     prompt = _prompt(seen)
     return seen.settled(Conversion(**beside, **prompt, answers=(("completion", "completion"),), label=label))
 
@@ -210,8 +226,14 @@ def _asked(seen: Seen) -> dict[str, Any]:
     asked = seen.texts(*QUESTIONS) or seen.texts("input")
     if not asked:
         return {}
-    below = "input" if asked[0] == "instruction" and seen.holds("input") else None
+    below = "input" if asked[0] == "instruction" and seen.may_hold("input") else None
     return {"question": asked[0], **({"below": below} if below else {})}
+
+
+def begins_with(talk: Any, prompt: Any) -> bool:
+    """Whether a list of turns begins with all those of another."""
+    lists = isinstance(talk, list) and isinstance(prompt, list)
+    return lists and 0 < len(prompt) < len(talk) and talk[: len(prompt)] == prompt
 
 
 def _speaker(turn: Any) -> str:

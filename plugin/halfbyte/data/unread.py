@@ -105,7 +105,7 @@ def settle(seen: Seen, layout: Layout, *, deciding: Sequence[str]) -> tuple[Any,
         name
         for name in unread
         if name in gone
-        or name in checked
+        or (name in checked and seen.holds(name))
         or _shown(name, tokens or chosen)
         or (name in _ANSWERS and seen.holds(name))
     ]
@@ -127,7 +127,7 @@ def _weighs(name: str, tokens: bool, seen: Seen) -> bool:
 
 def _tells(name: str, seen: Seen, implicit: bool) -> bool:
     if name in CONTEXT or name in MEDIA:
-        return seen.holds(name)
+        return seen.may_hold(name)
     aside = any(name == word or name.endswith(f"_{word}") for word in _ASIDE) or name.startswith(_NAMED)
     return implicit and not aside and isinstance(seen.first.get(name), str | list | dict) and seen.holds(name)
 
