@@ -209,3 +209,18 @@ def test_a_kernel_package_that_is_not_used_is_not_advertised(caplog: pytest.LogC
         ops.logger.warning(line, "no module")
         ops.logger.warning("another of its lines")
     assert [record.message for record in caplog.records] == ["another of its lines"]
+
+
+def test_that_it_loads_is_said_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import os, sys\n"
+        "class Heavy:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in {'torch', 'numpy'}:\n"
+        "            os._exit(7)\n"
+        "sys.meta_path.insert(0, Heavy)\n"
+        "from halfbyte.cli import main\n"
+        "main(['sft', '--model_name_or_path', 'base', '--dataset_name', 'rows.jsonl', '--output_dir', 'out'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (7, "halfbyte: loading PyTorch, Transformers and TRL ...\n")

@@ -8,11 +8,13 @@ from tests.benchmarks.workload import CASES
 FILE = Path(__file__).with_name("RESULTS.md")
 EMULATED = ", without native bf16"
 OVERHEAD = "## Outside the steps"
+PREPARATION = "## Before the first step"
 ORDER = (
     "## The machine",
     "## The cases",
     *(f"### {case.name}{suffix}" for suffix in ("", EMULATED) for case in CASES),
     OVERHEAD,
+    PREPARATION,
 )
 
 
