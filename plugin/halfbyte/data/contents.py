@@ -106,8 +106,9 @@ def fault(path: Path) -> str | None:
     if path.suffix not in (".json", ".jsonl") or not path.is_file():
         return None
     with path.open(encoding="utf-8-sig", errors="replace") as file:
-        if file.read(64).lstrip()[:1] == "[" and path.stat().st_size <= _WHOLE:
-            file.seek(0)
+        start = file.read(64).split()[:2]
+        if (start[:1] == ["{"] or (start and start[0][0] == "[")) and path.stat().st_size <= _WHOLE:
+            file.seek(0)  # one value over several lines
             return _mistake(file.read(), 1)
         file.seek(0)
         for number, line in enumerate(file, 1):
@@ -136,6 +137,8 @@ def _mistake(text: str, first: int) -> str | None:
 def files_at(name: str) -> list[Path]:
     """The data files that a local name stands for; none for a name that is not local."""
     path = Path(name).expanduser()
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        return sorted(path.rglob("*.arrow"))
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
     return [path] if path.is_file() else []

@@ -77,9 +77,11 @@ def settle(dataset: Any, columns: Collection[str] = COLUMNS, join: bool = False)
     """
     streaming = isinstance(dataset, datasets.IterableDataset)
     features = dataset.features
-    if features is None:  # a stream of rows that carry no types
-        return dataset.map(_settled, fn_kwargs={"columns": sorted(columns), "join": join})
-    nested = {name: kind for name in columns if (kind := _as_json(features.get(name))) is not None}
+    if features is None and (first := next(iter(dataset.with_format("arrow")), None)) is not None:
+        # A stream of a JSON array: mappings would be read as the JSON text that Arrow stores.
+        features = datasets.Features.from_arrow_schema(first.schema)
+        dataset = dataset.cast(features)
+    nested = {name: kind for name in columns if (kind := _as_json((features or {}).get(name))) is not None}
     if not streaming:
         nested = {n: kind for n, kind in nested.items() if _changes(dataset.data.column(n), n, join)}
     if not nested:

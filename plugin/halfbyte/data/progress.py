@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,8 +29,25 @@ def showing(training: Any) -> Iterator[None]:
 class _LibraryPass(passes.Pass):
     """What the datasets library takes for its progress bar."""
 
+    # As tqdm has it: a saved data set is opened by several threads.
+    _lock: Any = threading.RLock()
+
+    @classmethod
+    def get_lock(cls) -> Any:
+        return cls._lock
+
+    @classmethod
+    def set_lock(cls, lock: Any) -> None:
+        cls._lock = lock
+
     def __init__(
-        self, *, desc: str = "", unit: str = " examples", total: int | None = None, initial: int = 0
+        self,
+        *,
+        desc: str = "",
+        unit: str = " examples",
+        total: int | None = None,
+        initial: int = 0,
+        **other: Any,
     ) -> None:
         label = re.sub(r" \(num_proc=\d+\)$", "", desc)
         label = re.sub("^Generating (.*) split$", r"reading \1", label)
@@ -37,5 +55,5 @@ class _LibraryPass(passes.Pass):
             label[:1].lower() + label[1:], total, done=initial, unit=unit.strip().replace("examples", "rows")
         )
 
-    def update(self, rows: int) -> None:
+    def update(self, rows: int = 1) -> None:
         self.advance(rows)
