@@ -22,6 +22,12 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a process that was killed inside :func:`replace_file` left in ``directory``, which no other uses."""
+    for path in directory.glob(".*.[0-9]*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` and force it to disk."""
     with path.open("wb") as file:

@@ -138,11 +138,11 @@ def chain(site: Site, output: Path, draw: random.Random, most: int) -> list[str]
         if len(kills) < most:
             # After none to three more checkpoints, so that the moments are spread however fast the machine is.
             more = draw.randint(0, 3)
-            wanted = len(checkpoints(output)) + more
+            wanted = min(len(checkpoints(output)) + more, STEPS)
             while len(checkpoints(output)) < wanted and run.wait(0) is None:
                 time.sleep(0.002)
             begun = time.monotonic() - run.started
-            run.wait(begun + draw.uniform(0, site.seconds / (6 if more else 1)))
+            run.wait(begun + draw.uniform(0, site.seconds / (6 if more else 2)))
             if run.status is None:
                 run.kill()
                 pending = (output / "_pending-checkpoint").exists()

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from halfbyte.checkpoint.resume import Resume
-from halfbyte.files import follow_umask, next_free
+from halfbyte.files import follow_umask, next_free, remove_leftovers
 
 _ADAPTER = "default"
 
@@ -29,6 +29,8 @@ def claim(output_dir: str, resume: Resume, *, overwrite: bool) -> list[str]:
             directory.rename(moved)
             lines.append(f"the earlier run in {output_dir} is now in {moved}")
         directory.mkdir(parents=True, exist_ok=True)
+        for folder in (directory, directory / "plots"):
+            remove_leftovers(folder)
         lines += resume.prepare(output_dir)
     PartialState().wait_for_everyone()
     return lines
