@@ -1,5 +1,6 @@
 """Files that survive a crash: written aside and renamed, forced to disk, identified by their sha256."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,20 @@ from contextlib import suppress
 from pathlib import Path
 
 _CHUNK = 1 << 20
+
+
+def read(path: Path, most: int | None = None) -> bytes:
+    """The content of the regular file at ``path``.
+
+    Raises OSError for anything else, such as a pipe, which would block, and for more than ``most`` bytes.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if most is not None and state.st_size > most:
+            raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
+        return file.read()
 
 
 def replace_file(path: Path, content: bytes) -> None:

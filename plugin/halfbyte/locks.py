@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def open_lock(path: Path) -> int:
-    """Open the lock file ``path``, creating it; read-only where it cannot be written. Return the open file."""
+    """Open the lock file ``path``, no link, creating it; read-only where it cannot be written. Return the open file."""
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError:
         with suppress(OSError):
             if path.is_file():
@@ -54,7 +54,7 @@ def try_to_hold(lock: int) -> bool:
 def is_in_use(path: Path) -> bool:
     """Return whether a process has the lock file ``path``, which is not created."""
     try:
-        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would block
     except OSError:
         return False
     try:

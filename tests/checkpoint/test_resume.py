@@ -18,6 +18,10 @@ from tests.checkpoint.test_manifest import recorded
 from tests.tracking import wandb_file
 
 STATES = ("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
+STATE = {
+    "global_step": 10, "max_steps": 20, "epoch": 1.5, "num_train_epochs": 3, "total_flos": 1.0,
+    "log_history": [], "stateful_callbacks": {}, "best_metric": None, "best_global_step": None,
+}  # fmt: skip
 DAMAGES = ("truncated", "flipped", "emptied", "deleted")
 
 
@@ -41,6 +45,7 @@ def checkpoints(tmp_path: Path) -> Path:
         (directory / "weights").write_bytes(b"w" * step)
         for name in STATES:
             (directory / name).touch()
+        (directory / "trainer_state.json").write_text(json.dumps({**STATE, "global_step": step}))
         manifest.write(directory, recorded(step=step))
     return tmp_path / "run"
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from halfbyte.files import next_free, replace_file
+from halfbyte.files import next_free, read, replace_file
 
 METRICS = "metrics.jsonl"
 EARLIER = "_earlier"  # upstream pushes no name that begins with an underscore
@@ -35,6 +35,15 @@ def holds_a_run(output_dir: Path) -> bool:
     return not visible or any((output_dir / name).exists() for name in (METRICS, "run.json", EARLIER))
 
 
+def unreadable(output_dir: Path) -> str | None:
+    """Why the run in ``output_dir`` cannot be continued, or None: a log that is no file would block or break it."""
+    for name in (METRICS, "run.json"):
+        path = output_dir / name
+        if os.path.lexists(path) and not path.is_file():
+            return f"{path} is no regular file; remove it"
+    return None
+
+
 def not_to_be_moved(output_dir: Path, inputs: Iterable[str]) -> str | None:
     """Why ``output_dir`` may not be moved aside, or None: it must hold a run, and nothing that this run reads."""
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
@@ -48,6 +57,8 @@ def not_to_be_moved(output_dir: Path, inputs: Iterable[str]) -> str | None:
         path = Path(name).expanduser()
         if path.exists() and (path.resolve() == place or place in path.resolve().parents):
             return f"{output_dir} holds {name}, which this run reads, and is not moved aside; choose another"
+    if os.path.ismount(place) or not os.access(place.parent, os.W_OK | os.X_OK):
+        return f"{output_dir} cannot be renamed where it is, and so not moved aside; choose another"
     logged = any((output_dir / name).is_file() for name in (METRICS, "run.json"))
     if not logged and not checkpoints(output_dir):
         return f"{output_dir} holds no run, and only an earlier run is moved aside; choose another"
@@ -84,13 +95,13 @@ def cut(output_dir: Path, step: int | None) -> list[str]:
 
 def _rows_until(log: Path, step: int) -> tuple[list[bytes], int]:
     kept, dropped, ended = [], 0, False
-    for line in log.read_bytes().splitlines():
+    for line in read(log).splitlines():
         try:
             row = json.loads(line)
             # The row that ended a session, and the evaluation after it, come again at the new end.
             ended = ended or "train_runtime" in row
             keep = row["step"] <= step and not ended
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             keep = False  # cut short by a kill
         if keep:
             kept.append(line + b"\n")

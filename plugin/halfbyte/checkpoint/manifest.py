@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from halfbyte import files as disk
 from halfbyte.files import digest, digest_of, entry, sync, write_file
 
 NAME = "manifest.json"
 FORMAT = 1
+_MOST = 1 << 26  # bytes of a manifest that is read
 
 Listing = dict[str, dict[str, Any]]
 
@@ -136,7 +138,7 @@ def _read(directory: Path) -> tuple[Manifest, Listing]:
     try:
         if path.is_symlink():
             raise ValueError(f"{NAME} is a link")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(disk.read(path, _MOST))
     except FileNotFoundError:
         raise ValueError(f"it has no {NAME}: its save never ended, or another program wrote it") from None
     except OSError as error:
@@ -149,10 +151,25 @@ def _read(directory: Path) -> tuple[Manifest, Listing]:
         raise ValueError(f"{NAME} is of another version of halfbyte")
     files = content.pop("files", None)
     try:
-        assert all({"size", "sha256"} <= entry.keys() for entry in files.values())
-        return Manifest(**content), files
-    except (AssertionError, AttributeError, TypeError):
-        raise ValueError(f"{NAME} is damaged") from None
+        found = Manifest(**content)
+        if _is_typed(found) and all(type(each["size"]) is int and each["sha256"] for each in files.values()):
+            return found, files
+    except (AttributeError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{NAME} is damaged")
+
+
+def _is_typed(found: Manifest) -> bool:
+    """Whether every field has its type, and a value that a run can have."""
+    counts = (found.step, found.world_size, 0 if found.best_step is None else found.best_step)
+    texts, flags = (found.run_id, found.config_hash), (found.finite, found.resumable)
+    mappings = (found.config, found.inputs, found.data_position, found.versions, found.decided)
+    return (
+        all(type(count) is int and count >= 0 for count in counts)
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(flag, bool) for flag in flags)
+        and all(isinstance(mapping, dict) for mapping in mappings)
+    )
 
 
 def _own_hash(content: Mapping[str, Any]) -> str:

@@ -50,6 +50,8 @@ class Resume:
         if directory.exists() and not directory.is_dir():
             return f"{directory} is a file; name a directory"
         used = directory.is_dir() and any(directory.iterdir())
+        if used and self.wanted and (reason := history.unreadable(directory)) is not None:
+            return reason
         if not used or self._inside(directory) or (overwrite and self.path is None):
             return None
         if self.path is not None:

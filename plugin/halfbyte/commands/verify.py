@@ -7,7 +7,10 @@ from halfbyte.checkpoint import manifest, usable
 from halfbyte.checkpoint.history import checkpoints, step_of
 from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
+from halfbyte.files import read
 from halfbyte.wording import say, shorten
+
+_MOST = 1 << 26  # bytes of run.json that are read
 
 
 def main(arguments: list[str]) -> int:
@@ -58,13 +61,13 @@ def _run(directory: Path) -> int:
 def _final(directory: Path) -> manifest.Listing | None:
     """Return the files that the finished run listed in run.json, or None if it lists none."""
     try:
-        listed = json.loads((directory / "run.json").read_text(encoding="utf-8"))["files"]
+        listed = json.loads(read(directory / "run.json", _MOST))["files"]
         assert all(Path(name).name == name and {"size", "sha256"} <= listed[name].keys() for name in listed)
     except FileNotFoundError:
         return None
     except KeyError:
         return None
-    except (OSError, ValueError, TypeError, AttributeError, AssertionError):
+    except (OSError, ValueError, TypeError, AttributeError, AssertionError, RecursionError):
         raise UserError(f"{directory / 'run.json'} is damaged", option="halfbyte verify") from None
     return dict(listed) or None
 

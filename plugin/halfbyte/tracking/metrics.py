@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from halfbyte.files import read
 from halfbyte.tracking.record import plain
 
 Row = dict[str, Any]
@@ -15,10 +16,10 @@ def read_rows(path: Path) -> list[Row]:
     """Return the rows of a ``metrics.jsonl``; an incomplete last line, of a run that was killed, is ignored."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read(path).splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 rows.append(row)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from halfbyte.files import replace_file
+from halfbyte.files import read, replace_file
 from halfbyte.redaction import redact
 
 _PACKAGES = ("halfbyte", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -74,8 +74,8 @@ class RunRecord:
 def wandb_id(path: Path) -> str | None:
     """Return W&B's id of the run that a ``run.json`` describes, if it has one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("wandb_id")
-    except (OSError, ValueError, AttributeError):
+        found = json.loads(read(path)).get("wandb_id")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return found if isinstance(found, str) else None
 
