@@ -8,6 +8,7 @@ NOT_QUICK = (
     "tests/adapters/test_fresh.py::test_a_fresh_adapter_changes_nothing",
     "tests/benchmarks/test_gpu_script.py",
     "tests/checkpoint/test_faults.py",
+    "tests/checkpoint/test_full_disk.py::test_full",
     "tests/checkpoint/test_changes.py::test_a_learning_rate_that_is_changed_trains_from_the_first_step[lr_",
     "tests/checkpoint/test_changes.py::test_a_learning_rate_that_is_changed_trains_from_the_first_step[max_",
     "tests/checkpoint/test_changes.py::test_a_learning_rate_that_is_changed_trains_from_the_first_step[warmup_",

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _CHUNK = 1 << 20
@@ -45,10 +46,30 @@ def remove_leftovers(directory: Path) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` and force it to disk."""
-    with path.open("wb") as file:
+    with named(path), path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Have an OSError of the block name ``path``: that of a write or a flush names nothing."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def overwrite_file(path: Path, content: bytes) -> bool:
+    """Put ``content`` into the file at ``path`` in place; False if that may need more room: for a disk that is full."""
+    if len(content) > path.stat().st_blocks * 512:
+        return False
+    with path.open("r+b") as file:
+        file.write(content)
+        file.truncate()
+    return True
 
 
 def follow_umask(directory: Path) -> None:

@@ -24,6 +24,7 @@ from halfbyte.checkpoint import changes, manifest
 from halfbyte.checkpoint.held import held
 from halfbyte.checkpoint.output import claim, left_as_it_was, save_final
 from halfbyte.checkpoint.resume import Resume, find
+from halfbyte.checkpoint.space import explain_full_disk
 from halfbyte.config import RunArguments, Settings
 from halfbyte.data import OtherRowsError, RunData
 from halfbyte.errors import Halted, Stopped, UserError
@@ -31,7 +32,7 @@ from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe, recipes_for
 from halfbyte.resilience.memory import advice
-from halfbyte.resilience.signals import Signals
+from halfbyte.resilience.signals import Signals, stops_raised
 from halfbyte.resilience.watch import watch
 from halfbyte.resolve import Decisions
 from halfbyte.tracking import RunRecord, Tracker, again_command, next_command, resume_command
@@ -57,7 +58,8 @@ def main(name: str, recipe: Recipe, argv: list[str], written: config.Written | N
         _quieten()
         settings.check(QLoRAPlugin)  # before what depends on the machine
         resolve.join(settings)
-        with held(settings["output_dir"]):
+        output = settings["output_dir"] or "trainer_output"  # upstream's default
+        with stops_raised(), held(output), left_as_it_was(output), _full_disk_explained(output):
             train(name, recipe, argv, settings)
     except UserError as error:
         settings.placed(error)
@@ -98,7 +100,7 @@ def train(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> Non
     tracker = _tracker(name, recipe, argv, options, decisions, resume)
     signals = Signals(tracker.abandon)
     conduct = _conduct(options, inputs, resume, tracker, signals)
-    with distributed.on_every_rank("building the trainer"), left_as_it_was(output):
+    with distributed.on_every_rank("building the trainer"):
         trainer = build_trainer(name, recipe, options, decisions, inputs.rows, conduct)
     tracker.record.update(**_described(options, inputs, decisions, trainer))
     moved = claim(output, resume, overwrite=overwrite)
@@ -215,6 +217,17 @@ def _ending_together() -> Iterator[None]:
     except Stopped:
         PartialState().wait_for_everyone()
         raise
+
+
+@contextmanager
+def _full_disk_explained(output_dir: str) -> Iterator[None]:
+    """Turn what the system says about a full disk into which file, how much is free, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError | Halted) or (told := explain_full_disk(error, output_dir)) is None:
+            raise
+        raise Halted(told) from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 from halfbyte.checkpoint import manifest, resume
 from halfbyte.cli import main
 from tests.checkpoint.test_manifest import recorded
+from tests.checkpoint.test_resume import STATE
 
 
 @pytest.fixture
@@ -20,6 +21,7 @@ def output(tmp_path: Path) -> Path:
         (directory / "weights").write_bytes(b"w" * step)
         for name in ("trainer_state.json", "scheduler.pt", "rng_state.pth", "optimizer.pt"):
             (directory / name).write_bytes(b"state")
+        (directory / "trainer_state.json").write_text(json.dumps({**STATE, "global_step": step}))
         manifest.write(directory, recorded(step=step))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"final")
     listed = manifest.listing(tmp_path, ["adapter_model.safetensors"])

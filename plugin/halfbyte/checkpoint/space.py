@@ -38,6 +38,21 @@ def explain_failure(final: Path, needed: int, error: Exception) -> str:
     return f"cannot save {final}: {reason}. The last good checkpoint: {left}"
 
 
+def explain_full_disk(error: Exception, output_dir: str) -> str | None:
+    """What a run that ended for want of space could not write, and what to do; None for any other error."""
+    if not _is_full(error):
+        return None
+    name = getattr(error, "filename", None) or output_dir
+    there = next(path for path in (Path(name), *Path(name).absolute().parents) if path.exists())
+    with contextlib.suppress(OSError):
+        free = f", {shutil.disk_usage(there).free:,} bytes are free there"
+        return (
+            f"cannot write {name}: {first_line(error)}{free}; free some and continue with "
+            f"`--resume_from_checkpoint auto`"
+        )
+    return f"cannot write {name}: {first_line(error)}"
+
+
 def _is_full(error: Exception) -> bool:
     """Whether a write failed for want of space, in Python's words, Rust's or those of torch's writer."""
     words = ("No space left", "PytorchStreamWriter", "unexpected pos", *(f"os error {n}" for n in _FULL))

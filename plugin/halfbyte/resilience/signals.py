@@ -6,11 +6,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from halfbyte.errors import Stopped
 from halfbyte.wording import say_on_this_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -117,6 +118,31 @@ class Signals:
         with suppress(Exception):
             sys.stdout.flush()
         os._exit(128 + self.received)
+
+
+@contextmanager
+def stops_raised() -> Iterator[None]:
+    """Have what would kill the process raise Stopped on the main thread, outside of :class:`Signals`.
+
+    What was created before the first step is then removed again. On rank 0 alone: the other ranks create nothing.
+    """
+    if threading.current_thread() is not threading.main_thread() or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    numbers = [number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+               if signal.getsignal(number) is signal.SIG_DFL]  # fmt: skip
+    for number in numbers:
+        signal.signal(number, _raise_stopped)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    ends = signal.SIGTERM if number == signal.SIGHUP else number
+    raise Stopped(ends, f"stopped by {signal.Signals(number).name} outside of training")
 
 
 def _seen(number: int, frame: FrameType | None) -> None:

@@ -176,6 +176,7 @@ class Tracker(TrainerCallback):
             self._write_record()
         elif there:
             self._try("run.json", self._write_record)
+        there = there and self.record.path.is_file()  # a disk too full for it takes nothing else
         plots = self._draw() if there else []
         if there:
             self.write_card()

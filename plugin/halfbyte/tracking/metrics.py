@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from halfbyte.files import read
+from halfbyte.files import named, read
 from halfbyte.tracking.record import plain
 
 Row = dict[str, Any]
@@ -43,8 +43,9 @@ class MetricsLog:
         row: Row = plain({"step": step, "epoch": epoch, "time": round(time.time(), 3), **logs})
         if self._file is None:
             self._file = self._open()
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with named(self.path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
         self.rows.append(row)
         return row
 

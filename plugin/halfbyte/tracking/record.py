@@ -9,10 +9,11 @@ import resource
 import sys
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from halfbyte.files import read, replace_file
+from halfbyte.files import overwrite_file, read, replace_file
 from halfbyte.redaction import redact
 
 _PACKAGES = ("halfbyte", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -68,7 +69,19 @@ class RunRecord:
     def write(self) -> None:
         """Replace ``run.json`` atomically: a reader sees the old file or the new one, never a part."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        replace_file(self.path, text.encode())
+        try:
+            replace_file(self.path, text.encode())
+        except OSError:
+            if self._values["status"] == "running" or not self._write_status():
+                raise
+
+    def _write_status(self) -> bool:
+        """Write only how the run ended, in place, where a full disk takes no second file; return whether it did."""
+        with suppress(OSError, ValueError, TypeError):
+            ended = {key: plain(self._values[key]) for key in ("status", "steps")}
+            text = json.dumps({**json.loads(read(self.path)), **ended}, indent=2, ensure_ascii=False) + "\n"
+            return overwrite_file(self.path, text.encode())
+        return False
 
 
 def wandb_id(path: Path) -> str | None:
