@@ -1,12 +1,16 @@
 """What YAML and the command line resolve to, and what is refused with which words."""
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from halfbyte.config import reading
 from halfbyte.config.sources import MAX_BYTES, MAX_DEPTH
+from halfbyte.config.written import collect
+from halfbyte.errors import UserError
 from tests.config.reading import DPO, parse, refusal
 
 
@@ -264,3 +268,25 @@ def test_names_are_looked_up_for_the_lines_that_are_shown(monkeypatch: pytest.Mo
     message = refusal(parse, *(f"--no_such_option_{number}=1" for number in range(5000)))
     assert message.splitlines()[-1] == "... and 4991 more"
     assert len(looked_up) <= 10
+
+
+@pytest.mark.parametrize("line", ["learning_rat{n}: 1\n", "seed: 1\n", "- {n}\n", "k{n}: [1, 2, 3]\n"])
+def test_a_file_of_a_megabyte_is_refused_in_seconds(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "large.yaml"
+    path.write_text("".join(line.format(n=n) for n in range(90_000))[: 1 << 20])
+    start = time.process_time()
+    with pytest.raises(UserError, match="more than 20,000 keys and values"):
+        collect(["--config", str(path)])
+    assert time.process_time() - start < 20
+
+
+def test_a_pipe_is_read_if_somebody_writes_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="a pipe that nothing is written to"):
+        collect(["--config", str(path)])
+    read, write = os.pipe()
+    os.write(write, b"seed: 7\n")
+    os.close(write)
+    assert collect(["--config", f"/dev/fd/{read}"]).file.nodes["seed"].value == "7"
+    os.close(read)

@@ -42,15 +42,16 @@ def explain_full_disk(error: Exception, output_dir: str) -> str | None:
     """What a run that ended for want of space could not write, and what to do; None for any other error."""
     if not _is_full(error):
         return None
+    reason = getattr(error, "strerror", None) or first_line(error)
     name = getattr(error, "filename", None) or output_dir
     there = next(path for path in (Path(name), *Path(name).absolute().parents) if path.exists())
     with contextlib.suppress(OSError):
         free = f", {shutil.disk_usage(there).free:,} bytes are free there"
         return (
-            f"cannot write {name}: {first_line(error)}{free}; free some and continue with "
+            f"cannot write {name}: {reason}{free}; free some and continue with "
             f"`--resume_from_checkpoint auto`"
         )
-    return f"cannot write {name}: {first_line(error)}"
+    return f"cannot write {name}: {reason}"
 
 
 def _is_full(error: Exception) -> bool:

@@ -1,6 +1,8 @@
 """Values before they have a type, each with the line or option where it was written; YAML and JSON read into them."""
 
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +14,7 @@ from halfbyte.wording import shorten
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
+MAX_VALUES = 20_000  # of which PyYAML reads a million in a minute
 NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 
 
@@ -107,8 +110,12 @@ def read_yaml(path: str) -> Entries:
 
 def _text(path: str) -> str:
     try:
-        with open(path, "rb") as file:
+        # A pipe that nobody writes to would block; one that somebody does (`<(...)`) is read to its end.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            os.set_blocking(file.fileno(), True)
             data = file.read(MAX_BYTES + 1)
+            if not data and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+                raise ValueError("a pipe that nothing is written to")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
@@ -125,11 +132,17 @@ def _text(path: str) -> str:
 
 def _compose(path: str, text: str) -> yaml.Node | None:
     try:
-        depth = 0
+        depth = values = 0
         # The event stream is not recursive, so nesting and aliases are refused before yaml.compose recurses.
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             assert event.start_mark is not None
             line = event.start_mark.line + 1
+            values += isinstance(event, yaml.ScalarEvent)
+            if values > MAX_VALUES:
+                raise UserError(
+                    f"more than {MAX_VALUES:,} keys and values; a configuration is a short YAML file",
+                    place=f"{path}:{line}",
+                )
             if isinstance(event, yaml.AliasEvent):
                 raise UserError(
                     "aliases (*name) are not supported; write the value out", place=f"{path}:{line}"
@@ -203,10 +216,12 @@ def parse_json(text: str, source: Source) -> Node:
     """Parse `text` as JSON; raises OptionError, also for duplicate names and deep nesting."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in items]
-        if repeated := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"{repeated!r} is given twice")
-        return dict(items)
+        found: dict[str, Any] = {}
+        for name, value in items:
+            if name in found:
+                raise ValueError(f"{name!r} is given twice")
+            found[name] = value
+        return found
 
     def node(value: Any, depth: int = 0) -> Node:
         if depth > MAX_DEPTH:
