@@ -11,9 +11,9 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
+from halfbyte import QLoRAPlugin, run
 from halfbyte import commands as table
 from halfbyte import recipe as recipes
-from halfbyte import run
 from halfbyte.recipe import Recipe
 from tests import tiny
 from tests.documentation.documents import DOCUMENTS, ROOT, Block, blocks, commands, title
@@ -23,6 +23,7 @@ ENVIRONMENT = {"WANDB_MODE": {"offline"}}
 
 # What a user would write in place of a hub's name, here the tiny models and rows of the tests.
 CHAT, STORIES, MODEL = '"trl-lib/Capybara"', '"roneneldan/TinyStories"', '"Qwen/Qwen3-8B"'
+ADAPTER = '"path/to/adapter"'
 # What a machine with a GPU does not need, and two steps for an epoch.
 ON_A_CPU = (
     ("SFTConfig(", "SFTConfig(use_cpu=True, bf16=False, max_steps=2, "),
@@ -159,7 +160,11 @@ def test_python_runs_on_a_tiny_model(
     chat = tiny.write_rows(tmp_path / "chat", tiny.conversations(20))
     stories = tiny.write_rows(tmp_path / "stories", tiny.texts(20))
     program = block.text
-    for shown, here in ((MODEL, str(model_dir("llama"))), (CHAT, chat), (STORIES, stories), *ON_A_CPU):
+    given = [(MODEL, str(model_dir("llama"))), (CHAT, chat), (STORIES, stories)]
+    if ADAPTER in program:
+        given.append((ADAPTER, str(tmp_path / "adapter")))
+        QLoRAPlugin(dtype="float32").load(str(model_dir("llama"))).save_pretrained(tmp_path / "adapter")
+    for shown, here in (*given, *ON_A_CPU):
         program = program.replace(shown, here if shown in dict(ON_A_CPU) else repr(here))
     module = ModuleType("readme")
     exec(compile(program, str(block), "exec"), module.__dict__)
@@ -169,7 +174,8 @@ def test_python_runs_on_a_tiny_model(
         written = tmp_path / "run"
     else:
         (written,) = (tmp_path / "runs").iterdir()
-    assert (written / "adapter_model.safetensors").stat().st_size > 0
+    weights = "model.safetensors" if ADAPTER in block.text else "adapter_model.safetensors"
+    assert (written / weights).stat().st_size > 0
 
 
 def _train(recipe: Recipe, model: str, rows: str, output: Path) -> None:
