@@ -34,6 +34,14 @@ LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }} {% endif %}{% endfor %}"
 )
+# Their tokens begin and end texts; who speaks is ordinary text.
+ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+ALPACA = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{{ eos_token }}\n\n{% endfor %}"
+GEMMA4 = "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}"
+GLM = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'tool' %}<tool_response>\n{{ m.content }}\n"
+    "</tool_response>{% else %}<think></think>\n{{ m.content }}{% endif %}{% endfor %}"
+)
 THINK = {"<think>": False, "</think>": False}
 
 
@@ -64,9 +72,31 @@ def tokenizer(template: str, tokens: dict[str, bool]):
             {"<|endoftext|>", "<start_of_turn>", "<end_of_turn>"},
         ),
         (LLAMA2, {}, {"[INST]", "[/INST]"}),
+        (
+            "{{ bos_token }}" + LLAMA2.replace(" {% endif", "{{ eos_token }} {% endif"),
+            {},
+            {"[INST]", "[/INST]", "<|endoftext|>", "<|im_end|>"},
+        ),
+        (ZEPHYR, {}, {"<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|im_end|>"}),
+        (GEMMA4, {}, {"<|turn>", "<turn|>", "<|endoftext|>"}),
+        (ALPACA, {}, {"### user:", "### assistant:", "### system:", "### tool:", "<|im_end|>"}),
+        (GLM, {}, {"<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"}),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", {}, set()),
     ],
-    ids=["chatml", "qwen3", "deepseek", "gemma", "llama2", "plain"],
+    ids=[
+        *(
+            "chatml",
+            "qwen3",
+            "deepseek",
+            "gemma",
+            "llama2",
+            "llama2 with its tokens",
+            "zephyr",
+            "gemma4",
+            "alpaca",
+        ),
+        *("glm", "plain"),
+    ],
 )
 def test_the_delimiters_of_a_template(template: str, tokens: dict[str, bool], expected: set[str]) -> None:
     assert set(turn_delimiters(tokenizer(template, tokens))) == expected
@@ -162,3 +192,16 @@ def test_pairs_and_streams(write: Callable[..., str]) -> None:
 
 def test_text_that_is_templated_already_is_left_alone(write: Callable[..., str]) -> None:
     assert len(run_data(write("a.jsonl", [{"text": FORGED}])).train) == 1
+
+
+@pytest.mark.parametrize("template", [ZEPHYR, ALPACA, GEMMA4, GLM])
+def test_turns_in_words_are_no_turns_of_the_data(write: Callable[..., str], template: str) -> None:
+    words = tiny.tokenizer(chat_template=template).apply_chat_template(
+        [turn("user", "hi"), turn("assistant", "yes")], tokenize=False
+    )
+    forged = words.replace("<|im_end|>", "").replace("<|endoftext|>", "")
+    with pytest.raises(UserError, match="1 of 4 rows"):
+        read(write("a.jsonl", rows(forged)), "error", template=template)
+    harmless = [turn("system", "# user\n[1] <b>\n</tool_response>"), turn("user", "user: assistant")]
+    clean = [*tiny.conversations(2), {"messages": [*harmless, turn("assistant", "<tool_response> |> <|")]}]
+    assert len(read(write("b.jsonl", clean), "error", template=template).train) == 3

@@ -4,6 +4,7 @@ A tokenizer turns the text ``<|im_end|>`` into the end of a turn, also inside a 
 ``<think>``, may occur in messages and are only counted.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,20 +13,24 @@ from typing import Any
 import datasets
 import jinja2
 
-from halfbyte.data.forged import BESIDE, Turns, broken, strings
+from halfbyte.data.forged import BESIDE, Turns, broken, opened, strings
 from halfbyte.data.formats import Layout
 from halfbyte.data.nested import loosened
 from halfbyte.data.rendering import TEMPLATE_ERRORS
 from halfbyte.data.report import DataReport
 from halfbyte.data.rows import numbered
+from halfbyte.data.template import SPECIAL
 from halfbyte.errors import UserError
 
 # The contents of a probe's messages; everything else in the rendered text comes from the template.
 _USER, _ASSISTANT, _OTHER = "7fae1", "7fae2", "7fae3"
 _WORDS = re.compile("7fae[123]")
 _TAG = re.compile(r"</?(\w+)>")
-# A template without tokens of its own marks turns by text; words alone ("User:") are too common to refuse.
+# A template without tokens of its own marks turns by text: marks that look like tokens, else lines that have such a
+# character. Words alone ("User:") are too common to refuse, and tags of what is thought or called are no turns.
+_TEXT_MARK = re.compile(rf"{SPECIAL.pattern}|\[/?[A-Z_]{{3,}}\]|<</?SYS>>")
 _MARK = re.compile(r"[<\[|#{]")
+_ASIDE = re.compile(r"(?:</?(?:think|reason|thought|tool)\w*>\s*)+")
 _ROLES = ("role", "from")
 
 
@@ -38,11 +43,13 @@ def turn_delimiters(tokenizer: Any, template: str | None = None) -> tuple[str, .
     gaps = [gap for text in _probes(tokenizer, template) for gap in _WORDS.split(text)]
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
     found = Counter(token for gap in gaps for token in _pattern(added).findall(gap)) if added else Counter()
-    tokens = [token for token in found if added[token] or not _is_tag(token, added)]
-    if tokens:
-        return tuple(sorted(tokens))
-    lines = {line.strip() for gap in gaps for line in gap.splitlines()}
-    return tuple(sorted(line for line in lines if len(line) > 2 and _MARK.search(line)))
+    tokens = {token for token in found if added[token] or not _is_tag(token, added)}
+    rest = [line.strip() for gap in gaps for line in _pattern(added).sub("\n", gap).splitlines()]
+    marks = {mark[0] for line in rest for mark in _TEXT_MARK.finditer(line)}
+    # Those that begin and end a text say nothing of who speaks: the template says it in words.
+    if not marks and tokens <= {tokenizer.bos_token, tokenizer.eos_token}:
+        marks = {line for line in rest if len(line) > 2 and _MARK.search(line) and not _ASIDE.fullmatch(line)}
+    return tuple(sorted(tokens | marks))
 
 
 def settle(
@@ -60,10 +67,9 @@ def settle(
     space after its first character; ``allow`` leaves it. A stream is handled as it is read, and not counted.
     """
     check = _Check(turn_delimiters(tokenizer, template), tokenizer, template, layout, policy)
-    names = dataset.column_names or list(next(iter(dataset)))
-    columns = [*layout.spoken, *(name for name in BESIDE if name in names)]
-    if isinstance(dataset, datasets.IterableDataset):
-        return _arriving(split, dataset, columns, check, policy)
+    if isinstance(dataset, datasets.IterableDataset):  # a later file may have what the first row has not
+        return _arriving(split, dataset, [*layout.spoken, *BESIDE], check, policy)
+    columns = [*layout.spoken, *(name for name in BESIDE if name in dataset.column_names)]
     rows: list[int] = []
     turns: Counter[str] = Counter()
     others: Counter[str] = Counter()
@@ -85,9 +91,8 @@ def settle(
         f"{split}: turn delimiters in messages of {len(rows):,} rows {done}: {_counts(turns)}"
     )
     if policy == "escape":
-        pattern = _pattern(check.delimiters)
         dataset = dataset.map(
-            lambda row: {c: broken(row[c], pattern) for c in columns if c in row},
+            lambda row: check.escaped(row, columns),
             features=loosened(dataset.features, columns),
         )
         for number, row in numbered(dataset, columns, doing=f"looking for turn delimiters in {split}"):
@@ -98,11 +103,10 @@ def settle(
 def _arriving(split: str, stream: Any, columns: Sequence[str], check: "_Check", policy: str) -> Any:
     if policy == "allow":
         return stream
-    pattern = _pattern(check.delimiters)
 
     def treat(row: dict[str, Any], index: int) -> dict[str, Any]:
         if policy == "escape":
-            row = {**row, **{c: broken(row[c], pattern) for c in columns if c in row}}
+            row = {**row, **check.escaped(row, columns)}
         _refuse_rest(split, index + 1, check, row, columns)
         return row
 
@@ -129,7 +133,7 @@ class _Check:
     ) -> None:
         self.delimiters = frozenset(delimiters)
         self._turns = Turns(tokenizer, template, layout, () if policy == "allow" else delimiters)
-        self._spoken = layout.spoken
+        self._spoken, self._delimiting = layout.spoken, _pattern(delimiters)
         added = tokenizer.added_tokens_decoder.values()
         self._pattern = _pattern([*(token.content for token in added), *delimiters])
         # A token that is matched after normalization may be written with other characters.
@@ -143,7 +147,7 @@ class _Check:
     def count(self, row: Mapping[str, Any], columns: Sequence[str]) -> Counter[str]:
         found: Counter[str] = Counter()
         for column in columns:
-            value = row.get(column) or ()
+            value = opened(row, column) or ()
             spoken = column in self._spoken
             for text in (t for message in value for t in _texts(message)) if spoken else strings(value):
                 found.update(self._pattern.findall(text))
@@ -154,6 +158,14 @@ class _Check:
         if not any(token in self.delimiters for token in found):
             found |= self._turns.forged(row, columns)
         return found
+
+    def escaped(self, row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+        """The columns of a row with its delimiters broken up; `tools` as JSON text stay text."""
+        found = {c: broken(opened(row, c), self._delimiting) for c in columns if c in row}
+        return {
+            c: json.dumps(v) if isinstance(row[c], str) and not isinstance(v, str) else v
+            for c, v in found.items()
+        }
 
 
 def _texts(message: Mapping[str, Any]) -> Iterator[str]:

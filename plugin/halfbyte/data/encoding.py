@@ -3,7 +3,6 @@
 Source: ``_tokenize`` of ``trl/data_utils.py`` (1.16), which renders and tokenizes one conversation or text a call.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,13 +40,6 @@ def batches_alike(tokenizer: Any) -> bool:
         )
         for name in names
     )
-
-
-def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row passes to its chat template, as TRL reads it."""
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
 class Encoder:

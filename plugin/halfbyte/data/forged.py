@@ -19,7 +19,8 @@ Row = Mapping[str, Any]
 _WORD = "7fae4"
 _NAME = re.compile(r"[A-Za-z_$][\w$-]*")
 # Under these a template finds words of its own; no delimiter is one word.
-_KEPT_KEYS = frozenset({"role", "from", "type", "id", "tool_call_id"})
+_NAMING = frozenset({"role", "from", "type"})
+_KEPT_KEYS = _NAMING | {"id", "tool_call_id"}
 BESIDE = ("tools", "chat_template_kwargs")
 _CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _CUTS = re.compile(
@@ -45,9 +46,11 @@ class Turns:
         self._kept = (
             re.compile(f"({'|'.join(map(re.escape, sorted(kept, key=len, reverse=True)))})") if kept else None
         )
-        self._heads = _pieces(delimiters, lambda d, n: d[:n])
-        self._tails = _pieces(delimiters, lambda d, n: d[-n:])
-        self._inner = {d[i:j] for d in delimiters for i in range(len(d)) for j in range(i + 1, len(d) + 1)}
+        folded = [_folded(each) for each in delimiters]
+        self._heads = _pieces(folded, lambda d, n: d[:n])
+        self._tails = _pieces(folded, lambda d, n: d[-n:])
+        self._inner = {d[i:j] for d in folded for i in range(len(d)) for j in range(i + 1, len(d) + 1)}
+        self._whole = re.compile("|".join(map(re.escape, folded)) or "(?!)")
         self._changes = bool(delimiters) and not self._prints_as_given()
 
     def forged(self, row: Row, columns: Sequence[str]) -> Counter[str]:
@@ -56,7 +59,9 @@ class Turns:
             return Counter()
         found = self._count(row)
         for neutral in (self._neutral, self._broken):
-            needed = self._count({**row, **{c: neutral(row[c]) for c in (*columns, *BESIDE) if row.get(c)}})
+            needed = self._count(
+                {**row, **{c: neutral(opened(row, c)) for c in {*columns, *BESIDE} if row.get(c)}}
+            )
             if needed is not None:
                 return (found or Counter()) - needed
         return Counter()
@@ -65,15 +70,15 @@ class Turns:
         if self._changes:
             return True
         begun = ended = False
-        for text in (text for column in (*columns, *BESIDE) for text in strings(row.get(column))):
-            edge = text.strip()
+        for text in (text for column in {*columns, *BESIDE} for text in strings(opened(row, column))):
+            folded = _folded(text)
             if (
-                self._pattern.search(text)
-                or edge in self._inner
+                self._whole.search(folded)
+                or folded in self._inner
                 or any(cut in text for cut in self._triggers)
             ):
                 return True
-            begun, ended = begun or edge.endswith(self._heads), ended or edge.startswith(self._tails)
+            begun, ended = begun or folded.endswith(self._heads), ended or folded.startswith(self._tails)
         return begun and ended
 
     def _count(self, row: Row) -> Counter[str] | None:
@@ -123,29 +128,45 @@ class Turns:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in a value, keys that are no plain names among them."""
+    """Every text in a value, keys that are no plain names among them; roles and types that are plain say nothing."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if not _NAME.fullmatch(key):
                 yield key
-            if key not in ("role", "from", "type"):
+            if key not in _NAMING or not (isinstance(item, str) and _NAME.fullmatch(item)):
                 yield from strings(item)
     elif isinstance(value, list | tuple):
         for item in value:
             yield from strings(item)
 
 
-def broken(value: Any, pattern: re.Pattern[str], key: str = "") -> Any:
-    """``value`` with a space after the first character of whatever matches, in keys too, but not in roles."""
+def broken(value: Any, pattern: re.Pattern[str]) -> Any:
+    """``value`` with a space after the first character of whatever matches, in keys too."""
     if isinstance(value, str):
-        return value if key in ("role", "from") else pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", value)
+        return pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", value)
     if isinstance(value, Mapping):
-        return {broken(name, pattern): broken(item, pattern, name) for name, item in value.items()}
+        return {broken(name, pattern): broken(item, pattern) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [broken(item, pattern, key) for item in value]
+        return [broken(item, pattern) for item in value]
     return value
+
+
+def opened(row: Row, column: str) -> Any:
+    """What the template gets of a column: `tools` may be JSON text, in which escapes hide what it says."""
+    value = row.get(column)
+    if column != "tools" or not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _folded(text: str) -> str:
+    """``text`` as templates that change letters or drop blanks could print it."""
+    return "".join(text.split()).casefold()
 
 
 def _pieces(delimiters: Sequence[str], cut: Any) -> tuple[str, ...]:

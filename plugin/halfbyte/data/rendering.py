@@ -101,13 +101,18 @@ def refusal(row: Mapping[str, Any], layout: Layout, tokenizer: Any, template: st
     return None
 
 
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row passes to its chat template, as TRL reads it."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+
+
 def texts(
     row: Mapping[str, Any], layout: Layout, tokenizer: Any, template: str | None, *, prompts: bool = True
 ) -> Iterator[str]:
     """What TRL renders of a row: its conversations, and with ``prompts`` what comes before the answers."""
-    tools = row.get("tools")
-    options = dict(row.get("chat_template_kwargs") or {})
-    options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    options = template_options(row)
     for messages, prompt_only in _renderings(row, layout):
         if prompts or not prompt_only:
             yield str(

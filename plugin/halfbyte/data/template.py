@@ -17,8 +17,9 @@ from halfbyte.data.rendering import TEMPLATE_ERRORS
 from halfbyte.errors import UserError
 from halfbyte.wording import first_line, shorten, suggestion
 
-# What a template writes as a special token: <|name|>, the same with full-width bars, and Gemma's.
-SPECIAL = re.compile(r"<([|\uff5c])[^\s|\uff5c<>'\"{}+]+\1>|<(?:start|end)_of_turn>")
+# What a template writes as a special token: <|name|>, <|name> and <name|>, the same with full-width bars, and Gemma's.
+_BAR, _NAME = r"[|\uff5c]", r"[^\s|\uff5c<>'\"{}+]+"
+SPECIAL = re.compile(rf"<{_BAR}{_NAME}{_BAR}?>|<{_NAME}{_BAR}>|<(?:start|end)_of_turn>")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 CONTENT = "7fae"  # the content of a message in a probe
 

@@ -17,7 +17,8 @@ import pyarrow as pa
 from trl.data_utils import common_prefix_length
 
 from halfbyte.data.counting import IGNORED
-from halfbyte.data.encoding import Encoder, Ids, batches_alike, template_options
+from halfbyte.data.encoding import Encoder, Ids, batches_alike
+from halfbyte.data.rendering import template_options
 
 EDITION = 1  # counted up when other rows come out of the same ones, so that what is cached is made anew
 _SFT = "trl.trainer.sft_trainer.SFTTrainer._prepare_dataset"
