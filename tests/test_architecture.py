@@ -23,6 +23,7 @@ LAYERS = [
         "files",
         "locks",
         "task",
+        "caches",
         "store",
         "identity",
         "names",

@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 
-from halfbyte import commands, descriptors, quiet, streams
+from halfbyte import caches, commands, descriptors, quiet, streams
 from halfbyte import recipe as recipes
 from halfbyte.errors import FailedElsewhereError, Halted, Stopped, UserError
 from halfbyte.wording import CONFIGURATIONS, say, show
@@ -60,6 +60,8 @@ def _ended(arguments: list[str], debug: bool) -> int:
                 number, signal.SIG_IGN
             )  # the launcher sends a signal to the others once a rank has ended
         _print(str(stopped))
+        if (watch := sys.modules.get("halfbyte.resilience.watch")) is not None:
+            watch.speaks_first()  # what fails on the others, which wait for this one, goes unsaid
         return stopped.code
     except Halted as error:
         if debug:
@@ -120,6 +122,7 @@ def _train(name: str, arguments: list[str]) -> int:
     written = config.collect(arguments)
     ours = claims[0].package == _OWN_PACKAGE
     config.refuse_early(written, f"halfbyte {name}", keys=ours, recipe=claims[0].object)
+    caches.provide()
     if "trl" not in sys.modules:
         say("halfbyte: loading PyTorch, Transformers and TRL ...", error=True)
     recipe = recipes.load(name)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import platformdirs
 
 from halfbyte import locks
+from halfbyte.caches import is_homeless
 from halfbyte.files import delete, digest, digest_of, entry, follow_umask, sync, total_size, write_file
 from halfbyte.wording import first_line, say
 
@@ -65,10 +66,9 @@ def cache_directory() -> Path:
 
     Raises OSError where the user has no home directory and ``XDG_CACHE_HOME`` is not set.
     """
-    try:
-        return platformdirs.user_cache_path("halfbyte", appauthor=False)
-    except RuntimeError as error:  # neither HOME nor a password entry, as in some containers
-        raise FileNotFoundError("there is no home directory; set XDG_CACHE_HOME") from error
+    if not os.environ.get("XDG_CACHE_HOME") and is_homeless():  # as in some containers
+        raise FileNotFoundError("there is no home directory; set XDG_CACHE_HOME")
+    return platformdirs.user_cache_path("halfbyte", appauthor=False)
 
 
 def root(kind: Kind = BASES) -> Path:

@@ -25,7 +25,9 @@ class SaboteurArguments(SFTArguments):
     fault: str | None = field(default=None, metadata={"help": "A signal, loss, gradient, weight or memory."})
     fault_place: str = field(
         default="step",
-        metadata={"help": "`step`, `evaluation` or `save`, for signals; `step` or `backward`, for memory."},
+        metadata={
+            "help": "`build`, `step`, `evaluation` or `save`, for signals; `step` or `backward`, for memory."
+        },
     )
     fault_target: str = field(default="0", metadata={"help": "A rank, `launcher`, or `all`."})
     fault_step: int = field(default=3, metadata={"help": "In which step."})
@@ -36,6 +38,10 @@ class SaboteurTrainer(SFTTrainer):
     """Leaves ``left-RANK`` in ``output_dir``: the step a rank was at when training was over."""
 
     _done = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._signal("build")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:

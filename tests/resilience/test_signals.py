@@ -64,6 +64,18 @@ def test_under_nohup_a_closed_terminal_stops_nothing(saboteur_options, tmp_path:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_signal_before_training_leaves_nothing(saboteur_options, tmp_path: Path, name: str) -> None:
+    there = set(tmp_path.iterdir()) | {tmp_path / "rows"}
+    ending = saboteur_options(fault=name, fault_place="build", output_dir=tmp_path / "a" / "b" / "run")
+    with pytest.raises((Stopped, KeyboardInterrupt)) as stopped:
+        run.main("saboteur", saboteur.recipe, ending)
+    if isinstance(stopped.value, Stopped):
+        assert stopped.value.code == CODES.get(name, 143)
+    assert set(tmp_path.iterdir()) == there
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_what_a_signal_cut_off_is_made_up_for(saboteur_options, tmp_path: Path) -> None:
     """Stopped in an evaluation and resumed: the rows and the weights of a run that never was, dropout on."""
     chosen = {"max_steps": 7, "lora_dropout": 0.1, "logging_steps": 2, "learning_rate": 1e-2}
@@ -180,6 +192,23 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(launched, tmp_path: Path) -
     run = launched("accelerate", fault="SIGTERM", fault_target="1")
     assert_stopped_together(run, tmp_path / "run", "SIGTERM", 3)
     assert len(list((tmp_path / "run").glob("left-*"))) == 2
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("name", "target"), [("SIGTERM", "0"), ("SIGTERM", "1"), ("SIGTERM", "all"),
+                                              ("SIGINT", "0"), ("SIGTERM", "launcher")])  # fmt: skip
+def test_a_signal_before_training_ends_both_at_once(launched, tmp_path: Path, name: str, target: str) -> None:
+    """One rank dies of it or leaves, the other waits for it to be built: both end, and nothing is left."""
+    run = launched("torchrun", fault=name, fault_target=target, fault_place="build")
+    assert run.process.wait(timeout=180) != 0
+    ended = time.monotonic()
+    while run.left() and time.monotonic() - ended < ENDED_SECONDS:
+        time.sleep(0.05)
+    assert run.left() == []
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "rows"}
+    if target == "0":
+        assert run.printed.count("stopped by SIGTERM outside of training\n") == (name == "SIGTERM")
+        assert "error: " not in run.printed.replace("error: <N/A>", ""), run.printed[-3000:]
 
 
 @pytest.mark.faults

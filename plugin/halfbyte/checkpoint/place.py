@@ -31,6 +31,6 @@ def _obstacle(output_dir: str) -> str | None:
         return f"{given} is a file; name a directory"
     if not there.is_dir():
         return f"{given} is below {there}, which is no directory; choose another"
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
         return f"{given} cannot be written: {there} is read-only for this user; choose another"
     return None

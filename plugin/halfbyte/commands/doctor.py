@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte import caches
 from halfbyte.commands.parser import Parser
 from halfbyte.wording import say
 
@@ -21,6 +22,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse(arguments)
+    caches.provide()
     from halfbyte.plan import doctor  # imports torch
 
     launch = doctor.inspect_launch(options.launch) if options.launch else None

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from halfbyte.caches import is_homeless, place
 from halfbyte.demo.corpus import Corpus, held_out
 from halfbyte.demo.tokenizer import VOCABULARY, train_tokenizer
 from halfbyte.files import digest, digest_of
@@ -64,8 +65,8 @@ def cache_key(corpus: Corpus, training: dict[str, Any]) -> str:
 
 
 def cache_directory() -> Path:
-    """Return where bases are kept: ``halfbyte/demo`` in the user's cache directory."""
-    return user_cache() / "demo"
+    """Return where bases are kept: ``halfbyte/demo`` in the user's cache directory, or among temporary files."""
+    return (place() if is_homeless() else user_cache()) / "demo"
 
 
 def store(run: Path, entry: Path) -> None:
