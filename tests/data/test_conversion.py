@@ -48,6 +48,10 @@ TEXT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a system column": ({"system": SYSTEM, "conversations": SHARE}, {"messages": [S, U, A]}),
     "a system column beside messages": ({"system": SYSTEM, "messages": [U, A]}, {"messages": [S, U, A]}),
     "the same system twice": ({"system": SYSTEM, "messages": [S, U, A]}, {"messages": [S, U, A]}),
+    "an instruction that stands in the input": (
+        {"instruction": "", "input": ASKED, "output": SAID},
+        {"prompt": [U], "completion": [A]},
+    ),
     "tools": (
         {"conversations": [*SHARE, said("tool", "sky"), said("gpt", SAID)], "tools": '[{"name": "f"}]'},
         {"messages": [U, A, turn("tool", "sky"), A], "tools": '[{"name": "f"}]'},

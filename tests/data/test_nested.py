@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trl import SFTTrainer
+from trl.scripts.utils import DatasetConfig
 
 from halfbyte.data import PreferencePairs, Text, nested
 from tests import tiny
@@ -123,6 +124,48 @@ def test_the_parts_of_a_mixture_may_be_of_any_format(tmp_path: Path, streaming: 
     wanted = [expected(json.loads(json.dumps(row))) for row in rows]
     data = run_data(datasets=[{"path": path} for path in paths], streaming=streaming)
     assert found(data.train) == wanted
+
+
+_TOOLED = [{"messages": [HI, BYE], "tools": [tool("f", x={"a": 1})]},
+           {"messages": [HI, BYE], "tools": [tool("g", y={"b": 1})]}]  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},
+        {"tools": None},
+        {"tools": []},
+        {"chat_template_kwargs": None},
+        {"chat_template_kwargs": {"mood": "good"}},
+    ],
+)
+def test_a_part_of_a_mixture_may_lack_what_another_nests(
+    tmp_path: Path, write: Any, other: dict[str, Any], streaming: bool
+) -> None:
+    rows = [[{"messages": [HI, BYE], **other}] * 2, _TOOLED]
+    if streaming:
+        rows.reverse()
+    parts = [DatasetConfig(path=write(f"{n}.jsonl", part)) for n, part in enumerate(rows)]
+    tokenizer = tiny.tokenizer(chat_template=PRINTS)
+    training = sft(tmp_path, max_length=None, max_steps=1)
+    data = run_data(datasets=parts, streaming=streaming, training=training, tokenizer=tokenizer)
+    found = [row["input_ids"] for row in build(SFTTrainer, data, training, tokenizer).train_dataset]
+    assert found == [
+        tokenizer.apply_chat_template(
+            row["messages"], tools=row.get("tools"), **(row.get("chat_template_kwargs") or {})
+        )["input_ids"]
+        for part in rows
+        for row in part
+    ]
+
+
+def test_a_column_that_is_text_in_one_part_and_nested_in_another_is_refused(write: Any) -> None:
+    text = [{"messages": [HI, BYE], "tools": "[]"}]
+    parts = [DatasetConfig(path=write(f"{n}.jsonl", part)) for n, part in enumerate((_TOOLED, text))]
+    with refusal("column 'tools' is text in datasets[1] and nested in another part"):
+        run_data(datasets=parts)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])

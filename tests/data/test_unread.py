@@ -83,7 +83,7 @@ def test_context_and_weights_that_are_not_read_are_refused(write, format, row, c
 @pytest.mark.parametrize(
     ("format", "row", "named"),
     [
-        (Text, {"text": "a fox", "label": 1, "id": "x", "title": "t"}, "label"),
+        (Text, {"text": "a fox", "label": 1, "id": "x", "title": "t"}, "label, title"),
         (Text, {"text": "a fox", "label": True}, "label"),
         (Text, {"text": "what? a fox", "question": "what?"}, "question"),
         (Text, {"text": "a fox", "weight": 1.0}, "weight"),
@@ -103,6 +103,46 @@ def test_what_changes_nothing_is_named_in_one_line(write, format, row, named):
     for options in ({}, {"dataset_streaming": True}):
         found = [note for note in notes(write("a.jsonl", [row] * 2), format, **options) if "not used" in note]
         assert [note.partition("not used: ")[2] for note in found] == ([named] if named else [])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        "System",
+        "systemPrompt",
+        "Tools",
+        "tool_definitions",
+        "choices",
+        "hint",
+        "system_instruction",
+        "Context",
+    ],
+)
+def test_context_under_other_spellings_is_refused(write, column):
+    with refusal("train row 1", f"column {column!r} is not read"):
+        notes(write("a.jsonl", [{"question": "a", "answer": "b", column: "c"}] * 2), Text)
+
+
+def test_the_columns_to_keep_are_those_of_the_data(write):
+    row = {"instruction": "a", "output": "b", "tools": [{"name": "f"}], "context": "c"}
+    with refusal("columns: [instruction, output, tools]"):
+        notes(write("a.jsonl", [row]), Text)
+    with refusal("columns: [prompt, completion, label]"):
+        notes(
+            write("b.jsonl", [{"prompt": "a", "completion": "b", "label": True, "input": "c"}]),
+            UnpairedPreferences,
+        )
+
+
+def test_what_is_repeated_is_words_and_not_letters(write):
+    with refusal("train row 1", "column 'context' is not read"):
+        notes(write("a.jsonl", [{"text": "a fox", "context": "ox"}]), Text)
+
+
+def test_any_text_that_is_not_read_is_named(write):
+    row = {"messages": [U, A], "thinking": "hm", "topic": "t", "notes": ["n"], "source": "s", "n": 1}
+    (line,) = notes(write("a.jsonl", [row]), Text)
+    assert line == "train: read as messages; columns not used: thinking, topic, notes"
 
 
 def test_empty_columns_are_no_context(write):

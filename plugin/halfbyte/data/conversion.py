@@ -124,7 +124,8 @@ class Conversion:
             turns += messages(talk, roles)
         if self.question:
             asked, below = _text(self.question, row), _text(self.below, row, optional=True)
-            turns.append({"role": "user", "content": f"{asked}\n\n{below}" if below else asked})
+            said = f"{asked}\n\n{below}" if asked.strip() and below else below or asked
+            turns.append({"role": "user", "content": said})
         return _one_system(begin, turns)
 
     def _at(self, row: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ tell apart is one thing in every format: a key that holds null is a key that is 
 that matters can be kept in ``tools`` that are written as JSON text.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import datasets
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from halfbyte.data.kinds import unlike_text
 from halfbyte.data.rendering import TEMPLATE_ERRORS
+from halfbyte.errors import UserError
 
 # Columns that may be rendered with the chat template.
 COLUMNS = frozenset(
@@ -81,7 +82,7 @@ def settle(dataset: Any, columns: Collection[str] = COLUMNS, join: bool = False)
         # A stream of a JSON array: mappings would be read as the JSON text that Arrow stores.
         features = datasets.Features.from_arrow_schema(first.schema)
         dataset = dataset.cast(features)
-    nested = {name: kind for name in columns if (kind := _as_json((features or {}).get(name))) is not None}
+    nested = {name: kind for name in columns if (kind := _form(name, (features or {}).get(name))) is not None}
     if not streaming:
         nested = {n: kind for n, kind in nested.items() if _changes(dataset.data.column(n), n, join)}
     if not nested:
@@ -99,11 +100,21 @@ def settle(dataset: Any, columns: Collection[str] = COLUMNS, join: bool = False)
 
 
 def alike(parts: Iterable[Any]) -> list[Any]:
-    """Return data sets with the nested columns in which they differ in one form, so that they can be concatenated."""
+    """Return data sets with the nested columns in which they differ in one form, so that they can be concatenated.
+
+    A part that lacks such a column, or has nothing in it, gets it with nulls or what it has. Raises UserError for a
+    column that is nested in one part and text in another.
+    """
     parts = list(parts)
-    held = [part.features for part in parts if part.features is not None]
-    names = {name for features in held for name in features if _as_json(features[name]) is not None}
-    differ = {n for n in names if len({repr(f[n]) for f in held if n in f}) > 1}
+    held = [part.features for part in parts]
+    kinds = {n: kind for f in held for n in f or () if (kind := _form(n, f[n])) is not None}
+    for name in kinds:
+        if odd := [kind for f in held if f and (kind := f.get(name)) == datasets.Value("string")]:
+            numbers = [f"datasets[{at}]" for at, f in enumerate(held) if f and f.get(name) == odd[0]]
+            raise UserError(
+                f"column {name!r} is text in {', '.join(numbers)} and nested in another part; write it in one form"
+            )
+    differ = {n: kind for n, kind in kinds.items() if len({repr((f or {}).get(n)) for f in held}) > 1}
     return [_converted(part, differ) for part in parts]
 
 
@@ -132,22 +143,23 @@ def loosened(features: Any, columns: Collection[str]) -> Any:
     return datasets.Features({n: (_as_json(f) if n in columns else None) or f for n, f in features.items()})
 
 
-def _converted(part: Any, names: Collection[str]) -> Any:
+def _converted(part: Any, kinds: Mapping[str, Any]) -> Any:
     features = part.features
-    nested = {name: _as_json(features[name]) for name in names if name in features} if features else {}
-    if not nested:
+    if features is None or not kinds:
         return part
+    own = {name: _as_json(features.get(name)) or kind for name, kind in kinds.items()}
     return part.map(
         _settled_batch,
         batched=True,
         batch_size=_BATCH,
-        fn_kwargs={"columns": sorted(nested), "join": False},
-        features=datasets.Features({**features, **nested}),
+        fn_kwargs={"columns": sorted(own), "join": False},
+        features=datasets.Features({**features, **own}),
     )
 
 
 def _settled_batch(batch: dict[str, list[Any]], columns: list[str], join: bool) -> dict[str, list[Any]]:
-    return {name: [_column(name, value, join) for value in batch[name]] for name in columns}
+    absent = [None] * len(next(iter(batch.values())))
+    return {name: [_column(name, value, join) for value in batch.get(name, absent)] for name in columns}
 
 
 def _settled(row: dict[str, Any], columns: list[str], join: bool) -> dict[str, Any]:
@@ -171,6 +183,15 @@ def _without_nulls(value: Any, join: bool) -> Any:
         if isinstance(parts, list) and parts and not any(map(unlike_text, parts)):
             kept[key] = "".join(part["text"] for part in parts)
     return kept
+
+
+def _form(name: str, feature: Any) -> Any:
+    """The feature as :func:`_as_json` has it, also of a column that holds nothing but empty lists, or no options."""
+    if feature == datasets.List(datasets.Value("null")):
+        return datasets.List(datasets.Json())
+    if name == "chat_template_kwargs" and feature == datasets.Value("null"):
+        return datasets.Json()
+    return _as_json(feature)
 
 
 def _as_json(feature: Any) -> Any:

@@ -174,7 +174,9 @@ def _converted(seen: Seen, format: DataFormat, tokenizer: Any, training: Any, re
     report.notes.append(f"{seen.split}: {found.line(seen.first, seen.whole)}")
     dataset = conversion.apply(seen.split, seen.dataset, seen.columns, found)
     first = next(iter(dataset))
-    return replace(seen, dataset=dataset, columns=tuple(dataset.column_names or first), first=first)
+    return replace(
+        seen, dataset=dataset, columns=tuple(dataset.column_names or first), first=first, conversion=found
+    )
 
 
 def _deciding(columns: Sequence[str], layout: Layout, text_field: str) -> list[str]:

@@ -33,6 +33,13 @@ class Seen:
     split: str = "data"
     roles: Collection[str] = field(default=(), repr=False)
     text_field: str = "text"
+    conversion: Conversion | None = None
+
+    def given(self, columns: Collection[str]) -> list[str]:
+        """The columns of the data as it was given that ``columns`` come from."""
+        made = {} if self.conversion is None else self.conversion.written
+        read = () if self.conversion is None else self.conversion.read
+        return [*read, *(name for name in columns if name not in made and name not in read)]
 
     @property
     def whole(self) -> bool:

@@ -4,6 +4,7 @@ What an unread column says may stand in the read ones as well, as the prompt bes
 it is a score or a label, it is only named.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,18 @@ CONTEXT = frozenset(
             "functions",
         ),
         *("instructions", "inputs", "outputs", "questions", "responses", "answers", "persona", "knowledge"),
+        *("sys", "system_instruction", "system_instructions", "options", "choices", "hint", "hints"),
+        *("tool_definitions", "tool_list", "tool_schemas", "available_tools", "available_functions"),
+        *(
+            "reasoning",
+            "reasoning_content",
+            "thinking",
+            "thought",
+            "thoughts",
+            "rationale",
+            "explanation",
+            "cot",
+        ),
     }
 )
 # Which tokens or rows count; where all of it is 1 it changes nothing.
@@ -56,9 +69,24 @@ _NAMED = ("label", "kto_tag", "desirable", "chosen", "rejected", "score", "ratin
 _ASIDE = ("id", "idx", "index", "uuid", "source", "dataset", "subset", "split", "origin", "url", "lang", "language",
           "category", "model", "type", "task", "license", "date", "hash")  # fmt: skip
 
+_LISTED = 12  # columns that a line names
 
 # Further answers, which are only named where what is read ends with one.
-_ANSWERS = frozenset({*ANSWERS, "solution", "target", "targets", "outputs", "responses", "answers"})
+_ANSWERS = frozenset(
+    {
+        *(*ANSWERS, "solution", "target", "targets", "outputs", "responses", "answers"),
+        *(
+            "reasoning",
+            "reasoning_content",
+            "thinking",
+            "thought",
+            "thoughts",
+            "rationale",
+            "explanation",
+            "cot",
+        ),
+    }
+)
 
 
 def settle(seen: Seen, layout: Layout, *, deciding: Sequence[str]) -> tuple[Any, list[str]]:
@@ -96,10 +124,10 @@ def settle(seen: Seen, layout: Layout, *, deciding: Sequence[str]) -> tuple[Any,
         if _weighs(name, tokens, seen) or (not (tokens or chosen) and _tells(name, seen, implicit))
     ]
     if _ends_with_an_answer(layout, seen.first):
-        checked = [name for name in checked if name not in _ANSWERS]
+        checked = [name for name in checked if _plain(name) not in _ANSWERS]
     dataset = seen.dataset
     if checked:
-        dataset = _checked(seen, list(layout.columns), checked)
+        dataset = _checked(seen, layout, checked)
     gone = [name for name in unread if name in deciding or name in MEDIA]
     named = [
         name
@@ -107,11 +135,18 @@ def settle(seen: Seen, layout: Layout, *, deciding: Sequence[str]) -> tuple[Any,
         if name in gone
         or (name in checked and seen.holds(name))
         or _shown(name, tokens or chosen)
-        or (name in _ANSWERS and seen.holds(name))
+        or (
+            not tokens
+            and not _aside(name)
+            and isinstance(seen.first.get(name), str | list | dict)
+            and seen.holds(name)
+        )
     ]
     if gone:
         dataset = dataset.remove_columns(gone)
-    lines = [f"{seen.split}: read as {layout}; columns not used: {', '.join(named)}"] if named else []
+    more = f" and {len(named) - _LISTED} more" if len(named) > _LISTED else ""
+    listed = ", ".join(named[:_LISTED]) + more
+    lines = [f"{seen.split}: read as {layout}; columns not used: {listed}"] if named else []
     return dataset, lines
 
 
@@ -121,28 +156,40 @@ def _ends_with_an_answer(layout: Layout, first: Mapping[str, Any]) -> bool:
     return said or bool({"completion", "chosen"} & set(layout.columns) and not layout.begin_alike)
 
 
+def _plain(name: str) -> str:
+    """A column's name in the form of those above: `systemPrompt` and `System Prompt` are `system_prompt`."""
+    return re.sub(r"\W+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).lower()
+
+
+def _aside(name: str) -> bool:
+    plain = _plain(name)
+    return any(plain == word or plain.endswith(f"_{word}") for word in _ASIDE)
+
+
 def _weighs(name: str, tokens: bool, seen: Seen) -> bool:
-    return name in WEIGHTS and not (tokens and "labels" in seen.columns)
+    return _plain(name) in WEIGHTS and not (tokens and "labels" in seen.columns)
 
 
 def _tells(name: str, seen: Seen, implicit: bool) -> bool:
-    if name in CONTEXT or name in MEDIA:
+    if _plain(name) in CONTEXT or name in MEDIA:
         return seen.may_hold(name)
-    aside = any(name == word or name.endswith(f"_{word}") for word in _ASIDE) or name.startswith(_NAMED)
+    aside = _aside(name) or _plain(name).startswith(_NAMED)
     return implicit and not aside and isinstance(seen.first.get(name), str | list | dict) and seen.holds(name)
 
 
 def _shown(name: str, all: bool) -> bool:
-    return name.startswith(_NAMED) or (all and name in CONTEXT)
+    return _plain(name).startswith(_NAMED) or (all and _plain(name) in CONTEXT)
 
 
-def _checked(seen: Seen, read: list[str], checked: list[str]) -> Any:
-    """The data set whose every row repeats in ``read`` what it holds in ``checked``, or the first that does not."""
+def _checked(seen: Seen, layout: Layout, checked: list[str]) -> Any:
+    """The data set whose every row repeats in the layout's columns what it holds in ``checked``."""
+    read = list(layout.columns)
+    kept = [*seen.given(read), *(name for name in layout.beside if name in seen.columns)]
 
     def check(row: Mapping[str, Any], index: int) -> None:
         for name in checked:
             if not _harmless(name, row.get(name), [row.get(column) for column in read]):
-                raise UserError(_refusal(name, read, seen.columns), split=seen.split, row=index + 1)
+                raise UserError(_refusal(name, read, kept), split=seen.split, row=index + 1)
 
     if not seen.whole:
 
@@ -157,21 +204,32 @@ def _checked(seen: Seen, read: list[str], checked: list[str]) -> Any:
 
 
 def _harmless(name: str, value: Any, read: list[Any]) -> bool:
-    if name in WEIGHTS:
+    if _plain(name) in WEIGHTS:
         return all(weight is None or weight == 1 for weight in _leaves(value))
-    if name in ("tools", "functions"):
+    if "tool" in _plain(name) or "function" in _plain(name):
         return not value
     said = [text.strip() for text in _strings(value) if text.strip()]
     held = [text.strip() for text in _strings(read)]
-    within = all(any(text in each for each in held) for text in said)
+    within = all(any(_stands_in(text, each) for each in held) for text in said)
     # The conversation as somebody else rendered it.
     around = isinstance(value, str) and all(text in value for text in held)
     return (within and (bool(said) or not value)) or around
 
 
-def _refusal(name: str, read: list[str], columns: Sequence[str]) -> str:
-    without = ", ".join(read)
-    if name in WEIGHTS:
+def _stands_in(text: str, whole: str) -> bool:
+    """Whether a text is in another as words of it, and not as letters of a word."""
+    at = whole.find(text)
+    while at >= 0:
+        before, after = whole[at - 1 : at] if at else "", whole[at + len(text) :][:1]
+        if not (text[0].isalnum() and before.isalnum()) and not (text[-1].isalnum() and after.isalnum()):
+            return True
+        at = whole.find(text, at + 1)
+    return False
+
+
+def _refusal(name: str, read: list[str], kept: list[str]) -> str:
+    without = ", ".join(column for column in kept if column != name)
+    if _plain(name) in WEIGHTS:
         return (
             f"column {name!r} is not read, and not all of it is 1: everything would be trained alike\n"
             "  write what must not be trained as `labels` of -100 beside `input_ids`, or into `prompt` with a "
