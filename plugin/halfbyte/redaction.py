@@ -18,11 +18,14 @@ REDACTED = "***"
 _STRICT = re.compile(
     r"passw(?:or)?ds?|passphrase|passcode|secret|credential|authorization|(?:^|_)(?:pwd|dsn|o?auth|cookies?|jwt|bearer)(?:_|$)"
 )
+# Many tokens or keys are those of a vocabulary or a mapping, unless their name says whose; so is a key that more words
+# follow (key_states), and what is counted of a token.
+_WHOSE = "access|account|api|auth|bearer|hub|license|private|refresh|secret|session|signing|wandb"
 _TOKEN_OR_KEY = re.compile(
-    r"token(?!iz)|(?:^|_)(?:\w*(?:access|account|api|auth|hub|license|private|secret|signing|wandb))?keys?(?:id)?(?:_(?!values?(?:_|$))|$)"
+    r"token(?!iz|s|_(?:id|index|type|count|budget|limit|length|accuracy|loss|entropy|embed|mask|class))"
+    rf"|(?:{_WHOSE})_?(?:token|key)s?(?:id)?(?:_|$)|(?:^|_)key(?:id)?$"
 )
-_IN_URLS = re.compile(r"(?:^|_)(?:sig|sas|signature)(?:_|$)")
-_COUNTED = re.compile(r"(?:^|_)tokens(?:_|$)")
+_IN_URLS = re.compile(r"(?:^|_)(?:sig|sas|signature|hmac|session(?:_?id)?|sid|ticket|otp)(?:_|$)")
 
 # Fields of TRL, transformers and halfbyte whose names look like secrets and whose string values are none.
 _HARMLESS_NAMES = frozenset(
@@ -43,17 +46,24 @@ _HARMLESS_NAMES = frozenset(
 _BARE = frozenset({"key", "keys"})
 # Values that are none under any name: words of a configuration, special tokens, and what is redacted already.
 _NO_SECRET = re.compile(
-    r"true|false|none|null|nan|auto|\*\*\*|</?[^<>\s]{1,40}>|\[/?[A-Z_]{1,20}\]", re.IGNORECASE
+    r"true|false|none|null|nan|auto|value|\*\*\*|<{1,2}/?[^<>\s]{1,40}>{1,2}|\[/?[A-Z_]{1,20}\]",
+    re.IGNORECASE,
 )
-_NUMBER = re.compile(r"[-+]?[\d.,_]+(?:e[-+]?\d+)?[kMG]?")
+# A figure, also the first of a list; more digits at a stretch are a key.
+_NUMBER = re.compile(r"[(\[]*[-+]?(?!\d{10})[\d.,_]*(?:e[-+]?\d+)?[kMG]?[)\]]*")
 
 # A commit or a content hash has the shape of a W&B key; under these names, or after them, it is what it says.
 _HASH_NAME = re.compile(
-    r"revision|(?<![a-z])sha(?![a-z])|commit|hash|fingerprint|version|snapshots|blobs|tree|resolve|(?<=[\w/])@$",
+    r"revision|(?<![a-z])sha(?![a-z])|commit|hash|fingerprint|version|snapshots|blobs|refs|tree|resolve|(?<=[\w/])@$"
+    r"|/\d+\.\d+\.\d+/$",
     re.IGNORECASE,
 )
 # Where a word begins, also after an escape in a string that was quoted (\\n) or in a URL (%3D).
 _START = r"(?:(?<![0-9a-zA-Z])|(?<=\\[nrt])|(?<=%[0-9a-fA-F]{2}))"
+
+# What follows a prefix is a name and no key if it is words and short numbers: sk-learn-classifier-v2.
+_WORD = r"[a-z]{1,15}|[A-Z][a-z]{0,15}|v?\d{1,4}[a-zA-Z]?"
+_WORDS = rf"(?:{_WORD})(?:[-_.](?:{_WORD}))*(?![0-9a-zA-Z_-])"
 
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]{2,40}-----.*?(?:-----END [A-Z0-9 ]{2,40}-----|\Z)", re.DOTALL)
 _HEX_KEY = re.compile(rf"{_START}[0-9a-f]{{40}}(?![0-9a-zA-Z])")
@@ -62,37 +72,43 @@ _SHAPES = re.compile(
     + r"""(?:
         hf_[0-9a-zA-Z]{16,} | api_org_[0-9a-zA-Z]{16,}                 # Hugging Face
       | wandb_v\d_[0-9a-zA-Z_-]{16,} | local-[0-9a-f]{40}              # W&B
-      | (?:sk|gsk|xai|pplx|nvapi|rk)[-_](?=[a-zA-Z_-]{0,40}\d)[0-9a-zA-Z_-]{16,}   # OpenAI, Anthropic, Stripe, ...
+      | (?:sk|gsk|xai|pplx|nvapi|rk|phc|rpa|fw|tgp_v1|dop_v1|figd|lin_api|whsec|hvb|glsa|tskey|shpat|ATATT3|GOCSPX)
+        [-_.](?=[a-zA-Z_-]{0,40}\d)(?!WORDS)[0-9a-zA-Z_.-]{16,}        # OpenAI, Anthropic, Stripe, ...
       | r8_[0-9a-zA-Z]{24,} | dckr_pat_[0-9a-zA-Z_-]{16,} | pypi-AgE[0-9a-zA-Z_-]{16,}
       | gh[oprsu]_[0-9a-zA-Z]{16,} | github_pat_\w{16,}                # GitHub
-      | gl[a-z]{2,8}-[0-9a-zA-Z_.-]{16,}                               # GitLab
+      | gl(?:agent|cbt|dt|ffct|ft|imt|oas|pat|ptt|rt|soat)-[0-9a-zA-Z_.-]{16,}     # GitLab
+      | dapi[0-9a-f]{32} | \d{8,10}:AA[0-9a-zA-Z_-]{30,}               # Databricks, Telegram
       | npm_[0-9a-zA-Z]{30,}
       | (?:AKIA|ASIA|AGPA|AROA)[0-9A-Z]{12,}                           # AWS
       | AIza[0-9a-zA-Z_-]{30,} | ya29\.[0-9a-zA-Z_-]{16,}              # Google
       | xox[a-z]-[0-9a-zA-Z-]{8,} | xapp-[0-9a-zA-Z-]{8,}              # Slack
       | SG\.[0-9a-zA-Z_-]{16,}\.[0-9a-zA-Z_-]{16,} | hvs\.[0-9a-zA-Z_-]{16,}
       | eyJ[0-9a-zA-Z_-]{8,}\.[0-9a-zA-Z_-]{4,}(?:\.[0-9a-zA-Z_-]*){0,3}           # JWT
-    )""",
+      | eyJ[0-9a-zA-Z_+/=-]{40,}                                       # Neptune: JSON in base64
+    )""".replace("WORDS", _WORDS),
     re.VERBOSE,
 )
-_USERINFO = re.compile(
-    r"(?<=://)(?!git@)(?:[^\s/:@\"'<>]*:(?!\d+(?:[/?#]|$))[^\s\"'<>]+|[^\s/?#\"'<>]+)(?=@)"
-)
+_WEBHOOK = re.compile(r"(?<=hooks\.slack\.com/)\w+/[\w/]+|(?<=/api/webhooks/)\d+/[\w-]+")
+_USERINFO = re.compile(r"(?<=//)(?!git@)(?:[^\s/:@\"'<>]*:(?!\d+(?:[/?#]|$))[^\s\"'<>]+|[^\s/?#\"'<>]+)(?=@)")
 _PARAMETER = re.compile(r"(?<=[?&#;])([^=&#;?\s\"'<>/]{1,100})=([^&#\s\"'<>]+)")
 _HEADER = re.compile(
     _START + r"((?:proxy-)?authorization|(?:set-)?cookie)(\s*:\s*)([^\n\"']+)", re.IGNORECASE
 )
+_SCHEME = re.compile(
+    _START + r"(authorization\s*=\s*(?:basic|digest|negotiate|token)\s+)([^\s\"',;]+)", re.IGNORECASE
+)
 _BEARER = re.compile(_START + r"(bearer\s+)(?!tokens?\b|auth\w*\b)([^\s\"',;]{6,})", re.IGNORECASE)
-_OPTION = re.compile(r"(?<![\w-])--(?P<name>[\w-]{1,80})(?:\s*=\s*|\s+)(?!--)")
+_OPTION = re.compile(r"(?<![\w-])--(?P<name>[\w-]{1,80})(?:\s*=\s*|\s+|[\"'],\s+(?=[\"']))(?![\"']?--)")
 _ASSIGNMENT = re.compile(
     r"(?:(?<![\w.-])|(?<=\\[nrt])|(?<=%[0-9a-fA-F]{2}))(?P<name>[A-Za-z_][\w.-]{0,80})"
-    r"(?P<quoted>\\*[\"'])?\s*(?P<sign>=(?!=)|:)\s*"
+    r"(?P<quoted>\\*[\"'`])?\s*(?P<sign>=>|:=|=(?!=)|:|%3[dDaA])\s*"
 )
 _VALUE = re.compile(
-    r"""(?P<open>")(?:[^"\\]|\\.)*|(?P<open1>')(?:[^'\\]|\\.)*|(?P<open2>\\+["'])(?:(?!\\+["']).)*"""
-    r"""|[^\s&"'\\]+""",
+    r"""(?P<open3>\"{3}|'{3})(?:(?!(?P=open3)).)*|(?P<open>")(?:[^"\\]|\\.)*|(?P<open1>')(?:[^'\\]|\\.)*"""
+    r"""|(?P<open2>\\+["'])(?:(?!\\+["']).)*|\*{3}(?!\w)|[^\s&"'\\]+(?:(?:[&'"]|\\(?![nrt]))\w[^\s&"'\\]*)*""",
     re.DOTALL,
 )
+_HOLDER = re.compile(r"""(?:[\w.]{0,40}[(\[]\s*(?=["'])|[bruf]{1,2}(?=["'])|[|>][-+\d]{0,2}[ ]*\n\s*)?""")
 
 
 def redact(value: Any, name: str = "") -> Any:
@@ -119,15 +135,17 @@ def redact_text(text: str, name: str = "") -> str:
     """
     text = _PEM.sub(REDACTED, text)
     text = _SHAPES.sub(REDACTED, text)
-    if "://" in text:
+    if "//" in text:
         text = _USERINFO.sub(REDACTED, text)
     if "=" in text:
         text = _PARAMETER.sub(_parameter, text)
+    text = _WEBHOOK.sub(REDACTED, text)
+    text = _SCHEME.sub(rf"\1{REDACTED}", text)
     text = _HEADER.sub(rf"\1\2{REDACTED}", text)
     text = _BEARER.sub(rf"\1{REDACTED}", text)
     if "--" in text:
         text = "".join(_assigned(_OPTION, text))
-    if "=" in text or ":" in text:
+    if "=" in text or ":" in text or "%3" in text:
         text = "".join(_assigned(_ASSIGNMENT, text))
     if _HASH_NAME.search(name):
         return text
@@ -157,7 +175,7 @@ def _is_secret(name: str, value: str, *, url: bool = False) -> bool:
         return False
     if not value or _NO_SECRET.fullmatch(value):
         return False
-    return strict or not (_COUNTED.search(_words(name)) and _NUMBER.fullmatch(value))
+    return strict or url or _NUMBER.fullmatch(value) is None
 
 
 def _redact(value: Any, name: str, secret: bool, strict: bool) -> Any:
@@ -211,20 +229,28 @@ def _assigned(pattern: re.Pattern[str], text: str) -> Iterator[str]:
         start = found.end()
         if not _meaning(found["name"])[0] or found["name"].lower() in _BARE:
             continue
-        value = _VALUE.match(text, start)
+        # As Python and YAML write it: b'X', ['X'], SecretStr('X'), a block below.
+        held = start + len(_HOLDER.match(text, start)[0])  # type: ignore[index]
+        value = _VALUE.match(text, held)
         if value is None:
             continue
-        quote = value["open"] or value["open1"] or value["open2"] or ""
+        yield text[start:held]
+        start = held
+        quote = value["open3"] or value["open"] or value["open1"] or value["open2"] or ""
         inner = value[0][len(quote) :] if quote else value[0].rstrip(",;)]}.")
         prose = pattern is _ASSIGNMENT and found["sign"] == ":" and not quote and _is_prose(found, value)
-        if not prose and _is_secret(found["name"], inner):
+        if not prose and not _NO_SECRET.fullmatch(value[0]) and _is_secret(found["name"], inner):
             yield f"{quote}{REDACTED}"
             start += len(quote) + len(inner)
     yield text[start:]
 
 
 def _is_prose(found: re.Match[str], value: re.Match[str]) -> bool:
-    """Whether ``name: value`` is a sentence ("key: unknown"): no word alone on its line, nor one with digits."""
+    """Whether ``name: value`` is a sentence ("key: unknown"): no word alone on its line, nor one with digits.
+
+    After ``hub_token`` a word of a sentence is a short one.
+    """
     alone = value.string[value.end() : value.end() + 1] in ("", "\n")
     mixed = len(value[0]) >= 6 and re.search(r"\d", value[0]) and re.search(r"[a-zA-Z]", value[0])
-    return not mixed and not (alone and _meaning(found["name"])[1])
+    long = "_" in found["name"] and len(value[0]) >= 16
+    return not mixed and not long and not (alone and _meaning(found["name"])[1])

@@ -19,6 +19,11 @@ def printable(text: str) -> str:
     return _UNSEEN.sub(_escape, redact_text(text))
 
 
+def escaped_json(text: str) -> str:
+    """JSON whose strings have such characters as their escapes."""
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 @contextmanager
 def clean() -> Iterator[None]:
     """Redact whatever is written to standard output and error, by anyone, while the block runs."""

@@ -90,6 +90,10 @@ def test_a_good_place_is_not(tmp_path: Path, name: str, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_is_not_utf8_is_refused_before_weights_cannot_be_saved() -> None:
+    assert "not UTF-8" in str(place.obstacle(os.fsdecode(b"runs/o\xff")))
+
+
 def as_nobody(do: Callable[[], None]) -> int:
     """The exit code of ``do`` in a fork without privileges."""
     pid = os.fork()

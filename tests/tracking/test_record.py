@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from halfbyte.tracking import RunRecord, peak_memory_bytes
+from halfbyte.tracking.card import model_card
 from halfbyte.tracking.record import plain
 
 
@@ -41,7 +42,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     record = RunRecord(tmp_path, "sft")
     record.write()
     before = record.path.read_text()
-    record.update(status="completed")
+    record.update(recipe="dpo")
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
@@ -51,6 +52,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         record.write()
     assert record.path.read_text() == before
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_would_steer_a_terminal_is_escaped(tmp_path: Path) -> None:
+    name = "o\x9b31m\u202ex\x7f\udcff"
+    record = RunRecord(tmp_path, "sft")
+    record.update(config={"output_dir": name, "run_name": "caf\u00e9"})
+    record.write()
+    text = record.path.read_text()
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert "caf\u00e9" in text
+    assert json.loads(text)["config"]["output_dir"] == name
+    assert "\x1b" not in model_card(record, "a\x1b[31mb")
 
 
 def test_peak_memory_is_in_bytes() -> None:

@@ -106,6 +106,8 @@ def test_a_sweep_agent_s_values_and_names_are_kept(environment: pytest.MonkeyPat
     record = RunRecord(tmp_path / "out", "sft")
     record.update(config={"learning_rate": 3e-4, "lora_r": 8})
     environment.setenv("WANDB_NOTES", "password=CANARY9x7q")
+    environment.setenv("WANDB_JOB_TYPE", "token=CANARY9x7q")
+    environment.setenv("WANDB_TAGS", "nightly,auth=CANARY9x7q")
     WandbRun(record, "rows of https://CANARY9x7q@host").finish(0)
     assert b"CANARY" not in _file(tmp_path / "out").read_bytes()
     run = wandb_file.read(_file(tmp_path / "out"))

@@ -10,6 +10,8 @@ def obstacle(output_dir: str) -> str | None:
     """Why no run can write into ``output_dir``, or None; nothing is created."""
     if "\0" in output_dir:
         return "contains a NUL character; choose another"
+    if not output_dir.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in output_dir):
+        return f"{shorten(output_dir)} is not UTF-8, and no weights can be saved there; choose another"
     try:
         return _obstacle(output_dir)
     except (OSError, RuntimeError) as error:  # a name or path that is too long; links that form a circle

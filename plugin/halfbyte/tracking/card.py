@@ -7,7 +7,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from halfbyte import task
-from halfbyte.redaction import redact, redact_text
+from halfbyte.redaction import redact
+from halfbyte.streams import printable
 from halfbyte.tracking.figures import DEFAULT, Figures, are_ties
 from halfbyte.tracking.record import RunRecord
 
@@ -85,7 +86,7 @@ def model_card(
         "## Versions",
         _table(("package", "version"), list(values["versions"].items())),
     ]
-    return redact_text("\n\n".join(sections)) + "\n"
+    return printable("\n\n".join(sections)) + "\n"
 
 
 def _results(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:

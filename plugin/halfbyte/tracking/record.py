@@ -15,6 +15,7 @@ from typing import Any
 
 from halfbyte.files import overwrite_file, read, replace_file
 from halfbyte.redaction import redact
+from halfbyte.streams import escaped_json
 
 _PACKAGES = ("halfbyte", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
@@ -70,7 +71,7 @@ class RunRecord:
         """Replace ``run.json`` atomically: a reader sees the old file or the new one, never a part."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         try:
-            replace_file(self.path, text.encode())
+            replace_file(self.path, escaped_json(text).encode())
         except OSError:
             if self._values["status"] == "running" or not self._write_status():
                 raise

@@ -103,6 +103,9 @@ class WandbRun:
                 run_name or settings.run_name or (None if swept else record.output_dir.resolve().name)
             ),
             "notes": redact(settings.run_notes),
+            "group": redact(settings.run_group),
+            "job_type": redact(settings.run_job_type),
+            "tags": redact(settings.run_tags),
             "config": _config(record, continues),
             "dir": None if os.environ.get("WANDB_DIR") else str(record.output_dir),
             "settings": _settings(),
