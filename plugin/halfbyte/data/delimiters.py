@@ -12,8 +12,11 @@ from typing import Any
 
 import datasets
 import jinja2
+import numpy as np
+import pyarrow as pa
 
-from halfbyte.data.forged import BESIDE, Turns, broken, opened, strings
+from halfbyte.data import glance
+from halfbyte.data.forged import BESIDE, NAME, Turns, broken, opened, strings
 from halfbyte.data.formats import Layout
 from halfbyte.data.nested import loosened
 from halfbyte.data.rendering import TEMPLATE_ERRORS
@@ -32,6 +35,7 @@ _TEXT_MARK = re.compile(rf"{SPECIAL.pattern}|\[/?[A-Z_]{{3,}}\]|<</?SYS>>")
 _MARK = re.compile(r"[<\[|#{]")
 _ASIDE = re.compile(r"(?:</?(?:think|reason|thought|tool)\w*>\s*)+")
 _ROLES = ("role", "from")
+_BEGINNINGS = 64  # of added tokens, for which one pattern is fast
 
 
 def turn_delimiters(tokenizer: Any, template: str | None = None) -> tuple[str, ...]:
@@ -73,7 +77,8 @@ def settle(
     rows: list[int] = []
     turns: Counter[str] = Counter()
     others: Counter[str] = Counter()
-    for number, row in numbered(dataset, columns, doing=f"looking for turn delimiters in {split}"):
+    doing = f"looking for turn delimiters in {split}"
+    for number, row in numbered(dataset, columns, doing=doing, doubtful=check.doubtful):
         held = check.count(row, columns)
         if inside := {token: count for token, count in held.items() if token in check.delimiters}:
             rows.append(number)
@@ -95,7 +100,7 @@ def settle(
             lambda row: check.escaped(row, columns),
             features=loosened(dataset.features, columns),
         )
-        for number, row in numbered(dataset, columns, doing=f"looking for turn delimiters in {split}"):
+        for number, row in numbered(dataset, columns, doing=doing, doubtful=check.doubtful):
             _refuse_rest(split, number, check, row, columns)
     return dataset
 
@@ -143,6 +148,32 @@ class _Check:
         if normalizer is not None and altered:
             self._ids = dict(zip(tokenizer.convert_tokens_to_ids(altered), altered, strict=True))
         self._tokenizer = tokenizer
+        begins = {text[:3] for text in (*(token.content for token in added), *delimiters)}
+        self._hint: str | None = None
+        if self._turns.hint is not None and not self._ids and len(begins) <= _BEGINNINGS:
+            self._hint = "|".join([*filter(None, [self._turns.hint]), *map(re.escape, sorted(begins))])
+
+    def doubtful(self, table: pa.Table, begin: int) -> np.ndarray | None:
+        """Which rows of a batch may hold one, as far as Arrow shows it; see :mod:`halfbyte.data.glance`."""
+        found = np.zeros(len(table), bool)
+        for name in table.column_names:
+            array = glance.column(table, name)
+            if name not in self._spoken:
+                found |= ~glance.nulls(array)
+                continue
+            turns = glance.turns(array)
+            if self._hint is None or turns is None or not all(map(NAME.fullmatch, turns.keys)):
+                return None
+            for key, held in turns.keys.items():
+                text = glance.is_text(held.type)
+                if (
+                    text
+                    and key in _ROLES
+                    and all(NAME.fullmatch(who or "a") for who in held.unique().to_pylist())
+                ):
+                    continue
+                found |= turns.rows(glance.matches(held, self._hint) if text else ~glance.nulls(held))
+        return found
 
     def count(self, row: Mapping[str, Any], columns: Sequence[str]) -> Counter[str]:
         found: Counter[str] = Counter()

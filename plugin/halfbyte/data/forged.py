@@ -10,6 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from halfbyte.data.rendering import TEMPLATE_ERRORS, texts
@@ -17,7 +18,7 @@ from halfbyte.data.rendering import TEMPLATE_ERRORS, texts
 Row = Mapping[str, Any]
 
 _WORD = "7fae4"
-_NAME = re.compile(r"[A-Za-z_$][\w$-]*")
+NAME = re.compile(r"[A-Za-z_$][\w$-]*")
 # Under these a template finds words of its own; no delimiter is one word.
 _NAMING = frozenset({"role", "from", "type"})
 _KEPT_KEYS = _NAMING | {"id", "tool_call_id"}
@@ -52,6 +53,7 @@ class Turns:
         self._inner = {d[i:j] for d in folded for i in range(len(d)) for j in range(i + 1, len(d) + 1)}
         self._whole = re.compile("|".join(map(re.escape, folded)) or "(?!)")
         self._changes = bool(delimiters) and not self._prints_as_given()
+        self.hint = self._hint(folded)
 
     def forged(self, row: Row, columns: Sequence[str]) -> Counter[str]:
         """The delimiters that the rendered row has too many."""
@@ -81,6 +83,22 @@ class Turns:
             begun, ended = begun or folded.endswith(self._heads), ended or folded.startswith(self._tails)
         return begun and ended
 
+    def _hint(self, folded: Sequence[str]) -> str | None:
+        """A pattern in RE2's syntax that finds something in a text of every suspect row; None where it would in any.
+
+        The first sign of a delimiter, what the template cuts by, or a text of nothing but signs of delimiters.
+        """
+        firsts, signs = {each[0] for each in folded}, {sign for each in folded for sign in each}
+        if self._changes or any(sign.isalnum() or not sign.isascii() for sign in firsts):
+            return None
+        if any(sign.isalpha() and not sign.isascii() for sign in signs):
+            return None
+        signs |= {sign.upper() for sign in signs} | _folding_to_ascii()
+        parts = [*map(re.escape, sorted({*firsts, *self._triggers}))]
+        if folded:
+            parts.append(rf"\A[\x00-\x20{''.join(map(re.escape, sorted(signs)))}]+\z")
+        return "|".join(parts)
+
     def _count(self, row: Row) -> Counter[str] | None:
         try:
             rendered = list(texts(row, self._layout, self._tokenizer, self._template, prompts=False))
@@ -102,14 +120,14 @@ class Turns:
         """``value`` with a word in place of each text, and what the template cuts it by."""
         if isinstance(value, Mapping):
             return {
-                name if _NAME.fullmatch(name) else f"k{number}": self._neutral(item, name)
+                name if NAME.fullmatch(name) else f"k{number}": self._neutral(item, name)
                 for number, (name, item) in enumerate(value.items())
             }
         if isinstance(value, list):
             return [self._neutral(item, key) for item in value]
         if not isinstance(value, str) or not value.strip():
             return value
-        if key in _KEPT_KEYS and _NAME.fullmatch(value):
+        if key in _KEPT_KEYS and NAME.fullmatch(value):
             return value
         if value.lstrip()[:1] in ("{", "["):
             try:
@@ -133,9 +151,9 @@ def strings(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            if not _NAME.fullmatch(key):
+            if not NAME.fullmatch(key):
                 yield key
-            if key not in _NAMING or not (isinstance(item, str) and _NAME.fullmatch(item)):
+            if key not in _NAMING or not (isinstance(item, str) and NAME.fullmatch(item)):
                 yield from strings(item)
     elif isinstance(value, list | tuple):
         for item in value:
@@ -167,6 +185,13 @@ def opened(row: Row, column: str) -> Any:
 def _folded(text: str) -> str:
     """``text`` as templates that change letters or drop blanks could print it."""
     return "".join(text.split()).casefold()
+
+
+@lru_cache
+def _folding_to_ascii() -> frozenset[str]:
+    """Blanks, and the letters and signs beyond ASCII that fold to some of it, such as the long s."""
+    beyond = map(chr, range(0x80, 0x10000))
+    return frozenset(c for c in beyond if c.isspace() or any(part.isascii() for part in c.casefold()))
 
 
 def _pieces(delimiters: Sequence[str], cut: Any) -> tuple[str, ...]:

@@ -5,11 +5,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from halfbyte.data import glance
 from halfbyte.data.formats import TOKEN_COLUMNS, Layout
-from halfbyte.data.kinds import ROLES, describe
+from halfbyte.data.kinds import ROLES, boolean, describe, messages, text, text_or_messages
 from halfbyte.data.rendering import refusal
+from halfbyte.data.turns import TURN_WEIGHTS
 from halfbyte.errors import UserError
 from halfbyte.passes import Pass
 
@@ -18,19 +22,32 @@ RENDERED = 2000  # rows rendered up front; a later one is found when its tokeniz
 
 
 def numbered(
-    dataset: Any, columns: list[str] | None = None, *, doing: str = "reading rows"
+    dataset: Any,
+    columns: list[str] | None = None,
+    *,
+    doing: str = "reading rows",
+    doubtful: glance.Doubtful | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a Dataset with their numbers, counted from 1; ``doing`` names the pass where it is shown."""
+    """Yield the rows of a Dataset with their numbers, counted from 1; ``doing`` names the pass where it is shown.
+
+    With ``doubtful`` only the rows that it does not clear are decoded and yielded.
+    """
     if columns is not None:
         dataset = dataset.select_columns(columns)
-    number = 0
+    tables = dataset.with_format("arrow")
     with Pass(doing, len(dataset)) as progress:
-        for batch in dataset.iter(batch_size=BATCH):
-            names, before = list(batch), number
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                yield number, dict(zip(names, values, strict=True))
-            progress.advance(number - before)
+        for begin in range(0, len(dataset), BATCH):
+            end = min(begin + BATCH, len(dataset))
+            places, held = np.arange(begin, end), None
+            doubts = None if doubtful is None else doubtful(tables[begin:end], begin)
+            progress.advance(end - begin)
+            if doubts is None or doubts.all():
+                held = dataset[begin:end]
+            elif doubts.any():
+                held = dataset[places := places[doubts]]
+            if held is not None:
+                for number, *values in zip((places + 1).tolist(), *held.values(), strict=True):
+                    yield number, dict(zip(held, values, strict=True))
 
 
 def digest(dataset: Any, split: str = "rows") -> str:
@@ -114,8 +131,40 @@ class RowCheck:
     def all(self, dataset: Any) -> None:
         """Check every row of a Dataset, rendering the first ``RENDERED``."""
         doing = f"checking {self.split}"
-        for number, row in numbered(dataset, _read_columns(dataset, self.layout), doing=doing):
+        columns = _read_columns(dataset, self.layout)
+        for number, row in numbered(dataset, columns, doing=doing, doubtful=self.doubtful):
             self(number, row, render=number <= RENDERED)
+
+    def doubtful(self, table: pa.Table, begin: int) -> np.ndarray | None:
+        """Which rows of a batch may be refused, as far as Arrow shows it; see :mod:`halfbyte.data.glance`."""
+        layout = self.layout
+        if layout.token_ids is not None or layout.begin_alike or (self.conversational and begin < RENDERED):
+            return None
+        found, answered = np.zeros(len(table), bool), np.zeros(len(table), bool)
+        for name, kind in layout.columns.items():
+            array = glance.column(table, name)
+            if (kind is boolean and pa.types.is_boolean(array.type)) or (
+                kind in (text, text_or_messages) and glance.is_text(array.type) and not self.conversational
+            ):
+                found |= glance.nulls(array)
+                continue
+            talks = kind in (messages, text_or_messages) and self.conversational
+            if not talks or (turns := glance.turns(array)) is None:
+                return None
+            if (wrong := self._unlike_messages(turns.keys)) is None:
+                return None
+            found |= turns.rows(wrong) | (turns.lengths == 0)
+            answered |= turns.rows(glance.mask(pc.equal(turns.keys["role"], "assistant")))
+        return found | ~answered if self.assistant_only else found
+
+    def _unlike_messages(self, keys: Mapping[str, pa.Array]) -> np.ndarray | None:
+        """Which messages are more than a known role and a text; None where the columns do not show it."""
+        role, content = keys.get("role"), keys.get("content")
+        if role is None or content is None or not all(glance.is_text(held.type) for held in (role, content)):
+            return None
+        known = glance.mask(pc.is_in(role, pa.array(sorted(self.roles), role.type)))
+        weighed = [~glance.nulls(keys[key]) for key in TURN_WEIGHTS if key in keys]
+        return np.logical_or.reduce([~known, glance.nulls(content), *weighed])
 
     def arriving(self, stream: Any) -> Any:
         """Return the same IterableDataset, each row checked and rendered when it is read."""
