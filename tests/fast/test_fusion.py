@@ -75,7 +75,7 @@ def test_what_fuses_for_itself_sets_none(option: str, value: bool, tmp_path: Pat
 
 
 def test_another_word_is_refused() -> None:
-    with pytest.raises(UserError, match="write `auto` or `none`"):
+    with pytest.raises(UserError, match="write one of auto, none"):
         QLoRAPlugin(fast="off")
 
 
