@@ -70,6 +70,40 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(here: Path, file: str) 
         QLoRAPlugin().load("base")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("config.json", b"null", "is not a JSON object"),
+        ("config.json", b"", "is not a JSON object"),
+        ("config.json", b"[" * 100_000, "is not a JSON object"),
+        ("config.json", None, "has more than 268,435,456 bytes"),
+        ("tokenizer.json", None, "has more than 268,435,456 bytes"),
+        ("chat_template.jinja", None, "has more than 268,435,456 bytes"),
+        ("model.safetensors", None, "is damaged: "),  # before a terabyte is hashed
+        ("model.safetensors", b"\xff" * 8, "is damaged: "),
+        ("model.safetensors", b"\2\0\0\0\0\0\0\0{}more", "is damaged: "),
+        ("model-2.safetensors", b"", "is damaged: "),
+    ],
+)
+def test_a_file_that_no_model_has_is_named_before_it_is_read(
+    here: Path, file: str, content: bytes | None, problem: str
+) -> None:
+    with (here / "base" / file).open("wb") as written:
+        if content is None:
+            written.truncate(1 << 40)
+        else:
+            written.write(content)
+    with pytest.raises(UserError, match=rf"^(model_name_or_path: )?base/{file} {problem}"):
+        QLoRAPlugin().load("base")
+
+
+def test_a_directory_in_the_place_of_weights(here: Path) -> None:
+    (here / "base" / "model.safetensors").unlink()
+    (here / "base" / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"base/model.safetensors is a directory; remove it"):
+        QLoRAPlugin().load("base")
+
+
 def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and checkpoint too: a quoted one reaches us as it was written."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -6,6 +6,9 @@ from huggingface_hub import constants
 
 from halfbyte.wording import nearest, shorten
 
+LONGEST_TEXT = 1 << 28  # bytes
+_TEXTS = (".json", ".jinja", ".txt", ".model")
+
 
 def missing(name: str) -> str:
     """Say where ``name``, which was not found, was looked for, and the nearest directory; reads no network."""
@@ -24,9 +27,14 @@ def cannot_be_fetched(name: str) -> bool:
     return _is_path(name) or constants.HF_HUB_OFFLINE
 
 
-def irregular(directory: Path) -> Path | None:
-    """The first entry of ``directory`` that is neither a file nor a directory, such as a pipe: opening it may hang."""
-    return next((path for path in sorted(directory.iterdir()) if not (path.is_file() or path.is_dir())), None)
+def unreadable(directory: Path) -> str | None:
+    """What is wrong with the first file of a model in ``directory`` that would block its reader, or fill the memory."""
+    for path in sorted(directory.iterdir()):
+        if not (path.is_file() or path.is_dir()):
+            return f"{path} is not a file: it may be a pipe, or a link to nothing; remove it"
+        if path.suffix in _TEXTS and path.stat().st_size > LONGEST_TEXT:
+            return f"{path} has more than {LONGEST_TEXT:,} bytes, which no configuration or tokenizer has; replace it"
+    return None
 
 
 def _is_path(name: str) -> bool:

@@ -166,6 +166,11 @@ def test_refused_in_yaml(config, text: str | bytes, words: str) -> None:
         ("lora_alpha", "99999999999999999999", "4096"),
         ("label_smoothing_factor", "1 -0.1", "0.1"),
         ("test_split_size", "0 -1 1.5", "0.1 1 100"),
+        ("dataloader_num_workers", "10000", "0 128"),
+        ("dataset_num_proc", "10000", "128"),
+        ("max_length", "1000000000000", "10000000"),
+        ("per_device_eval_batch_size", "1000000000000", "4096"),
+        ("lora_r", "1000000", "1024"),
     ],
 )
 def test_ranges(config, key: str, bad: str, good: str) -> None:

@@ -59,14 +59,24 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
     ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed"),
 )
 
-# What no run can mean: finite numbers that overflow float32, or leave nothing of the weights after one step.
+# What no run can mean: numbers that overflow float32, leave nothing of the weights after one step, start so many
+# processes that the machine stops, or have upstream set aside an element for each.
 _LARGEST = {
     "adam_epsilon": 1.0,
     "beta": 1e6,
+    "dataloader_num_workers": 1024,
+    "dataloader_prefetch_factor": 1024,
+    "dataset_num_proc": 1024,
     "learning_rate": 1e6,
     "lora_alpha": 1e6,
+    "lora_r": 65536,
     "loraplus_lr_ratio": 1e6,
+    "max_completion_length": 1e8,
+    "max_length": 1e8,
     "num_train_epochs": 1e6,
+    "pad_to_multiple_of": 65536,
+    "per_device_eval_batch_size": 1e6,
+    "per_device_train_batch_size": 1e6,
     "weight_decay": 1e3,
 }
 _LARGEST_OF_ALL = 1e12  # of what is not named above

@@ -110,10 +110,8 @@ def _probe(tokenizer: Any, template: str | None = None) -> str:
 def _read(path: str, revision: str | None, trust_remote_code: bool, option: str | None = None) -> Any:
     directory = Path(path)
     if directory.is_dir():
-        if (pipe := names.irregular(directory)) is not None:
-            raise UserError(
-                f"{pipe} is not a file: it may be a pipe, or a link to nothing; remove it", option=option
-            )
+        if (problem := names.unreadable(directory)) is not None:
+            raise UserError(problem, option=option)
         for template in sorted(directory.glob("*.jinja")):
             _template_text(template, option)
     elif option is not None and names.cannot_be_fetched(path) and not _cached(path):

@@ -1,14 +1,17 @@
 """What identifies a base checkpoint: its bytes, so that one model under two names has one fingerprint."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 
 from halfbyte import identity, names
 from halfbyte.errors import UserError
+from halfbyte.wording import first_line
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -37,16 +40,36 @@ def require(name_or_path: str, revision: str = "main") -> None:
     path = Path(name_or_path)
     problem = None
     if path.is_dir():
-        if (pipe := names.irregular(path)) is not None:
-            problem = f"{pipe} is not a file: it may be a pipe, or a link to nothing; remove it"
-        elif not (path / "config.json").is_file():
-            problem = f"{name_or_path} is not a model: it has no config.json"
+        problem = names.unreadable(path) or _damage(path)
     elif path.exists():
         problem = f"{name_or_path} is a file; name the directory of a model"
     elif names.cannot_be_fetched(name_or_path) and directory_of(name_or_path, revision) is None:
         problem = names.missing(name_or_path)
     if problem is not None:
         raise UserError(problem, option="model_name_or_path")
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint, as far as its configuration and the headers of its weights show."""
+    config = directory / "config.json"
+    if not config.is_file():
+        return f"{directory} is not a model: it has no config.json"
+    try:
+        is_object = isinstance(json.loads(config.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        return f"{config} is not a JSON object; download or save the model again"
+    for path in weight_files(directory):
+        if path.is_dir():
+            return f"{path} is a directory; remove it"
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):  # reads the header, which must fit the file's size
+                    pass
+            except (SafetensorError, OSError) as error:
+                return f"{path} is damaged: {first_line(error)}; download or save the model again"
+    return None
 
 
 def directory_of(name_or_path: str, revision: str) -> Path | None:
