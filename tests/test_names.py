@@ -76,6 +76,11 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(here: Path, file: str) 
         ("config.json", b"null", "is not a JSON object"),
         ("config.json", b"", "is not a JSON object"),
         ("config.json", b"[" * 100_000, "is not a JSON object"),
+        (
+            "config.json",
+            b'{"num_hidden_layers": 1000000000}',
+            "names 1,000,000,000 layers, and the weights have",
+        ),
         ("config.json", None, "has more than 268,435,456 bytes"),
         ("tokenizer.json", None, "has more than 268,435,456 bytes"),
         ("chat_template.jinja", None, "has more than 268,435,456 bytes"),
@@ -97,10 +102,11 @@ def test_a_file_that_no_model_has_is_named_before_it_is_read(
         QLoRAPlugin().load("base")
 
 
-def test_a_directory_in_the_place_of_weights(here: Path) -> None:
-    (here / "base" / "model.safetensors").unlink()
-    (here / "base" / "model.safetensors").mkdir()
-    with pytest.raises(UserError, match=r"base/model.safetensors is a directory; remove it"):
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "chat_template.jinja"])
+def test_a_directory_in_the_place_of_a_file(here: Path, file: str) -> None:
+    (here / "base" / file).unlink(missing_ok=True)
+    (here / "base" / file).mkdir()
+    with pytest.raises(UserError, match=rf"base/{file} is a directory.*; remove it"):
         QLoRAPlugin().load("base")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+LONGEST_TEXT = 1 << 28  # bytes of a configuration, template, tokenizer or record; more would fill the memory
 _CHUNK = 1 << 20
 
 

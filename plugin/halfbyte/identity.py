@@ -41,7 +41,7 @@ def _state(path: Path) -> list[int]:
 
 def _remembered(memory: Path, state: list[int]) -> str | None:
     with suppress(OSError, ValueError, RecursionError):
-        held: Any = json.loads(memory.read_text(encoding="utf-8"))
+        held: Any = json.loads(files.read(memory, 10_000))
         if isinstance(held, dict) and held.get("state") == state and isinstance(held.get("sha256"), str):
             return str(held["sha256"])
     return None

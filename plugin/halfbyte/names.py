@@ -4,9 +4,9 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from halfbyte.files import LONGEST_TEXT
 from halfbyte.wording import nearest, shorten
 
-LONGEST_TEXT = 1 << 28  # bytes
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 
 
@@ -32,6 +32,8 @@ def unreadable(directory: Path) -> str | None:
     for path in sorted(directory.iterdir()):
         if not (path.is_file() or path.is_dir()):
             return f"{path} is not a file: it may be a pipe, or a link to nothing; remove it"
+        if path.suffix in _TEXTS and path.is_dir():
+            return f"{path} is a directory in the place of a file; remove it"
         if path.suffix in _TEXTS and path.stat().st_size > LONGEST_TEXT:
             return f"{path} has more than {LONGEST_TEXT:,} bytes, which no configuration or tokenizer has; replace it"
     return None

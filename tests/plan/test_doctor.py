@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from halfbyte import caches
 from halfbyte.cli import main
 from halfbyte.plan import doctor
 from halfbyte.plan.launch_file import inspect
@@ -113,7 +114,8 @@ def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_cache_that_cannot_be_written_and_an_old_version_are_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    monkeypatch.setattr(caches, "provide", lambda: None)  # it sets variables of this process
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["torch>=99", "no-such-package>=1"])
     assert main(["doctor", "--json"]) == 1
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from halfbyte import files
 from halfbyte.errors import UserError
 from halfbyte.wording import shorten
 
@@ -37,7 +38,7 @@ def read(adapter: str) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise OSError("it is not a file")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(files.read(path, files.LONGEST_TEXT))
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not a mapping")
     except (OSError, ValueError, RecursionError) as error:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte import names
+from halfbyte import files, names
 from halfbyte.adapters import config, fresh, patterns, tensors
 from halfbyte.errors import UserError, about
 from halfbyte.wording import first_line, shorten
@@ -241,6 +241,6 @@ def _recorded_base(adapter: str) -> dict[str, Any]:
     if not run.is_file():
         return {}
     try:
-        return dict(json.loads(run.read_text(encoding="utf-8")).get("base") or {})
+        return dict(json.loads(files.read(run, files.LONGEST_TEXT)).get("base") or {})
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # not a run's
         return {}

@@ -14,7 +14,8 @@ from halfbyte import identity
 from halfbyte.data import contents, nested
 from halfbyte.data.contents import BUILDERS, reading
 from halfbyte.errors import UserError, about
-from halfbyte.files import digest_of
+from halfbyte.files import LONGEST_TEXT, digest_of
+from halfbyte.files import read as read_file
 from halfbyte.wording import suggestion
 
 ACCEPTED = "json, jsonl, csv, parquet, arrow, a `save_to_disk` directory, or a directory of such files"
@@ -181,7 +182,7 @@ def _saved(path: Path) -> bool:
 def _saved_files(folder: Path) -> list[Path]:
     """The files of a saved split; what `datasets` derived from it may lie beside them."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads(read_file(folder / "state.json", LONGEST_TEXT))
         files = [folder / file["filename"] for file in state["_data_files"]]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}: its state.json is not one that `save_to_disk` writes") from error

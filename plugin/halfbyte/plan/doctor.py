@@ -100,7 +100,7 @@ def _cache() -> Check:
     except OSError as error:
         return Check("base cache", False, str(error), "set XDG_CACHE_HOME to a writable directory")
     place = next(path for path in (root, *root.parents) if path.exists())
-    if not os.access(place, os.W_OK):
+    if not (place.is_dir() and os.access(place, os.W_OK)):
         return Check(
             "base cache", False, f"{place} is not writable", "set XDG_CACHE_HOME to a writable directory"
         )

@@ -12,7 +12,10 @@ from accelerate.commands.config.config_args import ClusterConfig
 from halfbyte.distributed import support
 from halfbyte.distributed.launcher import Request, from_config
 from halfbyte.errors import UserError
+from halfbyte.files import read
 from halfbyte.wording import first_line, shorten
+
+_MOST = 1_000_000  # bytes
 
 
 @dataclass
@@ -35,13 +38,15 @@ def inspect(path: Path, gpus: int) -> Launch:
             raise UserError(f"no file {path}", option="--launch")
         if path.suffix == ".sh":
             return _script(path, gpus)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {first_line(error)}", option="--launch") from error
+        content = yaml.safe_load(read(path, _MOST).decode())
+    except UserError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read {shorten(str(path), 200)}: {first_line(error)}", option="--launch"
         ) from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {first_line(error)}", option="--launch") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a configuration of accelerate, Slurm or Kubeflow", option="--launch")
     try:
@@ -110,7 +115,7 @@ def _judge(launch: Launch, request: Request, gpus: int) -> None:
 
 def _script(path: Path, gpus: int) -> Launch:
     checked = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
-    text = path.read_text(encoding="utf-8")
+    text = read(path, _MOST).decode()
     named = re.search(r"--config_file\s+(\S+)", text)
     if named is None:
         raise UserError(f"{path} does not call `accelerate launch --config_file FILE`", option="--launch")

@@ -55,20 +55,26 @@ def _damage(directory: Path) -> str | None:
     if not config.is_file():
         return f"{directory} is not a model: it has no config.json"
     try:
-        is_object = isinstance(json.loads(config.read_bytes()), dict)
+        content = json.loads(config.read_bytes())
     except (ValueError, RecursionError):
-        is_object = False
-    if not is_object:
+        content = None
+    if not isinstance(content, dict):
         return f"{config} is not a JSON object; download or save the model again"
+    tensors = 0
     for path in weight_files(directory):
         if path.is_dir():
             return f"{path} is a directory; remove it"
         if path.suffix == ".safetensors":
             try:
-                with safe_open(path, framework="pt"):  # reads the header, which must fit the file's size
-                    pass
+                with safe_open(
+                    path, framework="pt"
+                ) as file:  # reads the header, which must fit the file's size
+                    tensors += len(file.keys())
             except (SafetensorError, OSError) as error:
                 return f"{path} is damaged: {first_line(error)}; download or save the model again"
+    layers = content.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > tensors > 0:  # they would all be made before one is missed
+        return f"{config} names {layers:,} layers, and the weights have {tensors:,} tensors; download the model again"
     return None
 
 

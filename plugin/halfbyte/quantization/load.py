@@ -56,16 +56,22 @@ def load_base(
                 {"revision": revision, "trust_remote_code": trust_remote_code},
                 {**task.model_kwargs, **model_init_kwargs},
             )
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # whatever a model's class makes of a configuration that does not fit
+        if "DefaultCPUAllocator" in str(error):
+            raise
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"the model {name_or_path!r} contains its own Python code; read it, and if you trust it write "
                 f"`trust_remote_code: true`",
                 option="model_name_or_path",
             ) from error
-        said = f"cannot load the model {name_or_path!r}: {first_line(error)}"
+        expected = isinstance(error, OSError | ValueError | ImportError | SafetensorError)
+        reason = first_line(error) if expected else f"{type(error).__name__}: {first_line(error)}"
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights do not have the shapes that its config.json says"
+        said = f"cannot load the model {name_or_path!r}: {reason}"
         if "Unrecognized configuration class" in said:
             said = f"{name_or_path!r}: transformers has no class for {task.name} with it; use another model"
         raise UserError(said, option="model_name_or_path") from error
