@@ -44,13 +44,14 @@ class Run:
         if self.pid == 0:
             _child(arguments, log)
         self.status: int | None = None
+        self.over = 0.0  # in seconds since the epoch
 
     def wait(self, seconds: float = MOST_SECONDS) -> int | None:
         """The exit code, negative for a signal; None if the run has not ended after ``seconds`` since its start."""
         while self.status is None:
             found, status = os.waitpid(self.pid, os.WNOHANG)
             if found:
-                self.status = os.waitstatus_to_exitcode(status)
+                self.status, self.over = os.waitstatus_to_exitcode(status), time.time()
             elif time.monotonic() - self.started > seconds:
                 return None
             else:
@@ -70,6 +71,10 @@ class Run:
             raise AssertionError(f"no end after {MOST_SECONDS} s: {self.printed()}")
         return code
 
+    def began(self) -> float:
+        """When the fork got to run, in seconds since the epoch: on a busy machine much later than it was made."""
+        return self.log.with_suffix(".began").stat().st_mtime
+
     def printed(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
@@ -78,6 +83,7 @@ def _child(arguments: list[str], log: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    log.with_suffix(".began").touch()
     code = 1
     try:
         from halfbyte.cli import main
@@ -168,10 +174,11 @@ def _moment(output: Path, before: dict[str, str], now: dict[str, str], pending: 
     return "before the first step"
 
 
-def pair(site: Site, output: Path, draw: random.Random) -> str:
+def pair(site: Site, output: Path, draw: random.Random) -> list[str]:
     """Two runs in ``output``, started up to a fifth of a run apart: one trains as if alone, the other is refused.
 
-    They start a new run with different seeds, the same over a finished one, or both continue what a kill left.
+    Nothing is returned, and counted, where the second got to run only when the first was over. They
+    start a new run with different seeds, the same over a finished one, or both continue what a kill left.
     """
     wholes = {seed: site.whole(seed) for seed in (42, 43)}
     mode = draw.choice(("new", "resumed", "overwritten"))
@@ -188,6 +195,8 @@ def pair(site: Site, output: Path, draw: random.Random) -> str:
         log = output.with_name(f"{output.name}-{place}.log")
         runs.append(Run([*site.arguments(output, seed), *more.get(mode, [])], log))
     codes = [run.ended() for run in runs]
+    if runs[1].began() > runs[0].over:
+        return []
     assert sorted(codes) == [0, 2], (codes, [run.printed() for run in runs])
     refused = runs[codes.index(2)].printed()
     assert "is in use by another run: process " in refused, refused
@@ -197,7 +206,7 @@ def pair(site: Site, output: Path, draw: random.Random) -> str:
     assert len(moved) == (mode == "overwritten"), moved
     for place in moved:
         assert_equal(wholes[42], place, STEPS)
-    return mode
+    return [mode]
 
 
 def debris(output: Path) -> list[str]:
@@ -254,7 +263,10 @@ def main() -> int:
     ):
         kills[event] += 1
         sound = sound and good
-    for event, good in _counted("pair", chosen.pairs, lambda left: [pair(site, root / f"pair-{left}", draw)]):
+    numbers = iter(range(1, 10_000))
+    for event, good in _counted(
+        "pair", chosen.pairs, lambda left: pair(site, root / f"pair-{next(numbers)}", draw)
+    ):
         pairs[event] += 1
         sound = sound and good
     print(json.dumps({
