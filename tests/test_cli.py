@@ -211,6 +211,38 @@ def test_a_kernel_package_that_is_not_used_is_not_advertised(caplog: pytest.LogC
     assert [record.message for record in caplog.records] == ["another of its lines"]
 
 
+def test_a_report_of_a_line_for_each_weight_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    from halfbyte import quiet
+
+    quiet.long_reports()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(caplog.handler)  # it may not propagate
+    try:
+        logger.warning("report:\n%s", "\n".join(f"x{n} | UNEXPECTED" for n in range(100_000)))
+        logger.warning("a short one")
+    finally:
+        logger.removeHandler(caplog.handler)
+    report, short = dict.fromkeys(record.message for record in caplog.records)
+    lines = report.splitlines()
+    assert (len(lines), lines[:2], lines[-1]) == (10, ["report:", "x0 | UNEXPECTED"], "... 99,992 lines more")
+    assert short == "a short one"
+
+
+def test_a_panic_of_a_library_in_rust_is_an_error_in_one_line(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `tokenizers` panics where its regular expression takes too long; what is raised then is no Exception."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("^(([a-z ])+.)+Z([A-Z])+$"), "isolated")
+    monkeypatch.setattr("halfbyte.commands.recipes.main", lambda _: tokenizer.encode("a quick fox " * 9))
+    assert main(["recipes"]) == 1
+    assert "error: PanicException: " in capsys.readouterr().err
+
+
 def test_that_it_loads_is_said_before_anything_heavy_is_imported() -> None:
     code = (
         "import os, sys\n"

@@ -70,7 +70,10 @@ def _ended(arguments: list[str], debug: bool) -> int:
         return 1
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt, "interrupted", 128 + signal.SIGINT, debug=False)
-    except Exception as error:
+    except BaseException as error:
+        # A panic of a library written in Rust, such as tokenizers, is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         text = f"error: {type(error).__name__}: {_first_lines(str(error))}\n(--debug shows the traceback)"
         return _fail(error, text, 1, debug)
 
@@ -88,6 +91,7 @@ def _run(arguments: list[str]) -> int:
         print(version("halfbyte"))
         return 0
     quiet.advertisements()
+    quiet.long_reports()
     if name in commands.TABLE:
         return commands.TABLE[name].main(rest)
     if name.lstrip("-").lower() in ("v", "version"):

@@ -2,10 +2,25 @@
 
 import logging
 
+_MOST_LINES = 10
+
 
 def advertisements() -> None:
     """Drop bitsandbytes' line about an optional kernel package, printed when it is imported; halfbyte uses no such."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_kernel_package)
+
+
+def long_reports() -> None:
+    """Cut transformers' report on a checkpoint, which has a line for each weight that is not the model's."""
+    logging.getLogger("transformers.modeling_utils").addFilter(_cut)
+
+
+def _cut(record: logging.LogRecord) -> bool:
+    lines = record.getMessage().splitlines()
+    if len(lines) > _MOST_LINES:
+        more = f"... {len(lines) - _MOST_LINES + 1:,} lines more"
+        record.msg, record.args = "\n".join([*lines[: _MOST_LINES - 1], more]), ()
+    return True
 
 
 def _no_kernel_package(record: logging.LogRecord) -> bool:

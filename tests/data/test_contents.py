@@ -48,6 +48,9 @@ UNREADABLE: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
         b'{"x": 1}\n{"x": %b1%b}\n' % (b'{"x":' * 10**5, b"}" * 10**5),
         ("line 2", "64 levels"),
     ),
+    "no parquet": ("a.parquet", b"PAR1" + bytes(100), ("not a whole parquet file",)),
+    "no arrow": ("a.arrow", bytes(100), ("not a whole arrow file",)),
+    "empty parquet": ("a.parquet", b"P", ("not a whole parquet file",)),
     "deep in an array": ("a.json", b"[\n{\n" + b'"x": {\n' * 10**5, ("line 65", "64 levels")),
 }
 

@@ -1,5 +1,6 @@
 """Tokens and templates are taken by name, added by name, and refused with what to write."""
 
+import json
 import os
 from pathlib import Path
 
@@ -169,6 +170,17 @@ def test_what_is_no_template_is_refused_and_not_waited_for(base, tmp_path):
     }.items():
         training = sft(tmp_path, chat_template_path=str(tmp_path / name))
         refused("chat_template_path", *words, path=base, training=training)
+
+
+def test_an_id_beyond_all_vocabularies_is_refused(tmp_path):
+    """`tokenizers` fills a slot for every id below it when it is copied: gigabytes, and the process aborts."""
+    tiny.tokenizer().save_pretrained(tmp_path / "chat")
+    file = tmp_path / "chat" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    word = next(iter(content["model"]["vocab"]))
+    content["model"]["vocab"][word] = 2**31
+    file.write_text(json.dumps(content))
+    refused("a token of id 2,147,483,648", path=str(tmp_path / "chat"), training=sft(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["~/chat", "~/own.jinja"])

@@ -16,6 +16,8 @@ from halfbyte.wording import shorten
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 DEEPEST = 64  # levels that Arrow stores
+# How a file begins, and ends: Arrow's stream may end without a mark.
+_MARKS = {".parquet": ((b"PAR1",), b"PAR1"), ".arrow": ((b"ARROW1", b"\xff\xff\xff\xff"), b"")}
 _TEXT = (".json", ".jsonl", ".csv")
 _BLOCK = 1 << 20
 _WHOLE = 1 << 30  # bytes of an array that are parsed again to find the place of a mistake
@@ -34,6 +36,8 @@ def refuse(path: Path) -> None:
             _refuse_bytes(path)
         if path.suffix in (".json", ".jsonl"):
             _refuse_lines(path)
+        if path.suffix in _MARKS:
+            _refuse_unmarked(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 
@@ -62,6 +66,17 @@ def _refuse_bytes(path: Path) -> None:
             place, lines = place + len(block), lines + block.count(b"\n")
     if decoder.getstate()[0]:
         raise UserError(f"{path}: line {lines}, the end of the file, is not UTF-8; the file may be cut off")
+
+
+def _refuse_unmarked(path: Path) -> None:
+    """Refuse a file without its format's marks, whatever its size: before all of it is read to identify it."""
+    starts, end = _MARKS[path.suffix]
+    with path.open("rb") as file:
+        start = file.read(8)
+        file.seek(-min(8, path.stat().st_size), 2)
+        last = file.read()
+    if not start.startswith(starts) or not last.endswith(end):
+        raise UserError(f"{path}: not a whole {path.suffix[1:]} file; write or download it again")
 
 
 def _refuse_lines(path: Path) -> None:

@@ -22,6 +22,7 @@ _BAR, _NAME = r"[|\uff5c]", r"[^\s|\uff5c<>'\"{}+]+"
 SPECIAL = re.compile(rf"<{_BAR}{_NAME}{_BAR}?>|<{_NAME}{_BAR}>|<(?:start|end)_of_turn>")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 CONTENT = "7fae"  # the content of a message in a probe
+_HIGHEST = 1 << 24  # of a token id; each id below one is a slot that `tokenizers` fills when it is copied
 
 
 def prepare_tokenizer(
@@ -117,11 +118,16 @@ def _read(path: str, revision: str | None, trust_remote_code: bool, option: str 
     elif option is not None and names.cannot_be_fetched(path) and not _cached(path):
         raise UserError(names.missing(path), option=option)
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     # From here come OSError, ValueError, KeyError and the json and tokenizers libraries' own.
     except Exception as error:
         reason = shorten(first_line(error), 300)
         raise UserError(f"{path}: no tokenizer could be loaded: {reason}", option=option) from error
+    if (highest := max(found.get_vocab().values(), default=0)) > _HIGHEST:
+        raise UserError(
+            f"{path}: its tokenizer has a token of id {highest:,}; no vocabulary is so large", option=option
+        )
+    return found
 
 
 def _cached(name: str) -> bool:

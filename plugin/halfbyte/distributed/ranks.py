@@ -50,7 +50,7 @@ def on_every_rank(what: str) -> Iterator[None]:
     failed, finished = f"{block}/failed", f"{block}/finished"
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # a signal, or a panic of a library, ends all ranks as well
         if store.check([failed]):  # most likely this error only reports that the other rank exited
             raise _another(what, store.get(failed)) from error
         store.set(failed, first_line(error))
