@@ -334,6 +334,31 @@ def test_what_a_run_reads_is_not_moved_aside(model_dir: ModelDir, tmp_path: Path
     assert not (tmp_path / "sft.1").exists()
 
 
+@pytest.mark.parametrize("what", ["the configuration", "files of a mixture", "a file of the accelerator"])
+def test_whatever_a_run_reads_is_not_moved_aside(
+    model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture, what: str
+) -> None:
+    output = tmp_path / "sft"
+    inside = Path(tiny.write_rows(output / "rows", tiny.conversations(8)))
+    (output / "run.json").write_text("{}")
+    config = (output if what == "the configuration" else tmp_path) / "run.yaml"
+    lines = [f"model_name_or_path: {model_dir('llama')}", f"output_dir: {output}", "run_name: sft"]
+    if what == "files of a mixture":
+        files = json.dumps({"train": str(inside / "train.jsonl")})
+        lines += ["datasets:", "- path: json", f"  data_files: {files}"]
+    else:
+        lines.append(f"dataset_name: {tiny.write_rows(tmp_path / 'rows', tiny.conversations(8))}")
+    if what == "a file of the accelerator":
+        (output / "accelerator.json").write_text("{}")
+        lines.append(f"accelerator_config: {output / 'accelerator.json'}")
+    config.write_text("\n".join([*lines, "overwrite_output_dir: true", ""]))
+    before = sorted(output.rglob("*"))
+    assert main(["sft", "--config", str(config)]) == 2
+    assert "which this run reads" in capsys.readouterr().err
+    assert sorted(output.rglob("*")) == before
+    assert not (tmp_path / "sft.1").exists()
+
+
 def test_a_stream_of_which_no_row_is_left_is_an_error(model_dir: ModelDir, tmp_path: Path, capsys) -> None:
     """An untrained adapter would be saved as the result."""
     short = [{"prompt": tiny.text(n) * 40, "completion": " x"} for n in range(4)]

@@ -1,7 +1,8 @@
 """The options of one run as they were decided, and the dataclasses that they make."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from trl import DatasetMixtureConfig
@@ -10,6 +11,21 @@ from halfbyte.config import RunArguments, Settings
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.resolve import Decisions
 from halfbyte.trainer.build import with_values
+
+# Names that a run gives, and does not read.
+_NO_INPUTS = frozenset({"output_dir", "run_name", "hub_model_id", "project"})
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in the value of an option: data_files in a part of a mixture, a file of the accelerator's."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for item in value.values() for text in _texts(item))
+    elif isinstance(value, list | tuple):
+        yield from (text for item in value for text in _texts(item))
+    elif is_dataclass(value):
+        yield from _texts(vars(value))
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,7 @@ class Options:
     mixture: DatasetMixtureConfig
 
     def paths(self, decisions: Decisions) -> list[str]:
-        """What the run reads: names that may be paths."""
+        """What the run reads: names that may be paths, the configuration's file and all that it names among them."""
         named = [
             decisions.base,
             decisions.adapter,
@@ -34,8 +50,10 @@ class Options:
             self.script.dataset_name,
         ]
         named += [getattr(self.args, "chat_template_path", None), self.settings["resume_from_checkpoint"]]
-        named += [part.path for part in self.mixture.datasets or ()]
-        return [str(name) for name in named if name]
+        given = self.settings.given
+        named += [source.file for source in given.values()]
+        named += [text for key in given if key not in _NO_INPUTS for text in _texts(self.settings[key])]
+        return list(dict.fromkeys(str(name) for name in named if name))
 
     @classmethod
     def decided(cls, settings: Settings, decisions: Decisions) -> "Options":

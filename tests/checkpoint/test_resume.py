@@ -123,7 +123,11 @@ def test_only_an_earlier_run_is_moved_aside(
     base.mkdir()
     assert "which this run reads" in why(checkpoints, base)
     assert "which this run reads" in why(checkpoints, checkpoints)
-    assert why(checkpoints, foreign, tmp_path / "no-such") == "None"
+    assert why(checkpoints, foreign, tmp_path / "no-such", Path("/"), tmp_path, Path("x" * 300)) == "None"
+    (foreign / "deep").mkdir()
+    (foreign / "deep" / "train.jsonl").symlink_to(checkpoints / "metrics.jsonl")
+    assert "which this run reads" in why(checkpoints, foreign), "a link in a directory of the data"
+    assert why(checkpoints, tmp_path) == "None"
     monkeypatch.chdir(checkpoints / "checkpoint-2")
     for above in (".", "..", "/", str(checkpoints)):
         assert "is the working directory or above it" in why(above)

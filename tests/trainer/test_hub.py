@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from halfbyte import QLoRAPlugin
 from halfbyte.checkpoint import usable
 from halfbyte.cli import main
-from halfbyte.trainer.hub import STAGED
+from halfbyte.trainer.hub import STAGED, _public
 from tests import tiny
 
 REPOSITORY = "me/tuned"
@@ -164,3 +164,18 @@ def test_the_library_pushes_named_files_too(hub: Hub, model_dir: Callable[..., P
         (tmp_path / "clone" / name).write_bytes(content)
     base = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
     assert PeftModel.from_pretrained(base, tmp_path / "clone").peft_config
+
+
+def test_absolute_paths_are_public_by_their_last_names_wherever_they_stand() -> None:
+    private = {
+        "data_files": {"train": "/home/me/a.jsonl", "test": ["~/b.jsonl"]},
+        "fsdp_config": "/home/me/c.json",
+        "model_init_kwargs": {"offload_folder": "/home/me/d"},
+        "model_name_or_path": "file:///home/me/e",
+        "output_dir": "/f",
+    }
+    kept = {"pad_token": "/", "chat_template": "{{ m }}/a/b", "hub_model_id": "a/b", "sep": "/x"}
+    public = _public({**private, **kept})
+    assert {key: public[key] for key in kept} == kept
+    assert public["data_files"] == {"train": "a.jsonl", "test": ["b.jsonl"]}
+    assert (public["model_name_or_path"], public["output_dir"]) == ("e", "f")

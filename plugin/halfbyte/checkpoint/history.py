@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from halfbyte.files import next_free, read, replace_file
@@ -55,7 +55,7 @@ def not_to_be_moved(output_dir: Path, inputs: Iterable[str]) -> str | None:
         return f"{output_dir} is the working directory or above it, which is not moved aside; choose another"
     for name in inputs:
         path = Path(name).expanduser()
-        if path.exists() and (path.resolve() == place or place in path.resolve().parents):
+        if any(found == place or place in found.parents for found in _read_at(path, place)):
             return f"{output_dir} holds {name}, which this run reads, and is not moved aside; choose another"
     if os.path.ismount(place) or not os.access(place.parent, os.W_OK | os.X_OK):
         return f"{output_dir} cannot be renamed where it is, and so not moved aside; choose another"
@@ -63,6 +63,22 @@ def not_to_be_moved(output_dir: Path, inputs: Iterable[str]) -> str | None:
     if not logged and not checkpoints(output_dir):
         return f"{output_dir} holds no run, and only an earlier run is moved aside; choose another"
     return None
+
+
+def _read_at(path: Path, place: Path) -> Iterator[Path]:
+    """Where ``path`` really is, and what the links in a directory point at, unless it is above ``place``."""
+    try:
+        if not path.exists():
+            return
+        yield path.resolve()
+    except (OSError, RuntimeError, ValueError):  # no path at all
+        return
+    if path.resolve() in place.parents:
+        return
+    for folder, folders, files in os.walk(path):
+        for entry in (Path(folder) / name for name in (*folders, *files)):
+            if entry.is_symlink():
+                yield Path(os.path.realpath(entry))
 
 
 def cut(output_dir: Path, step: int | None) -> list[str]:

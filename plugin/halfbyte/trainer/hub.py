@@ -176,15 +176,16 @@ def _without_paths(path: Path) -> None:
 
 
 def _public(value: Any, key: str = "") -> Any:
-    """``value`` with the last name in place of each absolute path under a name that stands for one."""
+    """``value`` with the last name in place of each absolute path; below the root only under a name of a place."""
     if isinstance(value, dict):
         return {name: _public(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [_public(item, key) for item in value]
-    names_a_place = re.search(r"path|file|dir|dataset|deepspeed|best_model_checkpoint", key) is not None
-    if names_a_place and isinstance(value, str) and (value.startswith("~") or PurePath(value).is_absolute()):
-        return PurePath(value).name
-    return value
+    if not isinstance(value, str) or not value.startswith(("/", "~", "file:/")):
+        return value
+    named = re.search(r"path|file|dir|dataset|deepspeed|best_model_checkpoint", key) is not None
+    deep = value.startswith("~/") or len(PurePath(value).parts) > 2
+    return PurePath(value).name if named or deep else value
 
 
 def _delete(stage: Path) -> None:
