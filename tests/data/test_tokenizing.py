@@ -218,6 +218,37 @@ def test_sides_share_the_tokens_of_their_prompt_exactly(name):
         assert ids == expected, row
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_conversations_that_begin_alike_have_the_tokens_of_each_alone(monkeypatch, name):
+    monkeypatch.setattr("halfbyte.data.encoding.BEGINNING", 3)
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    draw = random.Random(name)
+    parts = ["<|im_start|>", "<|im_end|>", "<x>", "a", "the fox", " ", "\n", "  b", "<", "|>", "/", "tok"]
+    systems = ["".join(draw.choices(parts, k=draw.randrange(3, 9))) for _ in range(6)]
+    texts = [draw.choice(systems) + "".join(draw.choices(parts, k=draw.randrange(6))) for _ in range(300)]
+    sides = [[[turn("user", text)]] for text in texts]
+    found = Encoder(tokenizer).conversations(0, [{}] * len(sides), sides)
+    for (messages,), (ids,) in zip(sides, found, strict=True):
+        assert ids == _tokenize(tokenizer, messages)["input_ids"], messages
+
+
+def test_a_system_message_of_many_rows_is_tokenized_once_a_batch(monkeypatch):
+    tokenizer, given = tiny.tokenizer(), []
+    encoder = Encoder(tokenizer)
+    encode = encoder._ids
+
+    def counting(texts, **options):
+        given.extend(texts)
+        return encode(texts, **options)
+
+    monkeypatch.setattr(encoder, "_ids", counting)
+    system = turn("system", tiny.text(1) * 20)
+    encoder.conversations(0, [{}] * 50, [[[system, *talk(n)]] for n in range(50)])
+    assert sum(system["content"] in text for text in given) == 1
+    assert len(given) == 50
+
+
 @pytest.mark.parametrize(
     "options",
     [{"truncation": True, "max_length": 5}, {"tokenizer_kwargs": {"split_special_tokens": True}}],

@@ -20,6 +20,9 @@ _OF_TOKENIZING = frozenset(
     }
 )
 
+# Characters, the same in two conversations of a batch, behind which more of them is likely to be the same.
+BEGINNING = 200
+
 
 class UnrenderedRow(Exception):  # noqa: N818 - it is caught where the row's number is known
     """The chat template cannot render the row at ``index``, counted from 0."""
@@ -45,8 +48,9 @@ def batches_alike(tokenizer: Any) -> bool:
 class Encoder:
     """The token ids of conversations under one chat template, and of texts; ``template`` None is the tokenizer's.
 
-    Of one row's sides only what follows the last special token that they share with their prompt is tokenized: the
-    tokenizers library splits a text at such tokens before it does anything else.
+    Of one row's sides only what follows the last special token that they share with their prompt is tokenized, and of
+    conversations only what follows the last one that they share with an earlier one of the batch: the tokenizers
+    library splits a text at such tokens before it does anything else.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
@@ -79,7 +83,7 @@ class Encoder:
                 )
             except TEMPLATE_ERRORS as error:
                 raise UnrenderedRow(index, str(error)) from error
-        whole = iter(self._ids([row[0] for row in rendered if isinstance(row[0], str)]))
+        whole = iter(self._beginning_alike([row[0] for row in rendered if isinstance(row[0], str)]))
         firsts = [next(whole) if isinstance(row[0], str) else row[0] for row in rendered]
         shared = [
             [self._shared(row[0], ids, side) for side in row[1:]]
@@ -143,6 +147,22 @@ class Encoder:
             list(texts), add_special_tokens=add_special_tokens
         )
         return [encoding.ids for encoding in found]
+
+    def _beginning_alike(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of conversations, of which many may begin with the same system message or tools."""
+        begun: dict[str, int] = {}
+        heads = [begun.setdefault(text[:BEGINNING], place) for place, text in enumerate(texts)]
+        firsts = list(begun.values())
+        ids = dict(zip(firsts, self._ids([texts[place] for place in firsts]), strict=True))
+        cuts = [
+            (place, head, *self._shared(texts[head], ids[head], texts[place]))
+            for place, head in enumerate(heads)
+            if place != head
+        ]
+        rests = self._ids([texts[place][at:] for place, _, at, _ in cuts])
+        for (place, head, _, kept), rest in zip(cuts, rests, strict=True):
+            ids[place] = ids[head][:kept] + rest
+        return [ids[place] for place in range(len(texts))]
 
     def _shared(self, prompt: str | Ids, ids: Ids, side: str | Ids) -> tuple[int, int]:
         """Where ``side`` must be tokenized from, and how many of the prompt's ``ids`` come before that."""
