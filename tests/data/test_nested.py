@@ -307,3 +307,50 @@ def test_rows_of_a_recipe_without_a_format_have_no_invented_keys(tmp_path: Path)
     assert train[0]["prompt"][1]["tool_calls"] == rows[0]["prompt"][1]["tool_calls"]
     assert train[0]["meta"] == {"b": 1, "a": None}  # not rendered: as it was read
     assert Text.name
+
+
+AS_JSON = "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+AS_IT_IS = "{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}"
+EITHER = (
+    "{% for c in m.tool_calls %}{% set a = c.function.arguments %}"
+    "{{ a if a is string else a | tojson }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "stream.jsonl"])
+@pytest.mark.parametrize("given", [{"x": "é"}, '{"x": "é"}'], ids=["object", "text"])
+@pytest.mark.parametrize("template", [AS_JSON, AS_IT_IS, EITHER], ids=["json", "as it is", "either"])
+def test_arguments_of_calls_are_json_once_however_they_are_written(
+    tmp_path: Path, template: str, given: Any, name: str
+) -> None:
+    tokenizer = tiny.tokenizer(
+        chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        + template
+        + "<|im_end|>{% endfor %}"
+    )
+    message = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": given}}],
+    }
+    path = written(tmp_path, name, [{"messages": [HI, message, BYE]}] * 2)
+    data = run_data(path, tokenizer=tokenizer, dataset_streaming="stream" in name)
+    text = tokenizer.apply_chat_template(next(iter(data.train))["messages"], tokenize=False)
+    assert '{"x": "é"}' in text.replace("\\u00e9", "é")
+
+
+def test_text_that_is_no_object_stays_and_a_change_of_arguments_is_said(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer(
+        chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        + AS_JSON
+        + "<|im_end|>{% endfor %}"
+    )
+    held = ['{"x": 1}', "", "not json", "[1]"]
+    rows = [
+        {"messages": [HI, {**BYE, "tool_calls": [{"function": {"name": "f", "arguments": text}}]}]}
+        for text in held
+    ]
+    data = run_data(written(tmp_path, "a.jsonl", rows), tokenizer=tokenizer)
+    found = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in data.train]
+    assert found == [{"x": 1}, {}, "not json", "[1]"]
+    assert data.report.notes == ["train: arguments of tool calls are given to the chat template as object"]

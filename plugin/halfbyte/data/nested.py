@@ -13,6 +13,7 @@ import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from halfbyte.data import calls
 from halfbyte.data.kinds import unlike_text
 from halfbyte.data.rendering import TEMPLATE_ERRORS
 from halfbyte.errors import UserError
@@ -70,10 +71,13 @@ def joins(tokenizer: Any, template: str | None = None) -> bool:
     return False
 
 
-def settle(dataset: Any, columns: Collection[str] = COLUMNS, join: bool = False) -> Any:
+def settle(
+    dataset: Any, columns: Collection[str] = COLUMNS, join: bool = False, form: str | None = None
+) -> Any:
     """Return a Dataset or IterableDataset without keys that hold null in the nested values of ``columns``.
 
-    With ``join`` text parts of messages become their text. Rows without ``chat_template_kwargs`` get empty ones where
+    With ``join`` text parts of messages become their text; with a ``form`` (of :mod:`halfbyte.data.calls`) arguments of
+    tool calls take it. Rows without ``chat_template_kwargs`` get empty ones where
     other rows have some. A Dataset that has nothing to change is returned as it is.
     """
     streaming = isinstance(dataset, datasets.IterableDataset)
@@ -84,17 +88,19 @@ def settle(dataset: Any, columns: Collection[str] = COLUMNS, join: bool = False)
         dataset = dataset.cast(features)
     nested = {name: kind for name in columns if (kind := _form(name, (features or {}).get(name))) is not None}
     if not streaming:
-        nested = {n: kind for n, kind in nested.items() if _changes(dataset.data.column(n), n, join)}
+        nested = {n: kind for n, kind in nested.items() if _changes(dataset.data.column(n), n, join, form)}
     if not nested:
         return dataset
     options = {"features": datasets.Features({**features, **nested})}
     if streaming:
-        return dataset.map(_settled, fn_kwargs={"columns": sorted(nested), "join": join}, **options)
+        return dataset.map(
+            _settled, fn_kwargs={"columns": sorted(nested), "join": join, "form": form}, **options
+        )
     return dataset.map(
         _settled_batch,
         batched=True,
         batch_size=_BATCH,
-        fn_kwargs={"columns": sorted(nested), "join": join},
+        fn_kwargs={"columns": sorted(nested), "join": join, "form": form},
         **options,
     )
 
@@ -157,27 +163,31 @@ def _converted(part: Any, kinds: Mapping[str, Any]) -> Any:
     )
 
 
-def _settled_batch(batch: dict[str, list[Any]], columns: list[str], join: bool) -> dict[str, list[Any]]:
+def _settled_batch(
+    batch: dict[str, list[Any]], columns: list[str], join: bool, form: str | None = None
+) -> dict[str, list[Any]]:
     absent = [None] * len(next(iter(batch.values())))
-    return {name: [_column(name, value, join) for value in batch.get(name, absent)] for name in columns}
+    return {name: [_column(name, value, join, form) for value in batch.get(name, absent)] for name in columns}
 
 
-def _settled(row: dict[str, Any], columns: list[str], join: bool) -> dict[str, Any]:
-    return {**row, **{name: _column(name, row[name], join) for name in columns if name in row}}
+def _settled(row: dict[str, Any], columns: list[str], join: bool, form: str | None) -> dict[str, Any]:
+    return {**row, **{name: _column(name, row[name], join, form) for name in columns if name in row}}
 
 
-def _column(name: str, value: Any, join: bool) -> Any:
+def _column(name: str, value: Any, join: bool, form: str | None) -> Any:
     if name == "chat_template_kwargs" and value is None:
         return {}
-    return _without_nulls(value, join)
+    return _without_nulls(value, join, form)
 
 
-def _without_nulls(value: Any, join: bool) -> Any:
+def _without_nulls(value: Any, join: bool, form: str | None) -> Any:
     if isinstance(value, list):
-        return [_without_nulls(item, join) for item in value]
+        return [_without_nulls(item, join, form) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: _without_nulls(held, join) for key, held in value.items() if held is not None}
+    kept = {key: _without_nulls(held, join, form) for key, held in value.items() if held is not None}
+    if form is not None and "role" in kept and isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = calls.rewritten(kept, form)
     for key in ("content", "value") if join and ("role" in kept or "from" in kept) else ():
         parts = kept.get(key)
         if isinstance(parts, list) and parts and not any(map(unlike_text, parts)):
@@ -204,11 +214,16 @@ def _as_json(feature: Any) -> Any:
     return None
 
 
-def _changes(column: pa.ChunkedArray, name: str, join: bool) -> bool:
+def _changes(column: pa.ChunkedArray, name: str, join: bool, form: str | None) -> bool:
     """Whether any value of a column could change."""
     if name == "chat_template_kwargs" and column.null_count:
         return True
-    return any(_holds_null(chunk, join) or (join and _lists_content(chunk.type)) for chunk in column.chunks)
+    return any(
+        _holds_null(chunk, join)
+        or (join and _lists_content(chunk.type))
+        or (form is not None and calls.differ(chunk, form))
+        for chunk in column.chunks
+    )
 
 
 def _holds_null(array: pa.Array, join: bool) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 from trl import extract_prompt
 
-from halfbyte.data import conversion, delimiters, equal, nested, sources, unread
+from halfbyte.data import calls, conversion, delimiters, equal, nested, sources, unread
 from halfbyte.data.contents import reading
 from halfbyte.data.formats import BESIDE_TOKENS, DECIDING, DataFormat, Layout
 from halfbyte.data.progress import showing
@@ -128,10 +128,18 @@ def _split(
         )
     _refuse_options(training, layout, conversational, tokenizer, first)
     template = training_template(tokenizer, training) if conversational else None
+    form = calls.form(tokenizer, template) if conversational else None
+    if (
+        form is not None
+        and not streaming
+        and any(calls.has(dataset, column, form) for column in layout.spoken)
+    ):
+        report.notes.append(f"{name}: arguments of tool calls are given to the chat template as {form}")
     dataset = nested.settle(
         dataset,
         {*layout.spoken, *layout.beside},
         join=conversational and nested.joins(tokenizer, template),
+        form=form,
     )
     check = RowCheck(
         split=name,
