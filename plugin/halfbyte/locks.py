@@ -13,7 +13,7 @@ def open_lock(path: Path) -> int:
     except OSError:
         with suppress(OSError):
             if path.is_file():
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         raise
 
 

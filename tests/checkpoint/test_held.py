@@ -74,6 +74,21 @@ def test_a_directory_under_two_names_is_one(tmp_path: Path, monkeypatch: pytest.
         pass
 
 
+def test_a_link_in_the_place_of_the_lock_is_not_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    (tmp_path / ".run.lock").symlink_to(mine)
+    with held(str(tmp_path / "run")):
+        pass
+    assert "cannot be locked" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    with held(str(tmp_path / "run")):  # the directory itself is locked
+        pass
+    assert mine.read_text() == "precious"
+
+
 def test_without_an_output_directory_nothing_is_held(tmp_path: Path) -> None:
     with held(None):
         pass
