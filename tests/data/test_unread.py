@@ -239,6 +239,19 @@ def test_a_prompt_that_the_sides_repeat_is_not_trained_twice(write):
         notes(write("b.jsonl", [{"prompt": [U], "completion": [U, A]}]), Text)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("prompt", [[turn("system", "s"), U], [turn("system", "s"), U, A], [W, U]])
+def test_a_side_that_repeats_the_end_of_its_prompt_is_refused(write, prompt, streaming):
+    said = [turn("assistant", "yes"), turn("assistant", "no")]
+    chosen, rejected = ([*prompt[1:], answer] for answer in said)
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    with refusal("train row 1", "column 'chosen' begins with what `prompt` ends with"):
+        notes(write("a.jsonl", [row] * 2), dataset_streaming=streaming)
+    row = {"prompt": prompt, "completion": chosen}
+    with refusal("train row 1", "column 'completion' begins with what `prompt` ends with"):
+        notes(write("b.jsonl", [row] * 2), Text, dataset_streaming=streaming)
+
+
 def test_sides_of_one_message_without_a_prompt(write):
     with refusal("train row 1", "'chosen'", "found a mapping"):
         notes(write("a.jsonl", [{"chosen": A, "rejected": W}]))

@@ -85,6 +85,10 @@ class Layout:
         if len(set(shapes.values())) > 1:
             found = ", ".join(f"{c!r} is {'a string' if s else 'messages'}" for c, s in shapes.items())
             return f"all must be strings or all lists of messages, but {found}"
+        prompt: Any = row.get("prompt") if "prompt" in self.columns else None
+        for column in either if isinstance(prompt, list) else ():
+            if column != "prompt" and _repeats(prompt, row[column]):
+                return f"column {column!r} begins with what `prompt` ends with, which would stand there twice"
         starts = [row[column][0] for column in self.columns if row[column]] if self.begin_alike else []
         if any(start != starts[0] for start in starts):
             return f"no `prompt` column, and {' and '.join(self.columns)} do not begin alike; add `prompt`"
@@ -108,6 +112,13 @@ class Layout:
     def answered(self, row: Mapping[str, Any]) -> bool:
         """Whether the assistant has a message in a conversation."""
         return any(turn["role"] == "assistant" for column in self.spoken for turn in row[column])
+
+
+def _repeats(prompt: list[Any], side: list[Any]) -> bool:
+    """Whether a side begins with the turns that end its prompt, from one of the user's on."""
+    return any(
+        turn["role"] == "user" and prompt[at:] == side[: len(prompt) - at] for at, turn in enumerate(prompt)
+    )
 
 
 @dataclass(frozen=True)
