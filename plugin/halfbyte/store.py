@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import platformdirs
 
+from halfbyte import files as disk
 from halfbyte import locks
 from halfbyte.caches import is_homeless
 from halfbyte.files import delete, digest, digest_of, entry, follow_umask, sync, total_size, write_file
@@ -218,7 +219,7 @@ def _manifest(place: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return the entry's manifest, and its size, sha256 and modification time of each file; both empty if invalid."""
     path = place / _MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        manifest = json.loads(disk.read(path, disk.LONGEST_TEXT))
         files = manifest["files"]
         sizes = [file["size"] for file in files.values() if file["sha256"] and file["mtime_ns"]]
         if isinstance(manifest["description"], dict) and all(type(size) is int for size in sizes):

@@ -26,7 +26,10 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("case", [*ODD, "unreadable", "a file", "a link", "a pipe", "a build's leftovers"])
+OTHERS = ("unreadable", "a file", "a link", "a pipe", "a gigabyte", "a build's leftovers")
+
+
+@pytest.mark.parametrize("case", [*ODD, *OTHERS])
 def test_an_odd_entry_breaks_nothing_and_can_be_removed(
     tmp_path: Path, cache: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +56,8 @@ def test_an_odd_entry_breaks_nothing_and_can_be_removed(
         if case == "unreadable":
             (odd / "manifest.json").unlink()
             (odd / "manifest.json").mkdir()
+        if case == "a gigabyte":
+            os.truncate(odd / "manifest.json", 1 << 30)
     assert_equal(load(base), first)
     capsys.readouterr()  # DeepSpeed, where it is installed, prints lines of its own
     assert main(["cache", "ls", "--json"]) == 0

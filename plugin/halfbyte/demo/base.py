@@ -11,7 +11,7 @@ from typing import Any
 from halfbyte.caches import is_homeless, place
 from halfbyte.demo.corpus import Corpus, held_out
 from halfbyte.demo.tokenizer import VOCABULARY, train_tokenizer
-from halfbyte.files import digest, digest_of
+from halfbyte.files import LONGEST_TEXT, digest, digest_of, read
 from halfbyte.store import cache_directory as user_cache
 
 # 0.9M parameters: small enough to learn English and Python from scratch in a minute and a half.
@@ -87,11 +87,11 @@ def store(run: Path, entry: Path) -> None:
 def restore(entry: Path, run: Path) -> bool:
     """Copy a cached run to ``run``; False if there is none or a byte of it has changed."""
     try:
-        manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read(entry / _MANIFEST, LONGEST_TEXT))
         intact = manifest == {
             path.relative_to(entry).as_posix(): _sha(path) for path in _files(entry) if path.name != _MANIFEST
         }
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     if intact:
         shutil.copytree(entry, run, ignore=shutil.ignore_patterns(_MANIFEST))

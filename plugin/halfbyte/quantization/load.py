@@ -56,7 +56,7 @@ def load_base(
                 {"revision": revision, "trust_remote_code": trust_remote_code},
                 {**task.model_kwargs, **model_init_kwargs},
             )
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's class makes of a configuration that does not fit
         if "DefaultCPUAllocator" in str(error):
