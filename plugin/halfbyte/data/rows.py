@@ -40,7 +40,6 @@ def numbered(
             end = min(begin + BATCH, len(dataset))
             places, held = np.arange(begin, end), None
             doubts = None if doubtful is None else doubtful(tables[begin:end], begin)
-            progress.advance(end - begin)
             if doubts is None or doubts.all():
                 held = dataset[begin:end]
             elif doubts.any():
@@ -48,6 +47,7 @@ def numbered(
             if held is not None:
                 for number, *values in zip((places + 1).tolist(), *held.values(), strict=True):
                     yield number, dict(zip(held, values, strict=True))
+            progress.advance(end - begin)
 
 
 def digest(dataset: Any, split: str = "rows") -> str:
