@@ -140,6 +140,8 @@ class RowCheck:
         layout = self.layout
         if layout.token_ids is not None or layout.begin_alike or (self.conversational and begin < RENDERED):
             return None
+        if "prompt" in layout.columns and self.conversational:
+            return None  # what stands in two columns is compared row by row
         found, answered = np.zeros(len(table), bool), np.zeros(len(table), bool)
         for name, kind in layout.columns.items():
             array = glance.column(table, name)
