@@ -16,10 +16,6 @@ RECIPES = ROOT / "recipes" / "halfbyte_recipes"
 LAYERS = [
     {
         "errors",
-        "wording",
-        "passes",
-        "redaction",
-        "streams",
         "files",
         "locks",
         "task",
@@ -27,9 +23,8 @@ LAYERS = [
         "store",
         "identity",
         "names",
-        "quiet",
     }
-    | {"commands table", "descriptors"},
+    | {"commands table", "terminal"},
     {"config", "quantization", "adapters", "optimizers", "data", "distributed"},
     {"fast", "checkpoint", "resilience", "tracking", "memory"},
     {"trainer"},

@@ -200,7 +200,7 @@ def test_a_kernel_package_that_is_not_used_is_not_advertised(caplog: pytest.LogC
 
     from bitsandbytes.backends.cpu import ops
 
-    from halfbyte import quiet
+    from halfbyte.terminal import quiet
 
     quiet.advertisements()
     line = "Failed to load CPU gemm_4bit_forward from kernels-community: %s."
@@ -214,7 +214,7 @@ def test_a_kernel_package_that_is_not_used_is_not_advertised(caplog: pytest.LogC
 def test_a_report_of_a_line_for_each_weight_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     import logging
 
-    from halfbyte import quiet
+    from halfbyte.terminal import quiet
 
     quiet.long_reports()
     logger = logging.getLogger("transformers.modeling_utils")

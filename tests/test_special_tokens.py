@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halfbyte.cli import main
 from halfbyte.data import prepare_tokenizer
-from halfbyte.data.template import text_markers
+from halfbyte.data.chat.template import text_markers
 from tests import tiny
 from tests.data.conftest import sft
 

@@ -15,7 +15,7 @@ __all__ = ["QLoRAPlugin", "Recipe"]
 
 def __getattr__(name: str) -> Any:
     if name == "QLoRAPlugin":
-        from halfbyte import quiet
+        from halfbyte.terminal import quiet
 
         quiet.advertisements()  # before bitsandbytes is imported
         from halfbyte.plugin import QLoRAPlugin

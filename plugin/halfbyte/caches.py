@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from halfbyte.errors import UserError
-from halfbyte.wording import say
+from halfbyte.terminal.wording import say
 
 
 def provide() -> None:

@@ -8,10 +8,11 @@ import signal
 import sys
 import traceback
 
-from halfbyte import caches, commands, descriptors, quiet, streams
+from halfbyte import caches, commands
 from halfbyte import recipe as recipes
 from halfbyte.errors import FailedElsewhereError, Halted, Stopped, UserError
-from halfbyte.wording import CONFIGURATIONS, say, show
+from halfbyte.terminal import descriptors, quiet, streams
+from halfbyte.terminal.wording import CONFIGURATIONS, say, show
 
 _OWN_PACKAGE = "halfbyte"
 _MAX_LINES = 8  # of an error that is not ours; with our own lines around it at most ten

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from halfbyte.errors import UserError
-from halfbyte.wording import suggestion
+from halfbyte.terminal.wording import suggestion
 
 _OPTIONS = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "model_revision"}
 _REFUSED = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from halfbyte.files import LONGEST_TEXT
-from halfbyte.wording import nearest, shorten
+from halfbyte.terminal.wording import nearest, shorten
 
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from halfbyte.errors import UserError
-from halfbyte.wording import first_line
+from halfbyte.terminal.wording import first_line
 
 DEFAULT = "paged_adamw_32bit"
 _ANY_STEPS = 10_000

@@ -13,10 +13,10 @@ from halfbyte import fast as fast_step  # `fast` is an option here
 from halfbyte.assembly import assemble
 from halfbyte.loading import Loaded
 from halfbyte.model_options import ModelOptions
+from halfbyte.terminal.wording import say
 from halfbyte.trainer import trial
 from halfbyte.trainer.build import with_values
 from halfbyte.trainer.compose import LIBRARY
-from halfbyte.wording import say
 
 
 @dataclass

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from halfbyte import commands
 from halfbyte.errors import UserError
 from halfbyte.task import CAUSAL_LM, Task
+from halfbyte.terminal.wording import first_line, nearest, shorten, suggestion
 from halfbyte.tracking.figures import DEFAULT, Figures
-from halfbyte.wording import first_line, nearest, shorten, suggestion
 
 if TYPE_CHECKING:
     from halfbyte.data import DataFormat

@@ -35,9 +35,9 @@ from halfbyte.resilience.memory import advice
 from halfbyte.resilience.signals import Signals, stops_raised
 from halfbyte.resilience.watch import watch
 from halfbyte.resolve import Decisions
+from halfbyte.terminal.wording import say
 from halfbyte.tracking import RunRecord, Tracker, again_command, next_command, resume_command
 from halfbyte.trainer.base import Conduct
-from halfbyte.wording import say
 
 _UPSTREAM = ("trl", "transformers")
 

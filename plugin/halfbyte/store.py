@@ -19,7 +19,7 @@ from halfbyte import files as disk
 from halfbyte import locks
 from halfbyte.caches import is_homeless
 from halfbyte.files import delete, digest, digest_of, entry, follow_umask, sync, total_size, write_file
-from halfbyte.wording import first_line, say
+from halfbyte.terminal.wording import first_line, say
 
 # The least recently used entries of all kinds are removed when the store grows beyond this many bytes.
 BOUND = 200 * 2**30

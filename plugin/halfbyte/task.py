@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.errors import UserError
-from halfbyte.wording import suggestion
+from halfbyte.terminal.wording import suggestion
 
 
 @dataclass(frozen=True)

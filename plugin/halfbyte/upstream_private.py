@@ -46,18 +46,18 @@ PRIVATE = (
     ),
     Private(
         "trl.SFTTrainer._prepare_dataset",
-        "data/prepared.py",
+        "data/preparation/prepared.py",
         "self dataset processing_class args packing formatting_func dataset_name",
     ),
     Private(
         "trl.DPOTrainer._prepare_dataset",
-        "data/prepared.py",
+        "data/preparation/prepared.py",
         "self dataset processing_class args dataset_name",
     ),
     *(
         Private(
             f"trl.{trainer}._prepare_dataset",
-            "data/prepared.py",
+            "data/preparation/prepared.py",
             "self dataset processing_class args dataset_name",
         )
         for trainer in ("KTOTrainer", "RewardTrainer")

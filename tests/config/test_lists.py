@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from halfbyte.data.template import _to_add
+from halfbyte.data.chat.template import _to_add
 from halfbyte.plugin import QLoRAPlugin
 from tests.config.reading import CLASSES, parse, refusal
 

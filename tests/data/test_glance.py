@@ -8,7 +8,7 @@ import pytest
 from transformers import AddedToken
 
 from halfbyte.data import PreferencePairs, Text, UnpairedPreferences
-from halfbyte.data.delimiters import _Check, turn_delimiters
+from halfbyte.data.chat.delimiters import _Check, turn_delimiters
 from halfbyte.data.formats import Layout
 from halfbyte.data.kinds import text
 from halfbyte.data.rows import RowCheck, numbered

@@ -16,7 +16,7 @@ from trl.scripts.utils import DatasetConfig
 from halfbyte.data import PreferencePairs, Text, nested
 from tests import tiny
 from tests.data.conftest import dpo, refusal, run_data, sft, turn
-from tests.data.test_prepared import build
+from tests.data.preparation.test_prepared import build
 
 PRINTS = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{{ mood }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

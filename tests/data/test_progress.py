@@ -5,11 +5,11 @@ from datasets import arrow_dataset, builder
 from datasets.utils import tqdm
 from trl import SFTTrainer
 
-from halfbyte import passes
 from halfbyte.data import counted
+from halfbyte.terminal import passes
 from tests import tiny
 from tests.data.conftest import run_data, sft
-from tests.data.test_prepared import build
+from tests.data.preparation.test_prepared import build
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from halfbyte.terminal.wording import count, memory
 from halfbyte.tracking.progress import RunProgress, figures
-from halfbyte.wording import count, memory
 
 
 class _Terminal(io.StringIO):

@@ -7,7 +7,7 @@ from typing import Any
 
 from halfbyte import files
 from halfbyte.errors import UserError
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 FILE = "adapter_config.json"
 _NAMES = "a text or a list of texts"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.adapters import decoder, patterns
 from halfbyte.errors import UserError
-from halfbyte.wording import first_line, plural, say, suggestion
+from halfbyte.terminal.wording import first_line, plural, say, suggestion
 
 _REWRITES_BASE = "it rewrites the base weights, which on a 4-bit base means quantizing them a second time"
 _DECOMPOSES_BASE = "it decomposes the base weight, which on a 4-bit base is packed bytes"

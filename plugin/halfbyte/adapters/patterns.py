@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from halfbyte.errors import UserError
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 _PLAIN = re.compile(r"[\w.-]*")
 # The interpreter's own engine, ended by the kernel after 0.3 s of CPU time, however busy the machine is.

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte import files, names
 from halfbyte.adapters import config, fresh, patterns, tensors
 from halfbyte.errors import UserError, about
-from halfbyte.wording import first_line, shorten
+from halfbyte.terminal.wording import first_line, shorten
 
 _OPTION = "adapter_name_or_path"
 _FILES = [

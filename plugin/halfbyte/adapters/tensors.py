@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from halfbyte.errors import UserError
-from halfbyte.wording import first_line, plural
+from halfbyte.terminal.wording import first_line, plural
 
 _ADVICE = "save the adapter again, or start a fresh one"
 _DTYPES = ("F64", "F32", "F16", "BF16")

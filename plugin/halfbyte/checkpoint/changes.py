@@ -8,8 +8,8 @@ from typing import Any
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.errors import UserError
 from halfbyte.files import digest_of
-from halfbyte.redaction import redact
-from halfbyte.wording import shorten, suggestion
+from halfbyte.terminal.redaction import redact
+from halfbyte.terminal.wording import shorten, suggestion
 
 # Options that leave the weights, the optimizer and the order of the data as they are. Every other option
 # counts, those of third-party recipes among them. Evaluation draws no random numbers here: see `ExactResume`.

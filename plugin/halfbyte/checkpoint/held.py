@@ -13,7 +13,7 @@ from accelerate import PartialState
 from halfbyte import distributed, locks
 from halfbyte.checkpoint import place
 from halfbyte.errors import UserError
-from halfbyte.wording import say, shorten
+from halfbyte.terminal.wording import say, shorten
 
 _MOST = 1000  # bytes of a signature
 

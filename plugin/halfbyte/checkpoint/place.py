@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 
 def obstacle(output_dir: str) -> str | None:

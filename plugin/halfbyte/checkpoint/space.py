@@ -8,7 +8,7 @@ from pathlib import Path
 from halfbyte.checkpoint.history import checkpoints
 from halfbyte.checkpoint.usable import is_usable
 from halfbyte.errors import Halted
-from halfbyte.wording import first_line
+from halfbyte.terminal.wording import first_line
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SIZES = 2  # free bytes required, in sizes of a checkpoint

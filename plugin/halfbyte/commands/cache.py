@@ -7,7 +7,7 @@ from pathlib import Path
 from halfbyte import store
 from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
-from halfbyte.wording import first_line, plural, say, suggestion
+from halfbyte.terminal.wording import first_line, plural, say, suggestion
 
 _COMMAND = "halfbyte cache"
 

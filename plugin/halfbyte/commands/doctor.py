@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte import caches
 from halfbyte.commands.parser import Parser
-from halfbyte.wording import say
+from halfbyte.terminal.wording import say
 
 if TYPE_CHECKING:
     from halfbyte.plan.doctor import Check

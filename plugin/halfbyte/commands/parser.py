@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from halfbyte.commands import TABLE
 from halfbyte.errors import UserError
-from halfbyte.wording import shorten, suggestion
+from halfbyte.terminal.wording import shorten, suggestion
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,7 +4,7 @@ import json
 
 from halfbyte import recipe
 from halfbyte.commands.parser import Parser
-from halfbyte.wording import say
+from halfbyte.terminal.wording import say
 
 
 def main(arguments: list[str]) -> int:

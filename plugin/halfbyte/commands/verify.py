@@ -8,7 +8,7 @@ from halfbyte.checkpoint.history import checkpoints, step_of
 from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
 from halfbyte.files import read
-from halfbyte.wording import say, shorten
+from halfbyte.terminal.wording import say, shorten
 
 _MOST = 1 << 26  # bytes of run.json that are read
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union
 
 from halfbyte.config.foreign import PARTS
 from halfbyte.config.sources import Node, OptionError, parse_flow, parse_json, shown
-from halfbyte.wording import shorten, suggestion
+from halfbyte.terminal.wording import shorten, suggestion
 
 TRUE, FALSE = ("true", "yes", "on", "y", "t", "1"), ("false", "no", "off", "n", "f", "0")
 INTEGER = re.compile(r"[+-]?(0|[1-9](_?[0-9])*)")

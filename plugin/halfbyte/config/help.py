@@ -6,7 +6,7 @@ from typing import Any
 from halfbyte.config.conversion import described
 from halfbyte.config.fields import Field
 from halfbyte.config.limits import range_for
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 LINES, WIDTH = 80, 100
 

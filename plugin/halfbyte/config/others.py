@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 SYSTEMS = {
     "A": "axolotl",

@@ -12,7 +12,7 @@ from halfbyte.config.settings import ALIASES, Settings
 from halfbyte.config.sources import Entries, Node, OptionError, Source, parse_flow
 from halfbyte.config.written import Mistake, Option, Written, collect, limited, listed
 from halfbyte.errors import UserError
-from halfbyte.wording import shorten, suggestion
+from halfbyte.terminal.wording import shorten, suggestion
 
 
 def read(argv: Sequence[str] | Written, classes: Sequence[type], *, prog: str, summary: str = "",

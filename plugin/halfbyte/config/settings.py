@@ -12,7 +12,7 @@ from typing import Any
 from halfbyte.config.fields import Field, default_of
 from halfbyte.config.sources import Source
 from halfbyte.errors import UserError
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 # Upstream's deprecated spelling is the one with TRL's defaults; both spellings are set to the same value,
 # because its __post_init__ lets `activation_checkpointing` win over a user's `gradient_checkpointing: false`.

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from halfbyte.errors import UserError
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20

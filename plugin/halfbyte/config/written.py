@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from halfbyte.config.sources import Entries, Source, read_yaml, shown
 from halfbyte.errors import UserError
-from halfbyte.wording import CONFIGURATIONS, shorten
+from halfbyte.terminal.wording import CONFIGURATIONS, shorten
 
 MAX_LINES = 10
 Option = tuple[str, list[str], Source]

@@ -1,5 +1,6 @@
 """Rows for a trainer: read, recognised, checked, counted, and reported in run.json."""
 
+from halfbyte.data.chat.template import prepare_tokenizer
 from halfbyte.data.formats import (
     FORMATS,
     DataFormat,
@@ -9,10 +10,9 @@ from halfbyte.data.formats import (
     Text,
     UnpairedPreferences,
 )
-from halfbyte.data.prepared import CountedRows, check_labels, counted
+from halfbyte.data.preparation.prepared import CountedRows, check_labels, counted
 from halfbyte.data.report import DataReport
 from halfbyte.data.run import RunData, load
-from halfbyte.data.template import prepare_tokenizer
 
 __all__ = [
     "FORMATS",

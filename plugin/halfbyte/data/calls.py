@@ -8,7 +8,7 @@ import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from halfbyte.data.rendering import TEMPLATE_ERRORS
+from halfbyte.data.chat.rendering import TEMPLATE_ERRORS
 
 OBJECT, TEXT = "object", "text"
 _PROBE = {"k7fae": "v7fae"}

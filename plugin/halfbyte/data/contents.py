@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from halfbyte.errors import UserError
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 DEEPEST = 64  # levels that Arrow stores

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.data import shapes
-from halfbyte.data.conversion import Conversion
-from halfbyte.data.counting import COMPLETIONS, PAIRS, SCORED_PAIRS, SEQUENCES, Prepared, recognise
+from halfbyte.data.conversion import shapes
+from halfbyte.data.conversion.columns import Conversion
+from halfbyte.data.conversion.shapes import Seen, begins_with
+from halfbyte.data.conversion.turns import SPEAKERS, UnreadableError
 from halfbyte.data.kinds import (
     ROLES,
     Kind,
@@ -18,10 +19,16 @@ from halfbyte.data.kinds import (
     text_or_messages,
     tokens,
 )
-from halfbyte.data.shapes import Seen, begins_with
-from halfbyte.data.turns import SPEAKERS, UnreadableError
+from halfbyte.data.preparation.counting import (
+    COMPLETIONS,
+    PAIRS,
+    SCORED_PAIRS,
+    SEQUENCES,
+    Prepared,
+    recognise,
+)
 from halfbyte.errors import UserError
-from halfbyte.wording import suggestion
+from halfbyte.terminal.wording import suggestion
 
 # Columns with one value a token, which may stand beside token ids.
 TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks")
@@ -126,7 +133,7 @@ class DataFormat:
     """What a recipe's trainer accepts, and how its rows are counted.
 
     ``layouts`` are tried in their order. ``prepared`` are the forms in which trainers leave such rows; see
-    :mod:`halfbyte.data.counting`. A row whose ``compared`` columns train the same tokens trains nothing and is dropped.
+    :mod:`halfbyte.data.preparation.counting`. A row whose ``compared`` columns train the same tokens is dropped.
     ``sides`` is how many sequences one row adds to a forward pass. ``remark(dataset)`` returns what must be reported
     of all rows of a split, or None. ``convert(seen)`` returns how rows of other systems become rows of a layout, or
     None for rows that are read as they are.

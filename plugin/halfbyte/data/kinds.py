@@ -3,8 +3,8 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from halfbyte.data.turns import SPEAKERS, TURN_WEIGHTS
-from halfbyte.wording import shorten
+from halfbyte.data.conversion.turns import SPEAKERS, TURN_WEIGHTS
+from halfbyte.terminal.wording import shorten
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from halfbyte.data import calls
+from halfbyte.data.chat.rendering import TEMPLATE_ERRORS
 from halfbyte.data.kinds import unlike_text
-from halfbyte.data.rendering import TEMPLATE_ERRORS
 from halfbyte.errors import UserError
 
 # Columns that may be rendered with the chat template.

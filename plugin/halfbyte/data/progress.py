@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from halfbyte import passes
+from halfbyte.terminal import passes
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.data.formats import DataFormat
-from halfbyte.wording import plural
+from halfbyte.terminal.wording import plural
 
 
 @dataclass

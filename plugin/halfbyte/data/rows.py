@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from halfbyte.data import glance
+from halfbyte.data.chat.rendering import refusal
+from halfbyte.data.conversion.turns import TURN_WEIGHTS
 from halfbyte.data.formats import TOKEN_COLUMNS, Layout
 from halfbyte.data.kinds import ROLES, boolean, describe, messages, text, text_or_messages
-from halfbyte.data.rendering import refusal
-from halfbyte.data.turns import TURN_WEIGHTS
 from halfbyte.errors import UserError
-from halfbyte.passes import Pass
+from halfbyte.terminal.passes import Pass
 
 BATCH = 1000  # rows decoded at a time
 RENDERED = 2000  # rows rendered up front; a later one is found when its tokenization fails

@@ -7,17 +7,20 @@ from typing import Any
 import datasets
 from trl import extract_prompt
 
-from halfbyte.data import calls, conversion, delimiters, equal, nested, sources, unread
+from halfbyte.data import calls, nested, sources, unread
+from halfbyte.data.chat import delimiters
+from halfbyte.data.chat.rendering import known_roles, training_template
+from halfbyte.data.chat.template import text_markers
 from halfbyte.data.contents import reading
+from halfbyte.data.conversion import columns as conversion
+from halfbyte.data.conversion.shapes import Seen
 from halfbyte.data.formats import BESIDE_TOKENS, DECIDING, DataFormat, Layout
+from halfbyte.data.preparation import equal
 from halfbyte.data.progress import showing
-from halfbyte.data.rendering import known_roles, training_template
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import RowCheck, digest
-from halfbyte.data.shapes import Seen
-from halfbyte.data.template import text_markers
 from halfbyte.errors import UserError
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 
 @dataclass

@@ -16,7 +16,7 @@ from halfbyte.data.contents import BUILDERS, reading
 from halfbyte.errors import UserError, about
 from halfbyte.files import LONGEST_TEXT, digest_of
 from halfbyte.files import read as read_file
-from halfbyte.wording import suggestion
+from halfbyte.terminal.wording import suggestion
 
 ACCEPTED = "json, jsonl, csv, parquet, arrow, a `save_to_disk` directory, or a directory of such files"
 # What `glob` reads as a pattern.

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from halfbyte.data.conversion.shapes import ANSWERS, QUESTIONS, SYSTEMS, TALKS, Seen
+from halfbyte.data.conversion.turns import speaking
 from halfbyte.data.formats import Layout, OtherRowsError
 from halfbyte.data.rows import numbered
-from halfbyte.data.shapes import ANSWERS, QUESTIONS, SYSTEMS, TALKS, Seen
-from halfbyte.data.turns import speaking
 from halfbyte.errors import UserError
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")

@@ -14,7 +14,7 @@ from rich.console import Console
 from halfbyte.demo import base, corpus, stages, summary
 from halfbyte.errors import UserError
 from halfbyte.files import next_free
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 __all__ = ["run"]
 

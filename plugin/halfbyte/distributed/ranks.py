@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import distributed_c10d
 
 from halfbyte.errors import FailedElsewhereError
-from halfbyte.wording import first_line
+from halfbyte.terminal.wording import first_line
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.05

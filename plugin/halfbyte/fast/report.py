@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.fast.budget import Choice
-from halfbyte.wording import plural
+from halfbyte.terminal.wording import plural
 
 ON = "on"
 

@@ -13,7 +13,7 @@ from halfbyte.distributed import support
 from halfbyte.distributed.launcher import Request, from_config
 from halfbyte.errors import UserError
 from halfbyte.files import read
-from halfbyte.wording import first_line, shorten
+from halfbyte.terminal.wording import first_line, shorten
 
 _MOST = 1_000_000  # bytes
 

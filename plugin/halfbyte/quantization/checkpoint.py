@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from halfbyte import identity, names
 from halfbyte.errors import UserError
-from halfbyte.wording import first_line
+from halfbyte.terminal.wording import first_line
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 

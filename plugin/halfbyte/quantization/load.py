@@ -17,7 +17,7 @@ from halfbyte import store
 from halfbyte.errors import UserError
 from halfbyte.quantization import stored
 from halfbyte.task import CAUSAL_LM, Task
-from halfbyte.wording import first_line, shorten
+from halfbyte.terminal.wording import first_line, shorten
 
 # Arguments of from_pretrained that leave the bytes of a base as they are.
 _KEEPS_BYTES = {"attn_implementation"}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from halfbyte.wording import shorten
+from halfbyte.terminal.wording import shorten
 
 
 def advice(args: Any, step: int, reason: str) -> str:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from halfbyte.errors import Stopped
-from halfbyte.wording import say_on_this_rank
+from halfbyte.terminal.wording import say_on_this_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BOUNDARY_SECONDS = 10.0  # a rank that reaches no boundary for so long hangs, or is too slow to be saved

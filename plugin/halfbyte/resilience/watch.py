@@ -24,7 +24,7 @@ from accelerate import PartialState
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import Trainer, TrainerCallback
 
-from halfbyte.wording import say_on_this_rank
+from halfbyte.terminal.wording import say_on_this_rank
 
 _FAILED, _REPORTS, _BEAT = "halfbyte/failed", "halfbyte/reports", "halfbyte/beat"
 

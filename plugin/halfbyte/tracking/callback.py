@@ -13,6 +13,7 @@ from transformers.trainer_utils import has_length
 from halfbyte.checkpoint.history import checkpoints
 from halfbyte.errors import Stopped
 from halfbyte.files import replace_file
+from halfbyte.terminal.wording import say
 from halfbyte.tracking import summary
 from halfbyte.tracking.card import model_card
 from halfbyte.tracking.figures import DEFAULT, Figures
@@ -20,7 +21,6 @@ from halfbyte.tracking.metrics import MetricsLog, Row, Throughput, is_evaluation
 from halfbyte.tracking.progress import RunProgress
 from halfbyte.tracking.record import RunRecord, peak_memory_bytes, wandb_id
 from halfbyte.tracking.wandb_run import WandbRun
-from halfbyte.wording import say
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from halfbyte import task
-from halfbyte.redaction import redact
-from halfbyte.streams import printable
+from halfbyte.terminal.redaction import redact
+from halfbyte.terminal.streams import printable
 from halfbyte.tracking.figures import DEFAULT, Figures, are_ties
 from halfbyte.tracking.record import RunRecord
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from halfbyte.files import replace_file
+from halfbyte.terminal.wording import shorten
 from halfbyte.tracking.figures import DEFAULT, Figures, Plot, are_ties
 from halfbyte.tracking.metrics import Row
-from halfbyte.wording import shorten
 
 Points = list[tuple[int, float]]
 Series = dict[tuple[str, str], Points]

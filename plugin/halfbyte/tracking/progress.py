@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from halfbyte.terminal.wording import count, say
 from halfbyte.tracking.figures import DEFAULT, Figures, are_ties
 from halfbyte.tracking.metrics import Row, is_evaluation
-from halfbyte.wording import count, say
 
 _BAR = 20  # columns
 # What stands before the figures: description, bar, counter, time left, and the spaces between them.

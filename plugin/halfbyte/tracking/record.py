@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.files import overwrite_file, read, replace_file
-from halfbyte.redaction import redact
-from halfbyte.streams import escaped_json
+from halfbyte.terminal.redaction import redact
+from halfbyte.terminal.streams import escaped_json
 
 _PACKAGES = ("halfbyte", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 

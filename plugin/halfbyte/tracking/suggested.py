@@ -3,7 +3,7 @@
 import shlex
 
 from halfbyte import distributed
-from halfbyte.redaction import redact
+from halfbyte.terminal.redaction import redact
 
 _DROPPED = ("resume_from_checkpoint", "overwrite_output_dir")  # with the words that follow them
 

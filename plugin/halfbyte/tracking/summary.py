@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from halfbyte.streams import printable
+from halfbyte.terminal.streams import printable
+from halfbyte.terminal.wording import count, memory, say
 from halfbyte.tracking.figures import Figures, are_ties
-from halfbyte.wording import count, memory, say
 
 
 def show(

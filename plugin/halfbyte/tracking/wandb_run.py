@@ -13,10 +13,10 @@ from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
 from halfbyte.errors import UserError
-from halfbyte.redaction import redact
+from halfbyte.terminal.redaction import redact
+from halfbyte.terminal.wording import first_line
 from halfbyte.tracking.metrics import Row
 from halfbyte.tracking.record import RunRecord
-from halfbyte.wording import first_line
 
 logger = logging.getLogger(__name__)
 

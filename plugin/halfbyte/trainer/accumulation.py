@@ -19,10 +19,10 @@ from halfbyte import distributed
 from halfbyte.checkpoint.generators import generators, restore_generators
 from halfbyte.errors import Halted, UserError
 from halfbyte.resilience.memory import advice
+from halfbyte.terminal.wording import first_line, say
 from halfbyte.trainer.base import Mixin
 from halfbyte.trainer.counters import counters, restore_counters
 from halfbyte.trainer.upstream import wrap_collectives
-from halfbyte.wording import first_line, say
 
 # Trainers that make their batches in another way than the stock one are not split.
 _STOCK = ("_inner_training_loop", "_run_epoch", "get_train_dataloader", "get_batch_samples")

@@ -6,8 +6,8 @@ from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 
 from halfbyte.errors import Halted, UserError
+from halfbyte.terminal.wording import suggestion
 from halfbyte.trainer.base import Mixin
-from halfbyte.wording import suggestion
 
 _ANY = ("loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens", "entropy", "aux_loss")
 _SIDES = tuple(f"{name}/{side}" for name in ("rewards", "logps", "logits") for side in ("chosen", "rejected"))

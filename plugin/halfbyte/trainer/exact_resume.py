@@ -18,9 +18,9 @@ from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 
 from halfbyte.checkpoint.generators import generators_kept
+from halfbyte.terminal.wording import say
 from halfbyte.trainer.base import Mixin
 from halfbyte.trainer.counters import COUNTERS, counters, plain, restore_counters
-from halfbyte.wording import say
 
 
 class ExactResume(Mixin):

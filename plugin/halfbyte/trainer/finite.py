@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from halfbyte.distributed import local_shard
 from halfbyte.errors import Halted
 from halfbyte.resilience.batches import describe_micro_batches, row_numbers, write_batch
+from halfbyte.terminal.wording import say
 from halfbyte.trainer.base import Mixin
-from halfbyte.wording import say
 
 MOST_SKIPPED = 10  # steps of a run that `on_nonfinite: skip` may leave out
 DIRECTORY = "_nonfinite"

@@ -9,8 +9,8 @@ from transformers import TrainerControl, TrainerState
 
 from halfbyte import fast
 from halfbyte.distributed import local_shard
+from halfbyte.terminal.wording import plural, say
 from halfbyte.trainer.base import Mixin
-from halfbyte.wording import plural, say
 
 # What PEFT puts between the name of a module and that of its parameters.
 _ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter|trainable_tokens_\w+)\b.*")

@@ -15,9 +15,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from halfbyte.checkpoint import manifest as manifests
+from halfbyte.terminal.wording import first_line, say
 from halfbyte.trainer.base import Mixin
 from halfbyte.trainer.upstream import without_pickled_arguments
-from halfbyte.wording import first_line, say
 
 STAGED = "_hub"
 _WEIGHTS = re.compile(

@@ -22,7 +22,7 @@ from halfbyte.checkpoint.space import SaveError, explain_failure, require_space
 from halfbyte.checkpoint.usable import is_usable
 from halfbyte.distributed import local_shard
 from halfbyte.files import follow_umask, sync
-from halfbyte.redaction import redact
+from halfbyte.terminal.redaction import redact
 from halfbyte.tracking.record import plain
 from halfbyte.trainer.base import Conduct, Mixin
 from halfbyte.trainer.upstream import without_pickled_arguments

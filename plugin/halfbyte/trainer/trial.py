@@ -9,7 +9,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from halfbyte.adapters import evaluating
 from halfbyte.errors import UserError
-from halfbyte.wording import first_line, shorten
+from halfbyte.terminal.wording import first_line, shorten
 
 _TOKENS = 8
 # The mean difference of log-probabilities that rounding cannot explain, over the spread of the logits.
