@@ -256,3 +256,9 @@ def test_that_it_loads_is_said_before_anything_heavy_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (7, "halfbyte: loading PyTorch, Transformers and TRL ...\n")
+
+
+def test_an_empty_local_rank_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "")
+    assert main(["stf"]) == 2
+    assert capsys.readouterr().err.startswith("error: no recipe or command named 'stf'")

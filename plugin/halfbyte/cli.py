@@ -166,7 +166,7 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 def _print(message: str) -> None:
     """Print to standard error, once per job: under a launcher only on the first local rank."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if os.environ.get("LOCAL_RANK", "") in ("", "0"):
         show(message)
 
 

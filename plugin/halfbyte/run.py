@@ -4,6 +4,7 @@ Everything that can fail on invalid input fails before the output directory is t
 """
 
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import disable_progress_bars
+from datasets.config import HF_DATASETS_CACHE
 from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 from trl import DatasetMixtureConfig
@@ -31,7 +33,7 @@ from halfbyte.errors import Halted, Stopped, UserError
 from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe, recipes_for
-from halfbyte.resilience.memory import advice
+from halfbyte.resilience.memory import advice, ran_out
 from halfbyte.resilience.signals import Signals, stops_raised
 from halfbyte.resilience.watch import watch
 from halfbyte.resolve import Decisions
@@ -225,7 +227,8 @@ def _full_disk_explained(output_dir: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError | Halted) or (told := explain_full_disk(error, output_dir)) is None:
+        places = (output_dir, str(HF_DATASETS_CACHE), tempfile.gettempdir())
+        if isinstance(error, UserError | Halted) or (told := explain_full_disk(error, *places)) is None:
             raise
         raise Halted(told) from error
 
@@ -235,7 +238,9 @@ def _out_of_memory_advised(trainer: Trainer) -> Iterator[None]:
     """Add to an out-of-memory error the step, the batch and what to change; the run still ends by it."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         step = trainer.state.global_step + 1
         raise torch.OutOfMemoryError(advice(trainer.args, step, str(error))) from error
 

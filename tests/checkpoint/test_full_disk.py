@@ -1,5 +1,6 @@
 """A disk that is full, for real: the file, the bytes and what to do; a status that is true, and no debris."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.checkpoint.space import explain_full_disk
 from halfbyte.files import overwrite_file
 from halfbyte.tracking.metrics import MetricsLog
 from tests.checkpoint.runs import Finished, run
@@ -64,6 +66,21 @@ def test_full_in_the_middle(disk, finished: Finished, monkeypatch: pytest.Monkey
     (output.parent / "others").unlink()
     assert run("sft", finished.options(output), "--resume_from_checkpoint", "auto") == 0
     assert json.loads((output / "run.json").read_text())["status"] == "completed"
+
+
+def test_where_no_file_is_named_it_is_the_place_that_is_full(disk, tmp_path: Path) -> None:
+    full, error = disk("4k"), OSError(errno.ENOSPC, "No space left on device")
+    (full / "others").write_bytes(b"x" * 4096)
+    told = explain_full_disk(error, str(tmp_path / "run"), str(full / "cache"))
+    assert told is not None
+    assert told.startswith(
+        f"cannot write {full / 'cache'}: No space left on device, 0 bytes are free there; "
+    )
+    (full / "others").unlink()
+    assert str(explain_full_disk(error, str(tmp_path / "run"))).startswith(
+        f"cannot write {tmp_path / 'run'}: "
+    )
+    assert explain_full_disk(ValueError("no"), str(full)) is None
 
 
 def test_a_file_is_overwritten_only_where_it_has_room(tmp_path: Path) -> None:

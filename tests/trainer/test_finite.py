@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from halfbyte import run as running
 from halfbyte.errors import Halted
+from halfbyte.resilience.memory import ran_out
 from halfbyte.trainer.finite import LossSpikes
 from tests import tiny
 from tests.checkpoint import saboteur
@@ -80,6 +81,15 @@ def test_out_of_memory_ends_with_advice(saboteur_options, tmp_path: Path) -> Non
     assert told.startswith("out of memory in step 3: CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert "`per_device_train_batch_size: 1` and `gradient_accumulation_steps: 2`" in told
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_memory_that_a_cpu_refuses_is_memory() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert not isinstance(error.value, torch.OutOfMemoryError)
+    assert ran_out(error.value)
+    assert ran_out(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not ran_out(RuntimeError("shape mismatch"))
 
 
 def test_a_spike_is_noted_once(capsys: pytest.CaptureFixture) -> None:

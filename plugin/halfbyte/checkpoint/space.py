@@ -12,6 +12,7 @@ from halfbyte.terminal.wording import first_line
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SIZES = 2  # free bytes required, in sizes of a checkpoint
+_LITTLE = 65_536  # free bytes of a file system that is full: a write may have been larger than what was left
 
 
 class SaveError(Halted):
@@ -38,20 +39,31 @@ def explain_failure(final: Path, needed: int, error: Exception) -> str:
     return f"cannot save {final}: {reason}. The last good checkpoint: {left}"
 
 
-def explain_full_disk(error: Exception, output_dir: str) -> str | None:
-    """What a run that ended for want of space could not write, and what to do; None for any other error."""
+def explain_full_disk(error: Exception, *places: str) -> str | None:
+    """What a run that ended for want of space could not write, and what to do; None for any other error.
+
+    Where the error names no file it is the first of ``places``, directories that the run writes to, that is full.
+    """
     if not _is_full(error):
         return None
     reason = getattr(error, "strerror", None) or first_line(error)
-    name = getattr(error, "filename", None) or output_dir
-    there = next(path for path in (Path(name), *Path(name).absolute().parents) if path.exists())
+    room = {place: _free_bytes(place) for place in places}
+    full = next((place for place, free in room.items() if free is not None and free < _LITTLE), places[0])
+    name = getattr(error, "filename", None) or full
+    if (free := _free_bytes(name)) is None:
+        return f"cannot write {name}: {reason}"
+    return (
+        f"cannot write {name}: {reason}, {free:,} bytes are free there; free some and continue with "
+        f"`--resume_from_checkpoint auto`"
+    )
+
+
+def _free_bytes(name: str) -> int | None:
+    """The bytes that are free where ``name`` is or would be made; None if the system does not say."""
+    path = Path(name).absolute()
     with contextlib.suppress(OSError):
-        free = f", {shutil.disk_usage(there).free:,} bytes are free there"
-        return (
-            f"cannot write {name}: {reason}{free}; free some and continue with "
-            f"`--resume_from_checkpoint auto`"
-        )
-    return f"cannot write {name}: {reason}"
+        return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    return None
 
 
 def _is_full(error: Exception) -> bool:

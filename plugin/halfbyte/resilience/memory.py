@@ -1,8 +1,16 @@
-"""Out of memory: the advice that is added to the error."""
+"""Out of memory: which errors mean it, and the advice that is added to them."""
 
 from typing import Any
 
+import torch
+
 from halfbyte.terminal.wording import shorten
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether ``error`` is an allocation that failed: torch has a class of its own for it on accelerators only."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError)
 
 
 def advice(args: Any, step: int, reason: str) -> str:

@@ -52,7 +52,7 @@ def speaks_first() -> bool:
     with local rank 0.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+        return os.environ.get("LOCAL_RANK", "") in ("", "0")
     try:
         store = _store()
         first = store.add(_REPORTS, 1) == 1

@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 from halfbyte import distributed
 from halfbyte.checkpoint.generators import generators, restore_generators
 from halfbyte.errors import Halted, UserError
-from halfbyte.resilience.memory import advice
+from halfbyte.resilience.memory import advice, ran_out
 from halfbyte.terminal.wording import first_line, say
 from halfbyte.trainer.base import Mixin
 from halfbyte.trainer.counters import counters, restore_counters
@@ -76,7 +76,9 @@ class AccumulateOnOutOfMemory(Mixin):
             with accelerator.no_sync(model) if self._several_ranks else contextlib.nullcontext():
                 loss = super().training_step(model, inputs, *args, **kwargs)
             reduced = self._flat_gradients() if self._several_ranks and accelerator.sync_gradients else []
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             reason = first_line(error)
         finally:
             self._within_step = False
