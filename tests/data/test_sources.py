@@ -143,11 +143,15 @@ def test_files_that_cannot_be_read(write, tmp_path: Path):
     refused(".gz is not read", "parquet", name=str(tmp_path / "a.jsonl.gz"))
     (tmp_path / "empty.jsonl").write_bytes(b"")
     refused("the file is empty", name=str(tmp_path / "empty.jsonl"))
+    (tmp_path / "folder").mkdir()
+    for name, content in (("empty", b""), ("full", json.dumps(ROWS[0]).encode())):
+        (tmp_path / "folder" / f"{name}.jsonl").write_bytes(content)
+    refused("empty.jsonl: the file is empty", name=str(tmp_path / "folder"))
     (tmp_path / "cut.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"text": "b"\n')
     refused("cut.jsonl: cannot be read", "line 2, column 13", name=str(tmp_path / "cut.jsonl"))
     for name in ("bad.parquet", "bad.arrow"):
         (tmp_path / name).write_text("hello")
-        refused(f"{name}: cannot be read", name=str(tmp_path / name))
+        refused(f"{name}: not a whole", "write or download it again", name=str(tmp_path / name))
     (tmp_path / "none").mkdir()
     refused("no data files", "jsonl", name=str(tmp_path / "none"))
 

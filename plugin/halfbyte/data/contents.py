@@ -32,6 +32,8 @@ def refuse(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path} is a pipe, a device or a link to nothing; write the rows to a file")
     try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: the file is empty")
         if path.suffix in _TEXT:
             _refuse_bytes(path)
         if path.suffix in (".json", ".jsonl"):

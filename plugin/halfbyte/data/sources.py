@@ -164,8 +164,6 @@ def _builder(path: Path) -> str:
         raise UserError(
             f"{path}: {path.suffix or 'a file without extension'} is not read; accepted: {ACCEPTED}"
         )
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
     contents.refuse(path)
     return BUILDERS[path.suffix]
 
