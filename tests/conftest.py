@@ -25,7 +25,8 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if is_quick(item.nodeid) and not {"distributed", "faults"} & set(item.keywords):
+        # Not by `item.keywords`, which has the names of folders as well.
+        if is_quick(item.nodeid) and not {"distributed", "faults"} & {m.name for m in item.iter_markers()}:
             item.add_marker(pytest.mark.quick)
     if not torch.cuda.is_available():
         for item in items:
