@@ -13,9 +13,9 @@ from halfbyte.terminal.wording import count, say
 from halfbyte.tracking.figures import DEFAULT, Figures, are_ties
 from halfbyte.tracking.metrics import Row, is_evaluation
 
-_BAR = 20  # columns
+_BAR = 18  # columns
 # What stands before the figures: description, bar, counter, time left, and the spaces between them.
-_COUNTED = len("train") + _BAR + len("0:00:00") + 4
+_COUNTED = len("train") + _BAR + len("100:00:00") + 4
 _SLOW_EVALUATION = 2.0  # seconds, after which an evaluation gets a bar of its own
 
 
