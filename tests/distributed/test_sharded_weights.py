@@ -1,5 +1,7 @@
 """Adapters that are not supported on a sharded base are refused, fresh or loaded; shards and whole tensors."""
 
+import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 from peft import LoraConfig
 
 from halfbyte import QLoRAPlugin
-from halfbyte.distributed import Strategy, check_adapters
+from halfbyte.distributed import Strategy, check_adapters, fsdp2, launcher
 from halfbyte.errors import UserError
 
 FSDP2, ZERO3 = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
@@ -30,6 +32,16 @@ def test_wrong_adapters_are_refused(
     check_adapters([LoraConfig()])
     with pytest.raises(UserError, match=named):
         check_adapters([LoraConfig(), config])
+
+
+def test_the_environment_is_looked_up_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Dataset.map` by several processes puts a copy in the place of ``os.environ`` (datasets 5.2)."""
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
+    monkeypatch.setitem(os.environ, FSDP2, "true")
+    assert fsdp2.requested()
+    assert launcher.requested().strategy.startswith("fsdp")
+    with pytest.raises(UserError):
+        check_adapters([ROWS])
 
 
 def test_dora_is_right_under_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,9 @@ SHARDS_INTEGERS = (2, 13)
 _stock_prepare = accelerate.accelerator.fsdp2_prepare_model
 
 
-def requested(environment: Mapping[str, str] = os.environ) -> bool:
+def requested() -> bool:
     """Whether the launcher requested FSDP, of either version."""
-    return is_on(environment, "ACCELERATE_USE_FSDP")
+    return is_on(os.environ, "ACCELERATE_USE_FSDP")
 
 
 def quantization_storage(given: str | None, compute_dtype: torch.dtype) -> tuple[str | None, str | None]:

@@ -31,8 +31,13 @@ class Request:
     launcher: str | None = None
 
 
-def requested(environment: Mapping[str, str] = os.environ, parent: psutil.Process | None = None) -> Request:
-    """Return the requested launch: from the environment or the command line, whichever requests more processes."""
+def requested(environment: Mapping[str, str] | None = None, parent: psutil.Process | None = None) -> Request:
+    """Return the requested launch: from the environment or the command line, whichever requests more processes.
+
+    ``environment`` is this process's by default: looked up at each call, because `datasets` replaces ``os.environ``
+    when it maps by several processes.
+    """
+    environment = os.environ if environment is None else environment
     found = from_environment(environment)
     parent = parent or psutil.Process().parent()
     try:

@@ -33,8 +33,9 @@ class Strategy:
         return {"name": self.name, "world_size": self.world_size}
 
 
-def refuse_unsupported(environment: Mapping[str, str] = os.environ) -> None:
+def refuse_unsupported(environment: Mapping[str, str] | None = None) -> None:
     """Raise :class:`UserError` if the launcher requested a strategy or an option that is always refused."""
+    environment = os.environ if environment is None else environment
     strategy = _known(requested(environment).strategy)
     support.require(strategy)
     if (problem := support.refused_option(strategy, environment)) is not None:
@@ -53,7 +54,7 @@ def check_quantized(strategy: str, load_in_4bit: bool) -> None:
         )
 
 
-def strategy_in_use(*, on_cpu: bool = False, environment: Mapping[str, str] = os.environ) -> Strategy:
+def strategy_in_use(*, on_cpu: bool = False, environment: Mapping[str, str] | None = None) -> Strategy:
     """Return the strategy of the running process group, on every rank.
 
     ``on_cpu`` says that the user wrote ``use_cpu: true``. Raises :class:`UserError` on all ranks when the strategy
@@ -106,8 +107,9 @@ def difference(request: Request, in_use: Strategy, cpu_requested: bool) -> str |
     return None
 
 
-def refuse_precision(dtype: str, why: str, environment: Mapping[str, str] = os.environ) -> None:
+def refuse_precision(dtype: str, why: str, environment: Mapping[str, str] | None = None) -> None:
     """Raise :class:`UserError` if the launcher sets a mixed precision other than the run's ``dtype``."""
+    environment = os.environ if environment is None else environment
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched != "no" and _PRECISIONS.get(launched) != dtype:
         wanted = _PRECISIONS.get(launched)

@@ -2,15 +2,14 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping
 
 from halfbyte.distributed.launcher import is_on
 from halfbyte.errors import UserError
 
 
-def requested(environment: Mapping[str, str] = os.environ) -> bool:
+def requested() -> bool:
     """Whether the launcher requested DeepSpeed, of any stage."""
-    return is_on(environment, "ACCELERATE_USE_DEEPSPEED")
+    return is_on(os.environ, "ACCELERATE_USE_DEEPSPEED")
 
 
 def require_installed() -> None:
