@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.update(
@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def one_environment() -> Iterator[None]:
+    """`Dataset.map` by several processes puts a copy in the place of ``os.environ``; rich reads the first one."""
+    kept = os.environ
+    yield
+    os.environ = kept  # noqa: B003
 
 
 @pytest.fixture(scope="session")
