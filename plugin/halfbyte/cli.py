@@ -12,7 +12,7 @@ from halfbyte import caches, commands
 from halfbyte import recipe as recipes
 from halfbyte.errors import FailedElsewhereError, Halted, Stopped, UserError
 from halfbyte.terminal import descriptors, quiet, streams
-from halfbyte.terminal.wording import CONFIGURATIONS, say, show
+from halfbyte.terminal.wording import CONFIGURATIONS, on_local_rank_0, say, show
 
 _OWN_PACKAGE = "halfbyte"
 _MAX_LINES = 8  # of an error that is not ours; with our own lines around it at most ten
@@ -166,7 +166,7 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 def _print(message: str) -> None:
     """Print to standard error, once per job: under a launcher only on the first local rank."""
-    if os.environ.get("LOCAL_RANK", "") in ("", "0"):
+    if on_local_rank_0():
         show(message)
 
 

@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from halfbyte.data.chat.rendering import TEMPLATE_ERRORS
+from halfbyte.data.chat.rendering import Messages, rendered
+from halfbyte.data.glance import is_list, is_text
 
 OBJECT, TEXT = "object", "text"
 _PROBE = {"k7fae": "v7fae"}
@@ -45,34 +45,26 @@ def differ(array: pa.Array, wanted: str) -> bool:
         return any(
             (
                 field.name == "arguments"
-                and (wanted == OBJECT) == _is_text(field.type)
+                and (wanted == OBJECT) == is_text(field.type)
                 and part.null_count < len(part)
             )
             or differ(part, wanted)
             for field, part in zip(array.type, array.flatten(), strict=True)
         )
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+    if is_list(array.type):
         return differ(array.flatten(), wanted)
     return False
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _rendered(tokenizer: Any, template: str | None, arguments: Any) -> str:
     call = {"type": "function", "id": "a7fae0000", "function": {"name": "f", "arguments": arguments}}
     for content in ("", None):
-        turns = [
+        turns: Messages = [
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": content, "tool_calls": [call]},
         ]
-        try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template))
-        except jinja2.TemplateSyntaxError:
-            raise
-        except TEMPLATE_ERRORS:
-            continue
+        if (text := rendered(tokenizer, turns, template)) is not None:
+            return text
     return ""
 
 

@@ -9,12 +9,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import datasets
-import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from halfbyte.data import calls
-from halfbyte.data.chat.rendering import TEMPLATE_ERRORS
+from halfbyte.data.chat.rendering import rendered
+from halfbyte.data.glance import is_list
 from halfbyte.data.kinds import unlike_text
 from halfbyte.errors import UserError
 
@@ -46,21 +46,14 @@ _PROBES = (
 
 def joins(tokenizer: Any, template: str | None = None) -> bool:
     """Whether a chat template prints ``content`` as it is, so that lists of text parts must become their text."""
-
-    def rendered(turns: list[dict[str, Any]]) -> str | None:
-        try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template))
-        except jinja2.TemplateSyntaxError:
-            raise
-        except TEMPLATE_ERRORS:
-            return None
-
     for roles in _PROBES:
         said = [{"role": role, "content": f"7fae{n}"} for n, role in enumerate(roles)]
-        if rendered(said) is None:  # a template of lists alone, or without one of the roles
+        if (
+            rendered(tokenizer, said, template) is None
+        ):  # a template of lists alone, or without one of the roles
             continue
         parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in said]
-        text = rendered(parts)
+        text = rendered(tokenizer, parts, template)
         if (
             text is None
             or "'type'" in text
@@ -233,14 +226,14 @@ def _holds_null(array: pa.Array, join: bool) -> bool:
         return any(pc.any(pc.match_substring(array.storage, sign)).as_py() for sign in signs)
     if pa.types.is_struct(array.type):
         return any(field.null_count or _holds_null(field, join) for field in array.flatten())
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+    if is_list(array.type):
         return _holds_null(array.flatten(), join)
     return False
 
 
 def _lists_content(kind: pa.DataType) -> bool:
     """Whether mappings of a type have a ``content`` that is a list."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if is_list(kind):
         return _lists_content(kind.value_type)
     return pa.types.is_struct(kind) and any(
         (field.name in ("content", "value") and not pa.types.is_string(field.type))
@@ -255,5 +248,5 @@ def _json_texts(array: pa.Array) -> Iterator[pa.Array]:
     elif pa.types.is_struct(array.type):
         for field in array.flatten():
             yield from _json_texts(field)
-    elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+    elif is_list(array.type):
         yield from _json_texts(array.flatten())

@@ -9,7 +9,7 @@ from trl import extract_prompt
 
 from halfbyte.data import calls, nested, sources, unread
 from halfbyte.data.chat import delimiters
-from halfbyte.data.chat.rendering import known_roles, training_template
+from halfbyte.data.chat.rendering import known_roles, template_advice, training_template
 from halfbyte.data.chat.template import text_markers
 from halfbyte.data.contents import reading
 from halfbyte.data.conversion import columns as conversion
@@ -174,12 +174,9 @@ def _converted(seen: Seen, format: DataFormat, tokenizer: Any, training: Any, re
     if found is None:
         return seen
     if not getattr(tokenizer, "chat_template", None):
-        how = "use a model that has one"
-        if hasattr(training, "chat_template_path"):
-            how = "set `chat_template_path` to a .jinja file, or to a model whose template to take"
         raise UserError(
             f"{' + '.join(found.read)} would become a conversation, but the tokenizer has no chat template\n"
-            f"  {how}; or write the text to train on into the data",
+            f"  {template_advice(training)}; or write the text to train on into the data",
             split=seen.split,
         )
     report.notes.append(f"{seen.split}: {found.line(seen.first, seen.whole)}")

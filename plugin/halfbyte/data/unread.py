@@ -14,6 +14,10 @@ from halfbyte.data.formats import Layout, OtherRowsError
 from halfbyte.data.rows import numbered
 from halfbyte.errors import UserError
 
+_REASONING = (
+    *("reasoning", "reasoning_content", "thinking", "thought", "thoughts"),
+    *("rationale", "explanation", "cot"),
+)
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # What a model should see or say; each must be read, or stand within what is read.
 CONTEXT = frozenset(
@@ -45,16 +49,7 @@ CONTEXT = frozenset(
         *("instructions", "inputs", "outputs", "questions", "responses", "answers", "persona", "knowledge"),
         *("sys", "system_instruction", "system_instructions", "options", "choices", "hint", "hints"),
         *("tool_definitions", "tool_list", "tool_schemas", "available_tools", "available_functions"),
-        *(
-            "reasoning",
-            "reasoning_content",
-            "thinking",
-            "thought",
-            "thoughts",
-            "rationale",
-            "explanation",
-            "cot",
-        ),
+        *_REASONING,
     }
 )
 # Which tokens or rows count; where all of it is 1 it changes nothing.
@@ -75,16 +70,7 @@ _LISTED = 12  # columns that a line names
 _ANSWERS = frozenset(
     {
         *(*ANSWERS, "solution", "target", "targets", "outputs", "responses", "answers"),
-        *(
-            "reasoning",
-            "reasoning_content",
-            "thinking",
-            "thought",
-            "thoughts",
-            "rationale",
-            "explanation",
-            "cot",
-        ),
+        *_REASONING,
     }
 )
 

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from halfbyte.errors import Stopped
-from halfbyte.terminal.wording import say_on_this_rank
+from halfbyte.terminal.wording import on_rank_0, say_on_this_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BOUNDARY_SECONDS = 10.0  # a rank that reaches no boundary for so long hangs, or is too slow to be saved
@@ -126,7 +126,7 @@ def stops_raised() -> Iterator[None]:
 
     What was created before the first step is then removed again. On rank 0 alone: the other ranks create nothing.
     """
-    if threading.current_thread() is not threading.main_thread() or os.environ.get("RANK", "0") != "0":
+    if threading.current_thread() is not threading.main_thread() or not on_rank_0():
         yield
         return
     numbers = [number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -24,7 +24,7 @@ from accelerate import PartialState
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import Trainer, TrainerCallback
 
-from halfbyte.terminal.wording import say_on_this_rank
+from halfbyte.terminal.wording import on_local_rank_0, say_on_this_rank
 
 _FAILED, _REPORTS, _BEAT = "halfbyte/failed", "halfbyte/reports", "halfbyte/beat"
 
@@ -52,7 +52,7 @@ def speaks_first() -> bool:
     with local rank 0.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return os.environ.get("LOCAL_RANK", "") in ("", "0")
+        return on_local_rank_0()
     try:
         store = _store()
         first = store.add(_REPORTS, 1) == 1

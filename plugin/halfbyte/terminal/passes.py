@@ -1,7 +1,6 @@
 """Passes over many rows, with how far they are: a bar on a terminal, plain lines elsewhere, nothing for short ones."""
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
-from halfbyte.terminal.wording import count, say
+from halfbyte.terminal.wording import count, on_rank_0, say
 
 QUIET = 2.0  # seconds before a pass is shown
 APART = 10.0  # seconds between two lines of a pass, and a tenth of its time more
@@ -30,7 +29,7 @@ _SHOWN: ContextVar[_Display | None] = ContextVar("shown", default=None)
 def shown(bar: bool) -> Iterator[None]:
     """Show the passes of the block on rank 0: with ``bar``, and on a terminal, by a bar; else by lines."""
     display = None
-    if os.environ.get("RANK", "0") == "0":
+    if on_rank_0():
         display = _Display("bar" if bar and sys.stdout.isatty() else "lines")
     before = _SHOWN.set(display)
     try:

@@ -15,12 +15,22 @@ CONFIGURATIONS = (".yaml", ".yml")
 """What the name of a configuration ends with."""
 
 
+def on_rank_0() -> bool:
+    """Whether this process is the first of its job, which prints for all; also before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def on_local_rank_0() -> bool:
+    """Whether this process is the first on its machine, where ranks know of no others yet."""
+    return os.environ.get("LOCAL_RANK", "") in ("", "0")
+
+
 def say(*lines: str, error: bool = False) -> None:
     """Print ``lines`` on rank 0, to standard error with ``error``.
 
     A terminal or pipe that is gone never ends the run.
     """
-    if os.environ.get("RANK", "0") == "0" and lines:
+    if on_rank_0() and lines:
         show("\n".join(lines), error=error)
 
 

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
-import jinja2
 import numpy as np
 import pyarrow as pa
 
 from halfbyte.data import glance
 from halfbyte.data.chat.forged import BESIDE, NAME, Turns, broken, opened, strings
-from halfbyte.data.chat.rendering import TEMPLATE_ERRORS
+from halfbyte.data.chat.rendering import rendered
 from halfbyte.data.chat.template import SPECIAL
 from halfbyte.data.formats import Layout
 from halfbyte.data.nested import loosened
@@ -217,16 +216,9 @@ def _probes(tokenizer: Any, template: str | None) -> Iterator[str]:
         ([beside[0], user, assistant], False),
         ([user, assistant, beside[1], assistant], False),
     ):
-        try:
-            yield str(
-                tokenizer.apply_chat_template(
-                    turns, tokenize=False, chat_template=template, add_generation_prompt=prompt
-                )
-            )
-        except jinja2.TemplateSyntaxError:
-            raise
-        except TEMPLATE_ERRORS:
-            continue
+        text = rendered(tokenizer, turns, template, add_generation_prompt=prompt)
+        if text is not None:
+            yield text
 
 
 def _is_tag(token: str, added: Mapping[str, bool]) -> bool:

@@ -28,6 +28,25 @@ TEMPLATE_ERRORS = (
 )
 
 
+def rendered(
+    tokenizer: Any, turns: Messages, template: str | None = None, *, add_generation_prompt: bool = False
+) -> str | None:
+    """What a chat template makes of ``turns``, or None where it refuses them.
+
+    ``template`` takes the place of the tokenizer's own. Raises jinja2.TemplateSyntaxError.
+    """
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                turns, tokenize=False, chat_template=template, add_generation_prompt=add_generation_prompt
+            )
+        )
+    except jinja2.TemplateSyntaxError:
+        raise
+    except TEMPLATE_ERRORS:
+        return None
+
+
 def known_roles(tokenizer: Any) -> frozenset[str]:
     """Return the usual roles, and those of the chat template's own.
 
@@ -68,6 +87,13 @@ def _rendered_role(roles: tuple[str, ...], place: int, tokenizer: Any) -> str | 
         return None
 
 
+def template_advice(training: Any) -> str:
+    """How to give a tokenizer a chat template, with the options that ``training`` has."""
+    if hasattr(training, "chat_template_path"):
+        return "set `chat_template_path` to a .jinja file, or to a model whose template to take"
+    return "use a model whose tokenizer has one"
+
+
 def training_template(tokenizer: Any, training: Any) -> str | None:
     """Return the template that TRL renders with: None for the tokenizer's own, another where assistant_only_loss
     requires marks.
@@ -75,9 +101,7 @@ def training_template(tokenizer: Any, training: Any) -> str | None:
     Raises UserError where there is no template, or none with ``{% generation %}`` marks when they are needed.
     """
     if not getattr(tokenizer, "chat_template", None):
-        advice = "use a model whose tokenizer has one"
-        if hasattr(training, "chat_template_path"):
-            advice = "set `chat_template_path` to a .jinja file, or to a model whose template to take"
+        advice = template_advice(training)
         raise UserError(f"the data holds conversations, but the tokenizer has no chat template\n  {advice}")
     if not getattr(training, "assistant_only_loss", False) or has_generation_markers(tokenizer.chat_template):
         return None

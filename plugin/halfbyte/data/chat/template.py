@@ -13,7 +13,7 @@ from transformers import AddedToken, AutoTokenizer
 
 from halfbyte import names
 from halfbyte.data.chat import limited
-from halfbyte.data.chat.rendering import TEMPLATE_ERRORS
+from halfbyte.data.chat.rendering import rendered
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import first_line, shorten, suggestion
 
@@ -89,9 +89,9 @@ def _require_bounded(template: Any, where: str, option: str | None = None) -> No
 def stop_ids(tokenizer: Any, template: str | None = None) -> set[int]:
     """Return the ids that end a turn: the end of sequence, and the token that the template writes after a turn."""
     stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    rendered = _probe(tokenizer, template)
-    if CONTENT in rendered:
-        tail = tokenizer(rendered.rpartition(CONTENT)[2], add_special_tokens=False)["input_ids"]
+    text = _probe(tokenizer, template)
+    if CONTENT in text:
+        tail = tokenizer(text.rpartition(CONTENT)[2], add_special_tokens=False)["input_ids"]
         special = set(tokenizer.get_added_vocab().values())
         stops |= set([token for token in tail if token in special][:1])
     return stops
@@ -100,12 +100,7 @@ def stop_ids(tokenizer: Any, template: str | None = None) -> set[int]:
 def _probe(tokenizer: Any, template: str | None = None) -> str:
     """A short conversation that ends with the assistant, rendered; empty if the template refuses it."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": CONTENT}]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template))
-    except jinja2.TemplateSyntaxError:
-        raise
-    except TEMPLATE_ERRORS:  # no template, or one that requires other messages
-        return ""
+    return rendered(tokenizer, turns, template) or ""
 
 
 def _read(path: str, revision: str | None, trust_remote_code: bool, option: str | None = None) -> Any:

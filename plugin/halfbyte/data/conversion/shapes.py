@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from halfbyte.data.conversion.columns import Conversion
 from halfbyte.data.conversion.turns import SPEAKERS, plain, shape, speakers, speaking
+from halfbyte.data.glance import is_list, is_text
 from halfbyte.data.kinds import unknown_roles
 from halfbyte.errors import UserError
 
@@ -254,8 +255,8 @@ def _answers_only(seen: Seen, column: str) -> bool:
 
 def _something(array: pa.Array) -> bool:
     """Whether an array has a value that is neither null nor empty."""
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+    if is_text(array.type):
         return bool(pc.any(pc.not_equal(pc.utf8_trim_whitespace(array), "")).as_py())
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+    if is_list(array.type):
         return bool(pc.any(pc.greater(pc.list_value_length(array), 0)).as_py())
     return array.null_count < len(array)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from halfbyte.data.glance import is_list
+
 # The keys under which a turn says who speaks, and what; the first of each is TRL's, the other ShareGPT's.
 WHO, WHAT = ("role", "from"), ("content", "value")
 # Speakers of the ShareGPT format and its relatives, by the role that chat templates know.
@@ -71,7 +73,7 @@ def speakers(dataset: Any, columns: list[str]) -> set[str]:
         one = dataset.select_columns([name])
         for table in one.with_format("arrow").iter(batch_size=10_000):
             array = table[name].combine_chunks()
-            while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+            while is_list(array.type):
                 array = array.flatten()
             if pa.types.is_struct(array.type):
                 said = [array.field(who).unique().to_pylist() for who in WHO if who in array.type.names]
