@@ -11,6 +11,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from halfbyte import QLoRAPlugin
 from halfbyte.fast import batches
+from halfbyte.fast.forest import Forest
 from tests import tiny
 
 LENGTHS = (13, 5, 21, 1, 8)
@@ -56,7 +57,7 @@ def step(model: torch.nn.Module, *, padding_free: bool) -> tuple[torch.Tensor, d
 def test_loss_and_gradients_equal_padded_batches(name: str, checkpointing: bool) -> None:
     model = make(name).train()
     loss, grads = step(model, padding_free=False)
-    assert batches._use_attention(model) is None
+    assert batches.use_forests(model) is None
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ours, our_grads = step(model, padding_free=True)
@@ -70,7 +71,7 @@ def test_loss_and_gradients_equal_padded_batches(name: str, checkpointing: bool)
 @pytest.mark.parametrize("name", ["llama", "opt", "mistral"])
 def test_no_sequence_attends_to_another(name: str) -> None:
     model = make(name).eval()
-    assert batches._use_attention(model) is None
+    assert batches.use_forests(model) is None
     batch = {**DataCollatorForLanguageModeling(pad_token_id=3, padding_free=True)(rows()), "use_cache": False}
     changed = {**batch, "input_ids": batch["input_ids"].clone()}
     changed["input_ids"][0, : LENGTHS[0]] = 7
@@ -80,10 +81,10 @@ def test_no_sequence_attends_to_another(name: str) -> None:
     assert torch.equal(first[LENGTHS[0] :], second[LENGTHS[0] :])
 
 
-def test_the_mask_is_lengths_and_not_a_square() -> None:
+def test_the_mask_is_a_forest_and_not_a_square() -> None:
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     model = make("llama")
-    assert batches._use_attention(model) is None
+    assert batches.use_forests(model) is None
     seen = []
 
     def look(module, args, kwargs) -> None:
@@ -91,7 +92,7 @@ def test_the_mask_is_lengths_and_not_a_square() -> None:
 
     model.model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
     model(input_ids=torch.full((1, sum(LENGTHS)), 9), position_ids=positions, use_cache=False)
-    assert seen[0].flatten().tolist() == [0, 13, 18, 39, 40, 48]
+    assert Forest.of_tensor(seen[0]) == Forest.of_lengths(LENGTHS)
 
 
 def test_one_sequence_has_no_mask() -> None:
@@ -101,7 +102,7 @@ def test_one_sequence_has_no_mask() -> None:
 def test_a_model_without_the_interface_keeps_its_attention() -> None:
     model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
     before = model.config._attn_implementation
-    assert batches._use_attention(model) is not None
+    assert batches.use_forests(model) is not None
     assert model.config._attn_implementation == before
 
 
@@ -111,7 +112,7 @@ def test_a_model_that_hides_boundaries_from_its_attention_is_found_out(monkeypat
     monkeypatch.setattr(
         model.model, "forward", lambda position_ids=None, cu_seq_lens_q=None, **kwargs: inner(**kwargs)
     )
-    assert "does not pass sequence boundaries" in (batches._use_attention(model) or "")
+    assert "does not pass sequence boundaries" in (batches.use_forests(model) or "")
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -122,7 +123,7 @@ def test_a_model_that_fails_on_such_a_batch_keeps_padded_ones(monkeypatch) -> No
         raise RuntimeError("not with these arguments")
 
     monkeypatch.setattr(model.model, "forward", fail)
-    assert "does not pass sequence boundaries" in (batches._use_attention(model) or "")
+    assert "does not pass sequence boundaries" in (batches.use_forests(model) or "")
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -131,7 +132,7 @@ def test_the_probe_draws_no_random_numbers() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    assert batches._use_attention(model) is None
+    assert batches.use_forests(model) is None
     assert torch.equal(torch.rand(1), expected)
 
 

@@ -1,25 +1,28 @@
-"""Causal attention over padded or padding-free batches, with a gradient of its own outside autograd.
+"""Causal attention over padded batches or a forest of sequences, with a gradient of its own outside autograd.
 
 A fused layer keeps the output and the log-sum of each query's weights instead of an autograd graph, so that it can
 discard queries, keys and values and still run the backward without a second attention. Heads come after tokens here:
 queries and outputs are ``[B, T, Nq, D]``, keys and values ``[B, T, Nkv, D]``.
 """
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
+
+from halfbyte.fast.forest import Forest, once_per_tensor, varlen_layout
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # What an attention keeps of its forward for its backward: log-sums (float32 [B, Nq, T]), a graph, or nothing.
 Kept = Any
+Spans = Sequence[tuple[int, int]]
 
 
 class Attention(Protocol):
@@ -33,49 +36,31 @@ class Attention(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of ``q``, ``k`` and ``v`` for ``do``, that of the output ``o``."""
 
-
-@dataclass(frozen=True)
-class Boundaries:
-    """Where the sequences (boundaries) that are packed into one row of tokens begin and end.
-
-    ``cumulative`` is int32 ``[sequences + 1]``, from 0 to T, as variable-length kernels read it (``cu_seqlens``);
-    ``bounds`` are its values on the host.
-    """
-
-    cumulative: Tensor
-    bounds: Sequence[int]
-
-    @classmethod
-    def of(cls, cumulative: Tensor) -> "Boundaries":
-        """Read cumulative lengths, a tensor of any shape, off the device once for all layers of a forward."""
-        return _boundaries(cumulative)
-
-    @classmethod
-    def of_positions(cls, positions: Tensor) -> "Boundaries | None":
-        """Read boundaries off positions ``[1, T]``, which begin again in each sequence; None for one sequence."""
-        return _positioned(positions)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(end - start for start, end in self.spans)
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """First and past-the-last token of each sequence that is not empty."""
-        return [(a, b) for a, b in zip(self.bounds, self.bounds[1:], strict=False) if b > a]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the output as autograd sees it."""
 
 
 def attention(
-    device: torch.device, dtype: torch.dtype, scale: float, mask: Tensor | None, boundaries: Boundaries | None
+    device: torch.device,
+    dtype: torch.dtype,
+    scale: float,
+    mask: Tensor | None,
+    forest: Forest | None,
+    window: int | None = None,
+    *,
+    autograd: bool = False,
 ) -> Attention:
-    """Return the attention of one batch: causal within ``boundaries``, or under ``mask``, or causal.
+    """Return the attention of one batch: along the paths of ``forest``, or under ``mask``, or causal.
 
-    ``mask`` is ``[B, 1, T, T]``, bool or of ``dtype``: True or 0 where a query attends, False or -inf where not.
+    ``mask`` is ``[B, 1, T, T]``, bool or of ``dtype``: True or 0 where a query attends, False or -inf where not. With a
+    ``window`` a query of a forest attends to so many tokens of its path, itself the last of them. ``autograd`` asks for
+    the general form, which takes values of another size than queries.
     """
-    if device.type == "cpu":
-        return CpuAttention(scale, _additive(mask, dtype) if mask is not None else None, boundaries)
-    return GraphAttention(scale, mask, boundaries)
+    if forest is not None and window is not None and window >= forest.longest:
+        window = None
+    if device.type == "cpu" and not autograd:
+        return CpuAttention(scale, _additive(mask, dtype) if mask is not None else None, forest, window)
+    return GraphAttention(scale, mask, forest, window)
 
 
 @dataclass(frozen=True)
@@ -84,57 +69,64 @@ class CpuAttention:
 
     scale: float
     mask: Tensor | None
-    boundaries: Boundaries | None
+    forest: Forest | None
+    window: int | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
-        parts = [self._forward_span(q, k, v, span) for span in self._spans(q)]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([o for o, _ in parts], dim=1), torch.cat([log_sum for _, log_sum in parts], dim=2)
+        if self.forest is None:
+            return self._forward_span(q, k, v, self.mask)
+        o = torch.empty_like(q)
+        log_sum = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+        for segment in self.forest.segments:
+            start, end = self.forest.spans[segment]
+            keys = self.forest.keys(segment)
+            mask = _path_mask(end - start, keys, self.window, q.dtype)
+            o[:, start:end], log_sum[:, :, start:end] = self._forward_span(
+                q[:, start:end], _gather(k, keys), _gather(v, keys), mask
+            )
+        return o, log_sum
 
     def backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [self._backward_span(do, q, k, v, o, kept, span) for span in self._spans(q)]
-        if len(parts) == 1:
-            return parts[0]
-        dq, dk, dv = (torch.cat(gradients, dim=1) for gradients in zip(*parts, strict=True))
-        return dq, dk, dv
+        if self.forest is None:
+            return self._backward_span(do, q, k, v, o, kept, self.mask)
+        dq = torch.empty_like(q)
+        # Several branches add to their prefix: in float32, rounded once.
+        dk, dv = (torch.zeros_like(x, dtype=torch.float32 if self.forest.branches else None) for x in (k, v))
+        for segment in self.forest.segments:
+            start, end = self.forest.spans[segment]
+            keys = self.forest.keys(segment)
+            dq[:, start:end], *found = self._backward_span(
+                do[:, start:end],
+                q[:, start:end],
+                _gather(k, keys),
+                _gather(v, keys),
+                o[:, start:end],
+                kept[:, :, start:end].contiguous(),
+                _path_mask(end - start, keys, self.window, q.dtype),
+            )
+            for total, part in zip((dk, dv), found, strict=True):
+                _scatter_add(total, part, keys)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
 
-    def _forward_span(self, q: Tensor, k: Tensor, v: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-        query, key, value = self._heads_first(q, k, v, span)
-        o, log_sum = _cpu_forward(
-            query, key, value, 0.0, self.mask is None, attn_mask=self.mask, scale=self.scale
-        )
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output: Tensor = _Attend.apply(self, q, k, v)
+        return output
+
+    def _forward_span(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        o, log_sum = _cpu_forward(query, key, value, 0.0, mask is None, attn_mask=mask, scale=self.scale)
         return o.transpose(1, 2), log_sum
 
     def _backward_span(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, span: slice
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self._heads_first(q, k, v, span)
+        do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
         dq, dk, dv = _cpu_backward(
-            do[:, span].transpose(1, 2),
-            query,
-            key,
-            value,
-            o[:, span].transpose(1, 2),
-            log_sum[:, :, span].contiguous(),
-            0.0,
-            self.mask is None,
-            attn_mask=self.mask,
-            scale=self.scale,
+            do, q, k, v, o, log_sum, 0.0, mask is None, attn_mask=mask, scale=self.scale
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-
-    def _heads_first(self, q: Tensor, k: Tensor, v: Tensor, span: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The span with heads first, ``[B, N, T, D]``; the kernel shares each key between its query heads."""
-        query, key, value = (x[:, span].transpose(1, 2) for x in (q, k, v))
-        return query, key, value
-
-    def _spans(self, q: Tensor) -> list[slice]:
-        if self.boundaries is None:
-            return [slice(0, q.shape[1])]
-        return [slice(start, end) for start, end in self.boundaries.spans]
 
 
 @dataclass(frozen=True)
@@ -146,7 +138,8 @@ class GraphAttention:
 
     scale: float
     mask: Tensor | None
-    boundaries: Boundaries | None
+    forest: Forest | None
+    window: int | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Kept]:
         if not keep_graph:
@@ -162,81 +155,117 @@ class GraphAttention:
         dq, dk, dv = torch.autograd.grad(out, inputs, do)
         return dq, dk, dv
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v)
+
     def _graph(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
             return self._attend(*inputs), inputs
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.boundaries is None:
-            return self._attend_rows(q, k, v)
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            cumulative, longest = self.boundaries.cumulative, self.boundaries.longest
-            out = varlen_attn(
-                q[0],
-                k[0],
-                v[0],
-                cumulative,
-                cumulative,
-                longest,
-                longest,
-                scale=self.scale,
-                window_size=(-1, 0),
-                enable_gqa=q.shape[2] != k.shape[2],
-            )
-            assert isinstance(out, Tensor)
-            return out.unsqueeze(0)
-        lengths = [end - start for start, end in self.boundaries.spans]
-        # Split, not sliced: the gradient of each slice would be as long as the row.
-        parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        return torch.cat([self._attend_rows(*part) for part in parts], dim=1)
+        if self.forest is None:
+            return self._attend_rows(q, k, v, self.mask)
+        if q.dtype in (torch.bfloat16, torch.float16) and has_varlen(q.device):
+            return self._attend_varlen(q, k, v, self.forest)
+        parts = []
+        for segment in self.forest.segments:
+            start, end = self.forest.spans[segment]
+            keys = self.forest.keys(segment)
+            mask = _path_mask(end - start, keys, self.window, q.dtype, q.device)
+            parts.append(self._attend_rows(q[:, start:end], _gather(k, keys), _gather(v, keys), mask))
+        return torch.cat(parts, dim=1)
 
-    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
+        """One kernel for all segments; a query is aligned with the last of its keys."""
+        layout = varlen_layout(forest, q.device)
+        key, value = k[0], v[0]
+        if layout.gathered is not None:
+            key, value = key[layout.gathered], value[layout.gathered]
+        out = varlen_attn(
+            q[0],
+            key,
+            value,
+            layout.queries,
+            layout.keys,
+            layout.longest_queries,
+            layout.longest_keys,
+            scale=self.scale,
+            window_size=(-1 if self.window is None else self.window - 1, 0),
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        assert isinstance(out, Tensor)  # a tuple only where log-sums are requested
+        return out.unsqueeze(0)
+
+    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
         groups = q.shape[2] // k.shape[2]
-        if groups > 1 and self.mask is not None:  # no kernel takes both a mask and shared keys
+        if groups > 1 and mask is not None:  # no kernel takes both a mask and shared keys
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=self.mask,
-            is_causal=self.mask is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self.scale,
             enable_gqa=key.shape[1] != query.shape[1],
         ).transpose(1, 2)
 
 
-def _once_per_tensor(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Remember the last result: every layer of a forward passes the same tensor."""
-    last: list[tuple[weakref.ref[Tensor], tuple[Any, ...], Any]] = []
+class _Attend(torch.autograd.Function):
+    """Attention as autograd sees it, for layers that are not fused."""
 
-    def remembered(tensor: Tensor, *others: Any) -> Any:
-        if last and last[0][0]() is tensor and last[0][1] == others:
-            return last[0][2]
-        result = function(tensor, *others)
-        last[:] = [(weakref.ref(tensor), others, result)]
-        return result
+    @staticmethod
+    def forward(ctx: Any, call: CpuAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, log_sum = call.forward(q, k, v)
+        ctx.call = call
+        ctx.save_for_backward(q, k, v, o, log_sum)
+        return o
 
-    return remembered
-
-
-@_once_per_tensor
-def _boundaries(cumulative: Tensor) -> Boundaries:
-    lengths = cumulative.flatten()
-    return Boundaries(lengths, lengths.tolist())
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, log_sum = ctx.saved_tensors
+        return None, *ctx.call.backward(do, q, k, v, o, log_sum)
 
 
-@_once_per_tensor
-def _positioned(positions: Tensor) -> Boundaries | None:
-    row = positions.flatten()
-    begins = [0, *((row[1:] != row[:-1] + 1).nonzero().flatten() + 1).tolist(), len(row)]
-    if len(begins) == 2:
+def has_varlen(device: torch.device) -> bool:
+    """Whether PyTorch's variable-length attention runs on ``device``."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _gather(x: Tensor, spans: Spans) -> Tensor:
+    """The tokens of ``spans``, ``[B, keys, N, D]``: a view where they are neighbours."""
+    if len(spans) == 1:
+        return x[:, spans[0][0] : spans[0][1]]
+    return torch.cat([x[:, start:end] for start, end in spans], dim=1)
+
+
+def _scatter_add(total: Tensor, part: Tensor, spans: Spans) -> None:
+    """Add the gradient of what :func:`_gather` returned to that of its input."""
+    at = 0
+    for start, end in spans:
+        total[:, start:end] += part[:, at : at + end - start]
+        at += end - start
+
+
+def _path_mask(
+    queries: int, keys: Spans, window: int | None, dtype: torch.dtype, device: Any = None
+) -> Tensor | None:
+    """The mask ``[1, 1, queries, keys]`` of the last tokens of a path; None where plain causality says the same."""
+    count = sum(end - start for start, end in keys)
+    if count == queries and (window is None or window >= count):
         return None
-    return Boundaries(torch.tensor(begins, dtype=torch.int32, device=row.device), begins)
+    query = torch.arange(count - queries, count, device=device).unsqueeze(1)
+    key = torch.arange(count, device=device)
+    hidden = key > query
+    if window is not None:
+        hidden |= key <= query - window
+    return torch.zeros(1, 1, queries, count, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
-@_once_per_tensor
+@once_per_tensor
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as values added to the scores."""
     if mask.dtype != torch.bool:

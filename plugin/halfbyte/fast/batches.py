@@ -1,33 +1,61 @@
-"""Padding-free batches for SFT: sequences packed into one row, positions from 0 in each, attention within each alone.
+"""Padding-free batches: a forest in one row of tokens, which travels in the place of the attention mask.
 
-TRL can collate such a row and transformers masks it, but the mask costs T^2 values: here it stays a tensor of
-cumulative lengths, and attention runs sequence by sequence (one variable-length kernel on CUDA). The lengths travel in
-the place of the mask, or beside it where a model (OPT) makes its mask without looking at positions. A model through
-which neither arrives is found out before training and keeps padded batches.
+TRL can collate rows of SFT without padding and transformers masks them, but the mask costs T^2 values: here it stays a
+:class:`Forest`, and attention runs segment by segment (one variable-length kernel on CUDA). A batch that says only
+where positions begin again gets its forest from the mask function, or beside the mask where a model (OPT) makes its
+mask without looking at positions; one of trees brings its own. A model through which neither arrives is found out
+before training and keeps padded batches.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from halfbyte.fast import family
+from halfbyte.fast.attention import attention as attention_of
+from halfbyte.fast.forest import ROOT, Forest
 
 IMPLEMENTATION = "sdpa_varlen"
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Two sequences, of 2 and 3 tokens, as TRL packs them; and a pair that shares two tokens.
+PACKED = Forest((2, 5), (ROOT, ROOT))
+PAIR = Forest((2, 3, 5), (ROOT, 0, 0))
 
 
-def prepare(model: PreTrainedModel, args: TrainingArguments, collator: Any) -> str | None:
+def prepare_rows(model: PreTrainedModel, args: TrainingArguments, collator: Any) -> str | None:
     """Make ``model`` attend within each sequence of a padding-free batch; return why not, if it is not covered.
 
     ``args`` and ``collator`` are the SFT trainer's. Batches that TRL packs already keep their shape. The trainer itself
     changes its batches: :class:`halfbyte.trainer.padding_free.PaddingFree`.
     """
-    return _uncovered(model, args, collator) or _use_attention(model)
+    if type(collator) is not DataCollatorForLanguageModeling:
+        return f"the collator is {type(collator).__name__}"
+    if collator.return_position_ids:
+        return "sequence parallelism requires padding"
+    reason = _uncovered(model, args, collator, _ATTENTION_LAYERS)
+    if reason is None and model.config._attn_implementation in _FLASH:
+        return None
+    return reason or use_forests(model, PACKED)
+
+
+def prepare_pairs(model: PreTrainedModel, args: TrainingArguments, collator: Any) -> str | None:
+    """Make ``model`` attend along the paths of a batch of trees; return why not, if it is not covered.
+
+    ``args`` and ``collator`` are the DPO trainer's; :class:`halfbyte.fast.pairs.PairsAsTrees` makes the batches.
+    """
+    if type(collator) is not DataCollatorForPreference:
+        return f"the collator is {type(collator).__name__}"
+    reason = _uncovered(model, args, collator, _ATTENTION_LAYERS - {"chunked_attention"})
+    if reason is None and getattr(model.config.get_text_config(), "attention_dropout", None):
+        return "dropout inside attention"
+    return reason or use_forests(model, PAIR)
 
 
 def register() -> None:
@@ -36,60 +64,61 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, mask)
 
 
-def _uncovered(model: PreTrainedModel, args: TrainingArguments, collator: Any) -> str | None:
+def _uncovered(
+    model: PreTrainedModel, args: TrainingArguments, collator: Any, layers: set[str]
+) -> str | None:
     loading: Any = args.accelerator_config
-    if type(collator) is not DataCollatorForLanguageModeling:
-        return f"the collator is {type(collator).__name__}"
-    if collator.return_position_ids or collator.pad_to_multiple_of:
-        return "pad_to_multiple_of and sequence parallelism require padding"
-    if args.neftune_noise_alpha is not None and not collator.padding_free:
+    if collator.pad_to_multiple_of:
+        return "pad_to_multiple_of requires padding"
+    if args.neftune_noise_alpha is not None and not getattr(collator, "padding_free", False):
         return "neftune_noise_alpha scales its noise by the length of a padded row"
     if loading.dispatch_batches or loading.split_batches:
         return "dispatch_batches and split_batches split a batch by rows"
-    if model._is_stateful or not set(getattr(model.config, "layer_types", None) or ()) <= _ATTENTION_LAYERS:
+    if model._is_stateful or not set(getattr(model.config, "layer_types", None) or ()) <= layers:
         return f"{type(model).__name__} has layers that carry a state along the row"
     return None
 
 
-def _use_attention(model: PreTrainedModel) -> str | None:
-    """Make ``model`` use :data:`IMPLEMENTATION`; return why it cannot."""
+def use_forests(model: PreTrainedModel, example: Forest = PACKED) -> str | None:
+    """Make ``model`` use :data:`IMPLEMENTATION` for batches like ``example``; return why it cannot."""
     before = model.config._attn_implementation
-    if before in (*_FLASH, IMPLEMENTATION):
-        return None
-    if before != "sdpa":
-        return f"attention is {before}; sdpa and flash attention are covered"
+    if before not in ("sdpa", IMPLEMENTATION):
+        return f"attention is {before}; sdpa is covered"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} does not use transformers' attention interface"
     register()
     model.set_attn_implementation(IMPLEMENTATION)
-    if model.config._attn_implementation == IMPLEMENTATION and _boundaries_arrive(model):
+    if model.config._attn_implementation == IMPLEMENTATION and _arrives(model, example):
         return None
     model.set_attn_implementation(before)
     return f"{type(model).__name__} does not pass sequence boundaries to its attention"
 
 
 class _Arrived(Exception):  # noqa: N818 -- not an error: it ends a forward that has shown what it was run for
-    def __init__(self, lengths: Tensor | None) -> None:
-        self.lengths = lengths
+    def __init__(self, forest: Forest | None) -> None:
+        self.forest = forest
 
 
 _probing = False
 
 
 @torch.no_grad()
-def _boundaries_arrive(model: PreTrainedModel) -> bool:
-    """Whether the boundaries of sequences of 2 and 3 tokens reach the first attention of ``model``."""
+def _arrives(model: PreTrainedModel, forest: Forest) -> bool:
+    """Whether ``forest`` reaches the first attention of ``model``."""
     global _probing
     device = model.get_input_embeddings().weight.device
-    ids = torch.zeros(1, 5, dtype=torch.long, device=device)
-    positions = torch.tensor([[0, 1, 0, 1, 2]], device=device)
-    lengths = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    ids = torch.zeros(1, forest.ends[-1], dtype=torch.long, device=device)
+    given: dict[str, Tensor] = {"position_ids": forest.positions().to(device)}
+    if forest.branches:
+        given["attention_mask"] = forest.tensor(device)
+    else:
+        given["cu_seq_lens_q"] = torch.tensor([0, *forest.ends], dtype=torch.int32, device=device)
     _probing = True
     try:
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-            model.base_model(input_ids=ids, position_ids=positions, use_cache=False, cu_seq_lens_q=lengths)
+            model.base_model(input_ids=ids, use_cache=False, **given)
     except _Arrived as arrived:
-        return arrived.lengths is not None and arrived.lengths.tolist() == [0, 2, 5]
+        return arrived.forest == forest
     except Exception:  # whatever a model raises on such a batch, it keeps padded ones
         return False
     finally:
@@ -107,58 +136,77 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention; causal within each sequence where boundaries are given.
+    """Scaled dot-product attention; along the paths of a forest where one is given.
 
-    ``query`` is ``[B, Nq, T, D]``, ``key`` and ``value`` ``[B, Nkv, T, D]``; returns ``[B, T, Nq, D]``. B is 1 where
-    boundaries are given: cumulative lengths, int32, as :func:`mask` returns them in the place of the mask, or
-    ``cu_seq_lens_q`` where there is no mask at all. The signature is that of transformers' attention functions.
+    ``query`` is ``[B, Nq, T, D]``, ``key`` and ``value`` ``[B, Nkv, T, D]``; returns ``[B, T, Nq, D]``. B is 1 where a
+    forest is given: in the place of the mask, as :meth:`Forest.tensor` encodes it, or as ``cu_seq_lens_q`` where there
+    is no mask at all. The signature is that of transformers' attention functions.
     """
-    lengths = kwargs.get("cu_seq_lens_q")
-    if attention_mask is not None:
-        lengths = attention_mask.flatten() if attention_mask.dtype == torch.int32 else None
+    forest = _forest_of(attention_mask, kwargs)
+    # What sdpa adds to the scores, or refuses.
+    beyond = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
     if _probing:
-        raise _Arrived(lengths)
-    beyond = any(
-        kwargs.get(name) is not None for name in ("position_bias", "softcap")
-    )  # sdpa adds it, or refuses
-    if lengths is None or query.shape[0] != 1 or beyond:
+        raise _Arrived(None if beyond else forest)
+    if forest is None or query.shape[0] != 1 or beyond:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.dtype in (torch.float16, torch.bfloat16) and not dropout and _has_varlen(query.device):
-        longest = kwargs.get("max_length_q") or query.shape[2]
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = varlen_attn(
-            q, k, v, lengths, lengths, longest, longest, scale=scaling, window_size=(-1, 0),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        assert isinstance(out, Tensor)  # a tuple only where log-sums are requested
-        return out.unsqueeze(0), None
-    kwargs["is_causal"] = True
+    if dropout:
+        return _with_dropout(forest, module, (query, key, value), dropout, scaling, kwargs), None
+    call = attention_of(
+        query.device,
+        query.dtype,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        None,
+        forest,
+        kwargs.get("sliding_window", family.window(module)),
+        autograd=value.shape[-1] != query.shape[-1],
+    )
+    return call.attend(*(x.transpose(1, 2) for x in (query, key, value))), None
+
+
+def _forest_of(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Forest | None:
+    if attention_mask is not None:
+        return Forest.of_tensor(attention_mask) if attention_mask.dtype == torch.int32 else None
+    cumulative = kwargs.get("cu_seq_lens_q")
+    return None if cumulative is None else Forest.of_cumulative(cumulative)
+
+
+def _with_dropout(
+    forest: Forest,
+    module: torch.nn.Module,
+    states: tuple[Tensor, Tensor, Tensor],
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """PyTorch's attention with dropout, sequence by sequence."""
+    assert not forest.branches
+    lengths = [end - start for start, end in forest.spans]
     # Split, not sliced: the gradient of each slice would be as long as the row.
-    sequences = zip(*(x.split(lengths.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
-    parts = [
-        sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling, **kwargs)[0]
-        for q, k, v in sequences
-    ]
-    return torch.cat(parts, dim=1), None
+    sequences = zip(*(x.split(lengths, dim=2) for x in states), strict=True)
+    given = {**kwargs, "is_causal": True, "dropout": dropout, "scaling": scaling}
+    parts = [sdpa_attention_forward(module, q, k, v, None, **given)[0] for q, k, v in sequences]
+    return torch.cat(parts, dim=1)
 
 
 def mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
-    """Return transformers' sdpa mask, or cumulative lengths where the mask is causal within each sequence and no more.
+    """Return transformers' sdpa mask, or a forest where the mask is causal within each sequence and no more.
 
-    The mask is bool ``[B, 1, T, T]`` or None; lengths are int32 ``[1, 1, 1, sequences + 1]``, from 0 to T. The
-    signature is that of transformers' mask functions.
+    The mask is bool ``[B, 1, T, T]`` or None, the forest what :meth:`Forest.tensor` returns. The signature is that of
+    transformers' mask functions.
     """
-    lengths = None
+    forest = None
     # A mask that may be skipped is plainly causal or padded; one applied with vmap is a custom one.
     packed = not kwargs.get("allow_is_causal_skip", True) and not kwargs.get("use_vmap")
     if packed and batch_size == 1 and q_length == kv_length and kwargs.get("attention_mask") is None:
-        lengths = _lengths(q_length, kwargs["mask_function"], kwargs.get("device", "cpu"))
-    return sdpa_mask(batch_size, q_length, kv_length, **kwargs) if lengths is None else lengths
+        forest = _sequences(q_length, kwargs["mask_function"], kwargs.get("device", "cpu"))
+    if forest is None:
+        return sdpa_mask(batch_size, q_length, kv_length, **kwargs)
+    return forest.tensor(kwargs.get("device", "cpu"))
 
 
-def _lengths(tokens: int, mask_function: Any, device: Any) -> Tensor | None:
+def _sequences(tokens: int, mask_function: Any, device: Any) -> Forest | None:
     """Read sequence boundaries off a mask: a token sees the one before it unless it is the first of its sequence."""
     zero = torch.zeros(1, dtype=torch.long, device=device)
     at = torch.arange(tokens, device=device)
@@ -170,8 +218,4 @@ def _lengths(tokens: int, mask_function: Any, device: Any) -> Tensor | None:
     sees_next = mask_function(zero, zero, at[:-1], at[1:])  # yes, where a block is not causal
     if not bool(sees_first.all()) or bool(sees_next.any()):
         return None
-    return cumulative.to(torch.int32).view(1, 1, 1, -1)
-
-
-def _has_varlen(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return Forest.of_cumulative(cumulative)

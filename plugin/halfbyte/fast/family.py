@@ -83,7 +83,7 @@ def read(layer: nn.Module) -> Decoder:
         kv_heads=attention.config.num_key_value_heads,
         head_size=attention.head_dim,
         scale=attention.scaling,
-        window=_window(attention),
+        window=window(attention),
         attention=attention,
     )
     _check_attention(decoder)
@@ -140,7 +140,7 @@ def _norm(module: Any) -> Norm:
     return Norm(module, eps=module.eps if gemma else module.variance_epsilon, unit_offset=gemma)
 
 
-def _window(attention: Any) -> int | None:
+def window(attention: Any) -> int | None:
     """The sliding window of the attention in tokens, if it has one."""
     if getattr(attention, "layer_type", None) == "full_attention":
         return None

@@ -51,7 +51,7 @@ def fuse(
         "padding_free" in scope.parts
     ):  # before the layers: a fused one no longer shows what attention receives
         assert args is not None
-        unpadded = batches.prepare(base, args, collator) or ON
+        unpadded = batches.prepare_rows(base, args, collator) or ON
     linears, plain = _fuse_linears(base) if "linears" in scope.parts else (0, {})
     layers, level, choice = 0, None, None
     apart: dict[str, int] = {}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.fast import family
-from halfbyte.fast.attention import Boundaries, attention
+from halfbyte.fast.attention import attention
 from halfbyte.fast.family import Decoder, Uncovered
+from halfbyte.fast.forest import Forest
 from halfbyte.fast.layer_call import LEVELS, LayerCall
 from halfbyte.fast.rope import Rotary
 
@@ -110,18 +111,18 @@ class FusedForward:
         _check_arguments(args, kwargs)
         decoder, mask = self.decoder, kwargs.get("attention_mask")
         family.check_call(decoder, self.layer.training, hidden)
-        boundaries = self._boundaries(hidden, mask, kwargs)
+        forest = self._forest(hidden, mask, kwargs)
         if mask is not None and mask.dim() != 4:
             raise Uncovered("a mask for flash attention")
-        if mask is None and self._beyond_window(hidden, boundaries):
+        if mask is not None and mask.dtype != torch.int32 and self._beyond_window(hidden, forest):
+            forest = None  # the model's mask has both the sequences and the window
+        if forest is not None:
+            mask = None
+        if mask is None and forest is None and self._beyond_window(hidden, forest):
             raise Uncovered("a sequence longer than the sliding window, and no mask")
         position_embeddings: tuple[Tensor, Tensor] | None = kwargs.get("position_embeddings")
         if position_embeddings is None or position_embeddings[0].shape[-1] != decoder.head_size:
             raise Uncovered("rotary positions on a part of the head")
-        if mask is not None and mask.dtype != torch.int32 and self._beyond_window(hidden, boundaries):
-            boundaries = None  # the model's mask has both the boundaries and the window
-        if boundaries is not None:
-            mask = None
         cos, sin = position_embeddings
         qkv, out, gate_up, down = family.projections(decoder)
         return LayerCall(
@@ -131,35 +132,33 @@ class FusedForward:
             gate_up,
             down,
             rotary=Rotary(cos, sin, hidden.dtype),
-            attention=attention(hidden.device, hidden.dtype, decoder.scale, mask, boundaries),
+            attention=attention(hidden.device, hidden.dtype, decoder.scale, mask, forest, decoder.window),
             level=self.level,
         )
 
-    def _boundaries(
-        self, hidden: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
-    ) -> Boundaries | None:
-        """The sequence boundaries of a padding-free row: cumulative lengths, or what the mask or positions say.
+    def _forest(self, hidden: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]) -> Forest | None:
+        """The sequences of a padding-free row, as cumulative lengths, the mask or positions tell them.
 
-        An integer mask is that of :func:`halfbyte.fast.batches.mask` and says nothing else.
+        An integer mask is :meth:`Forest.tensor` and says nothing else.
         """
-        cumulative = kwargs.get("cu_seq_lens_q")
         if mask is not None and mask.dtype == torch.int32:
-            cumulative = mask
+            return Forest.of_tensor(mask)
+        cumulative = kwargs.get("cu_seq_lens_q")
         if cumulative is not None and len(hidden) == 1:
-            return Boundaries.of(cumulative)
+            return Forest.of_cumulative(cumulative)
         positions = kwargs.get("position_ids")
         if mask is None and self._positions_tell(positions):
-            return Boundaries.of_positions(positions)
+            return Forest.of_positions(positions)
         return None
 
     def _positions_tell(self, positions: Tensor | None) -> TypeGuard[Tensor]:
-        """Whether positions that begin again are boundaries: for flash attention, which gets no mask, in one row."""
+        """Whether positions that begin again are sequences: for flash attention, which gets no mask, in one row."""
         return (
             self.decoder.implementation.startswith("flash") and positions is not None and len(positions) == 1
         )
 
-    def _beyond_window(self, hidden: Tensor, boundaries: Boundaries | None) -> bool:
-        longest = hidden.shape[1] if boundaries is None else boundaries.longest
+    def _beyond_window(self, hidden: Tensor, forest: Forest | None) -> bool:
+        longest = hidden.shape[1] if forest is None else forest.longest
         return self.decoder.window is not None and longest > self.decoder.window
 
 
