@@ -1,6 +1,7 @@
 """Shared fixtures: the offline environment, and tiny models saved once for the whole run."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ import torch
 from tests.tiers import is_quick
 
 torch.set_num_threads(1)
+# A shell in the background and nohup leave these ignored, and a run that inherits that is right not to stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,12 +25,17 @@ def arguments(cls: type, output: Path, **options: Any) -> Any:
         use_cpu=True,
         logging_steps=1,
         learning_rate=1e-3,
-        optim="adamw_torch",
         max_grad_norm=0.0,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        **{"bf16": False, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, **options},
+        **{
+            "optim": "adamw_torch",
+            "bf16": False,
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            **options,
+        },
     )
 
 

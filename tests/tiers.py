@@ -58,6 +58,7 @@ NOT_QUICK = (
     "tests/test_parity.py",
     "tests/test_plugin.py::test_two_processes",
     "tests/test_run.py::test_every_architecture_trains",
+    "tests/test_preference_losses.py",
     "tests/test_special_tokens.py::test_named_tokens",
     "tests/test_third_party.py",
     "tests/test_umask.py::test_a_finished_run_and_the_store",

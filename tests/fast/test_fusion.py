@@ -175,12 +175,24 @@ def test_the_adapter_saves_and_loads_as_pefts(model_dir: ModelDir, tmp_path: Pat
         assert torch.equal(generated, plain.generate(input_ids=ids, max_new_tokens=4, do_sample=False))
 
 
+class OwnStep(DPOTrainer):
+    """A trainer whose loss reads padded batches of its own."""
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize("cls", [SFTTrainer, type("OwnSFT", (SFTTrainer,), {})])
 def test_sft_has_all_parts(cls: type) -> None:
     assert fast.scope(cls) == fast.Scope(frozenset({"linears", "layers", "head", "padding_free"}), sides=1)
 
 
-@pytest.mark.parametrize("cls", [DPOTrainer, RewardTrainer, Trainer])
+@pytest.mark.parametrize("cls", [DPOTrainer, type("OwnDPO", (DPOTrainer,), {})])
+def test_dpo_has_all_parts(cls: type) -> None:
+    assert fast.scope(cls) == fast.Scope(frozenset({"linears", "layers", "head", "padding_free"}), sides=2)
+
+
+@pytest.mark.parametrize("cls", [OwnStep, RewardTrainer, Trainer])
 def test_other_trainers_have_the_models_parts(cls: type) -> None:
     assert fast.scope(cls) == fast.Scope(frozenset({"linears", "layers"}), sides=2)
 

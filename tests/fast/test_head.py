@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from halfbyte.fast import head
+from halfbyte.fast import head, scores
 from tests import tiny
 
 OUTPUTS = ("log_probs", "entropy", "is_top1")
@@ -54,7 +54,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("build", [llama, gemma2])
 @pytest.mark.parametrize("masked", [True, False])
 def test_equals_trls_head_for_any_weights(batch, build, masked: bool, monkeypatch) -> None:
-    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, device: 8)
+    monkeypatch.setattr(scores, "chunk_rows", lambda vocabulary, device: 8)
     ids, labels = batch
     labels = labels if masked else ids
     weights = torch.linspace(-1, 2, 20)
@@ -104,33 +104,33 @@ def test_without_the_fused_head_the_forward_is_the_models_own(batch) -> None:
 
 def test_a_tie_belongs_to_the_first_token() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0], [0.0, 3.0, 3.0]])
-    *_, top1, _ = head.score(logits, torch.tensor([1, 2]), None, False)
-    assert top1.tolist() == [True, False]
+    told, _ = scores.score(logits, torch.tensor([1, 2]), None, False)
+    assert told["is_top1"].tolist() == [True, False]
 
 
 def test_the_likeliest_token_is_found_where_logits_nearly_tie() -> None:
     logits = torch.zeros(1, 131_072)
     logits[0, 500] = 0.01
     logits[0, 3] = torch.nextafter(logits[0, 500], torch.tensor(0.0))
-    *_, top1, _ = head.score(logits, torch.tensor([500]), None, False)
-    assert top1.tolist() == [True]
+    told, _ = scores.score(logits, torch.tensor([500]), None, False)
+    assert told["is_top1"].tolist() == [True]
 
 
 def test_a_large_vocabulary_costs_no_precision() -> None:
     logits = 4 * torch.randn(16, 131_072, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(16)
     exact = logits.double().log_softmax(1)
-    log_probs, entropy, _, gradient = head.score(logits, targets, None, True)
-    assert (log_probs - exact[targets, targets]).abs().max() < 5e-6
-    assert (entropy + (exact.exp() * exact).sum(1)).abs().max() < 5e-6
+    told, gradient = scores.score(logits, targets, None, True)
+    assert (told["log_probs"] - exact[targets, targets]).abs().max() < 5e-6
+    assert (told["entropy"] + (exact.exp() * exact).sum(1)).abs().max() < 5e-6
     exact = exact.exp() - torch.nn.functional.one_hot(targets, 131_072)
     assert (gradient - exact).norm() < 2e-7 * exact.norm()
 
 
 @pytest.mark.parametrize("vocabulary", [8_000, 32_000, 128_256, 262_144])
 def test_chunks_stay_small(vocabulary: int) -> None:
-    assert 64 <= head.chunk_rows(vocabulary, "cpu") <= 256
-    assert head.chunk_rows(vocabulary, "cuda") * vocabulary * 4 <= 2**30
+    assert 64 <= scores.chunk_rows(vocabulary, "cpu") <= 256
+    assert scores.chunk_rows(vocabulary, "cuda") * vocabulary * 4 <= 2**30
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ if "TRITON_INTERPRET" not in os.environ:
             assert ".target sm_90" in compiled.asm["ptx"]
 
 else:
-    from halfbyte.fast import gate, head, kernels, norm, rope
+    from halfbyte.fast import gate, kernels, norm, rope, scores
     from tests.fast import models, test_layer
 
     DTYPES = [torch.float32, torch.bfloat16]
@@ -105,28 +105,28 @@ else:
         logits[1] -= 80
         logits[2, 3:] = logits[2, 3]  # a tie: the first of them is the top one
         targets = torch.tensor([0, vocabulary - 1, 3, vocabulary // 2])
-        exact = head.score(logits.float().clone(), targets, softcap, True)
+        told, exact_gradient = scores.score(logits.float().clone(), targets, softcap, True)
         ours = kernels.score(logits.clone(), targets, softcap, True)
-        torch.testing.assert_close(ours[0], exact[0], rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(ours[1], exact[1], rtol=1e-5, atol=1e-5)
-        assert torch.equal(ours[2], exact[2])
+        torch.testing.assert_close(ours[0], told["log_probs"], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(ours[1], told["entropy"], rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours[2], told["is_top1"])
         assert ours[3].dtype == dtype
         tolerance = 1e-6 if dtype == torch.float32 else 2**-7
-        torch.testing.assert_close(ours[3].float(), exact[3], rtol=tolerance, atol=1e-6)
+        torch.testing.assert_close(ours[3].float(), exact_gradient, rtol=tolerance, atol=1e-6)
         untouched = logits.clone()
         kernels.score(untouched, targets, softcap, False)
         assert torch.equal(untouched, logits)
 
     def test_log_probabilities_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-        labels, weight = torch.randint(96, (2, 9)), torch.randn(96, 16)
-        hidden = torch.randn(2, 9, 16)
+        targets, weight = torch.randint(96, (18,)), torch.randn(96, 16)
+        hidden = torch.randn(18, 16)
         found = []
         for fused in (None, kernels):
-            monkeypatch.setattr(head, "kernels", lambda x, fused=fused: fused)
+            monkeypatch.setattr(scores, "kernels", lambda x, fused=fused: fused)
             x = hidden.clone().requires_grad_()
-            log_probs, entropy, top1 = head.log_probabilities(x, weight, labels, labels > 30)
-            (log_probs * torch.linspace(0, 1, 9)).sum().backward()
-            found.append((log_probs.detach(), entropy, top1, x.grad))
+            told = scores.scores(x, weight, targets, None)
+            (told.log_probs * torch.linspace(0, 1, 18)).sum().backward()
+            found.append((told.log_probs.detach(), told.entropy, told.is_top1, x.grad))
         for theirs, ours in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

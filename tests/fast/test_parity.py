@@ -115,7 +115,7 @@ def test_packing(arch: str, dropout: float, model_dir, adapter, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt"])
-def test_preferences_keep_trls_head(arch: str, model_dir, adapter, tmp_path: Path) -> None:
+def test_preferences_on_trees(arch: str, model_dir, adapter, tmp_path: Path) -> None:
     rows = Dataset.from_list(tiny.preferences(12))
     ours, report = run_ours(
         model_dir(arch), adapter(arch, 0.1), arguments(tmp_path, DPOConfig), rows, cls=DPOTrainer
@@ -124,7 +124,7 @@ def test_preferences_keep_trls_head(arch: str, model_dir, adapter, tmp_path: Pat
         model_dir(arch), adapter(arch, 0.1), arguments(tmp_path, DPOConfig), rows, cls=DPOTrainer, fast="none"
     )
     assert_equal(ours, theirs)
-    assert "head" not in report.as_dict()
+    assert (report.head, report.batches, report.trees) == ("on", "on", True)
 
 
 @pytest.mark.parametrize(("bf16", "within"), [(False, 1e-4), (True, 1e-2)])

@@ -19,8 +19,8 @@ from torch import nn
 from halfbyte import distributed
 from halfbyte.errors import UserError
 from halfbyte.fast.family import Decoder, Linears
-from halfbyte.fast.head import chunk_rows
 from halfbyte.fast.layer import LEVELS, FusedForward
+from halfbyte.fast.scores import chunk_rows
 
 _UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40}
 # The share of free memory that a step may plan with. Other processes use a host's free memory as well, and where it

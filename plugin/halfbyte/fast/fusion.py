@@ -10,6 +10,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
+from trl import DPOConfig
 
 from halfbyte.fast import autocast, batches, budget, head, layer, linear
 from halfbyte.fast.report import ON, FusionReport
@@ -46,12 +47,14 @@ def fuse(
     """
     scope = Scope() if scope is None else scope
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    chunked = (head.install(base, _told(args)) or ON) if "head" in scope.parts else None
+    trees = scope.sides == 2 and chunked == ON  # the head scores them
     unpadded = None
-    if (
-        "padding_free" in scope.parts
-    ):  # before the layers: a fused one no longer shows what attention receives
+    # Before the layers: a fused one no longer shows what attention receives.
+    if "padding_free" in scope.parts and (scope.sides == 1 or trees):
         assert args is not None
-        unpadded = batches.prepare_rows(base, args, collator) or ON
+        prepare = batches.prepare_pairs if trees else batches.prepare_rows
+        unpadded = prepare(base, args, collator) or ON
     linears, plain = _fuse_linears(base) if "linears" in scope.parts else (0, {})
     layers, level, choice = 0, None, None
     apart: dict[str, int] = {}
@@ -61,7 +64,6 @@ def fuse(
     if layers and checkpointing and args is not None:
         choice = budget.apply(model, memory_budget, _tokens(args, base, scope.sides), recorded_level)
         level = choice.level if choice is not None else level
-    chunked = (head.install(base) or ON) if "head" in scope.parts else None
     return FusionReport(
         layers=layers,
         level=level,
@@ -71,6 +73,7 @@ def fuse(
         plain=plain,
         head=chunked,
         batches=unpadded,
+        trees=trees and unpadded == ON,
         autocast=autocast.leave(base),
     )
 
@@ -83,6 +86,13 @@ def unfuse(model: PreTrainedModel | PeftModel) -> None:
         linear.unfuse(module)
         if isinstance(module, GradientCheckpointingLayer):
             layer.unfuse(module)
+
+
+def _told(args: Any) -> tuple[str, ...]:
+    """What TRL's loss reads of the head beside log-probabilities, for its figures and weights."""
+    if not isinstance(args, DPOConfig):
+        return ("entropy", "is_top1")
+    return ("entropy", "is_top1", "mean_logits", *(("log_sum_sq_probs",) if args.use_weighting else ()))
 
 
 def _tokens(args: Any, base: PreTrainedModel, sides: int) -> int:

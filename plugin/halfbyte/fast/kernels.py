@@ -225,7 +225,7 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 def score(
     logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what :func:`halfbyte.fast.head.score` does, for contiguous logits of any dtype, overwritten too."""
+    """Return what :func:`halfbyte.fast.scores.score` does, for contiguous logits of any dtype, overwritten too."""
     count, vocabulary = logits.shape
     log_probs = torch.empty(count, dtype=torch.float32, device=logits.device)
     entropy, top1 = torch.empty_like(log_probs), torch.empty_like(log_probs, dtype=torch.bool)

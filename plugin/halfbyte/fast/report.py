@@ -16,7 +16,8 @@ class FusionReport:
 
     ``level`` is the save level of the fused layers, ``memory`` how it was chosen. ``layers_apart`` and ``plain`` count
     layers and linears that are not fused, by reason. ``head`` (chunked LM head) and ``batches`` (padding-free) are
-    ``on``, a reason, or None where the trainer has no such part. ``autocast`` says whether the base runs outside it.
+    ``on``, a reason, or None where the trainer has no such part; ``trees`` says that the sides of a pair share their
+    prefix in them. ``autocast`` says whether the base runs outside it.
     """
 
     mode: str = "auto"
@@ -30,17 +31,18 @@ class FusionReport:
     autocast: str | None = None
     head: str | None = None
     batches: str | None = None
+    trees: bool = False
 
     @property
     def padding_free(self) -> bool:
-        """Whether training batches may be padding-free."""
-        return self.batches == ON
+        """Whether the rows of SFT batches may be packed without padding."""
+        return self.batches == ON and not self.trees
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report in JSON's types, without what is empty."""
         if self.mode == "none":
             return {"mode": self.mode, "reason": self.reason}
-        found = {name: value for name, value in vars(self).items() if value not in (None, {})}
+        found = {name: value for name, value in vars(self).items() if value not in (None, {}, False)}
         return found | ({"memory": self.memory.as_dict()} if self.memory is not None else {})
 
     def line(self) -> str:
@@ -56,4 +58,6 @@ class FusionReport:
         for name, state in (("chunked LM head", self.head), ("padding-free", self.batches)):
             if state is not None:
                 parts.append(name if state == ON else f"not {name} ({state})")
+        if self.trees:
+            parts.append("shared prefixes computed once")
         return "fast: " + ", ".join(parts)

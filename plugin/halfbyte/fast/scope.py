@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from transformers import Trainer
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 PARTS = frozenset({"linears", "layers", "head", "padding_free"})
+_DPO_STEP = ("_compute_loss", "compute_ref_log_probs", "_precompute_ref_logps")
 _MODEL_PARTS = frozenset({"linears", "layers"})
 
 
@@ -28,7 +29,14 @@ class Scope:
 def scope(trainer_cls: type[Trainer]) -> Scope:
     """Return what of a step of ``trainer_cls`` may be fused.
 
-    The chunked head and padding-free batches replace parts of TRL's SFT step. All other trainers count as preference
-    trainers, which run chosen and rejected sequences in one forward.
+    The chunked head and padding-free batches replace parts of TRL's SFT and DPO steps; of DPO only where a subclass has
+    not replaced the step itself. All other trainers count as preference trainers, which run chosen and rejected
+    sequences in one forward.
     """
-    return Scope(PARTS) if issubclass(trainer_cls, SFTTrainer) else Scope(sides=2)
+    if issubclass(trainer_cls, SFTTrainer):
+        return Scope(PARTS)
+    if issubclass(trainer_cls, DPOTrainer) and all(
+        getattr(trainer_cls, name) is getattr(DPOTrainer, name) for name in _DPO_STEP
+    ):
+        return Scope(PARTS, sides=2)
+    return Scope(sides=2)

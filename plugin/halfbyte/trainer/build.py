@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from halfbyte import adapters, fast, optimizers
+from halfbyte.fast.pairs import PairsAsTrees
 from halfbyte.quantization import Coverage
 from halfbyte.trainer import trial
 from halfbyte.trainer.base import BuildReport, Conduct
@@ -83,6 +84,8 @@ def build(
             )
         trainer.loraplus_lr_ratio = loraplus_lr_ratio
         trainer.unpads_batches = fusion.padding_free
+        if fusion.trees:
+            trainer.data_collator = PairsAsTrees(trainer.data_collator)
         trainer.report = BuildReport(coverage=coverage, fusion=fusion)
 
     # Before the constructor returns: what it runs the model for must be computed as every step is.
