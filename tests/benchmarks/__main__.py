@@ -1,5 +1,5 @@
 """`python -m tests.benchmarks`, as `make bench` runs it: the SFT steps."""
 
-from tests.benchmarks.sft import main
+from tests.benchmarks.steps import main
 
-main()
+main("sft")

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from halfbyte.fast.layer import fell_back
 from tests.benchmarks import bases, machine, report, variants, workload
 from tests.benchmarks.bases import Shape
-from tests.benchmarks.sft import REPEATS, WARM_UP, relative_difference
+from tests.benchmarks.steps import REPEATS, WARM_UP, relative_difference
 from tests.benchmarks.variants import Step, Stepper, Variant
 from tests.benchmarks.workload import Case
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from tests import plain_trl, tiny
-from tests.benchmarks import overhead, report, sft
+from tests.benchmarks import overhead, report, steps
 from tests.benchmarks.variants import Step, Variant
 from tests.benchmarks.workload import Case
 
@@ -78,8 +78,8 @@ def test_the_hopeless_take_one_step(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     fakes = [
         Fake(Variant(name, "float32"), seconds) for name, seconds in (("a", 1.0), ("b", 2.4), ("c", 2.6))
     ]
-    monkeypatch.setattr(sft, "start", lambda *_: fakes)
-    rates = sft.try_out(Case("any"), [fake.variant for fake in fakes], tmp_path)
+    monkeypatch.setattr(steps, "start", lambda *_: fakes)
+    rates = steps.try_out(Case("any"), [fake.variant for fake in fakes], tmp_path)
     assert rates == {"a": 100.0, "b": 100 / 2.4, "c (one step)": 100 / 2.6}
     assert [taken.count(name) for name in "abc"] == [4, 4, 1]
 
@@ -89,7 +89,7 @@ def test_columns(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr("tests.benchmarks.variants.native_dtype", lambda: dtype)
 
     def names(case: Case, *words: str) -> list[str]:
-        return [variant.name for variant in sft.columns(case, sft.parse(words))]
+        return [variant.name for variant in steps.columns(case, steps.parse(words))]
 
     both = [f"TRL {dtype}, checkpointing", f"halfbyte {dtype}"]
     theirs = [*(["TRL bfloat16, checkpointing"] if dtype == "float32" else []), "TRL defaults"]

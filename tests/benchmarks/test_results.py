@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import machine, report, results, sft
+from tests.benchmarks import machine, report, results, steps
 from tests.benchmarks.variants import Step
 from tests.benchmarks.workload import Case
 
@@ -72,11 +72,11 @@ def test_a_cut_run_leaves_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_
         return [report.Line(name, [Step(1.0, 1.0, 10)], 0.0, 0.0, 1.0, "") for name in names]
 
     monkeypatch.setattr(results, "FILE", file)
-    monkeypatch.setattr(sft, "measure", measure)
+    monkeypatch.setattr(steps, "measure", measure)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     words = ["--quick", "--repeats", "1", "--write"]
     with pytest.raises(KeyboardInterrupt):
-        sft.run(sft.parse(words), words, tmp_path)
+        steps.run(steps.parse(words), words, tmp_path)
     text = file.read_text(encoding="utf-8")
     begin, end = text.index("### lognormal"), text.index("### by hand")
     assert f"By `python -m tests.benchmarks.sft {' '.join(words)}` at " in text[begin:end]

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.quantization.dtype import choose_compute_dtype
@@ -21,7 +22,7 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train: ``ours`` or TRL's, in ``dtype``, with the given options of SFTConfig."""
+    """One way to train: ``ours`` or TRL's, in ``dtype``, with the given options of the trainer's configuration."""
 
     name: str
     dtype: str
@@ -29,6 +30,10 @@ class Variant:
     checkpointing: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     memory_budget: str = "auto"
+
+
+TRAINERS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
+PRECOMPUTED = {"precompute_ref_log_probs": True}
 
 
 def native_dtype() -> str:
@@ -48,6 +53,14 @@ def halfbyte(dtype: str, memory_budget: str = "auto") -> Variant:
     return Variant(label, dtype, ours=True, memory_budget=memory_budget)
 
 
+def with_references(dtype: str) -> list[Variant]:
+    """DPO whose references are computed before training, by TRL and by halfbyte."""
+    return [
+        Variant(f"TRL {dtype}, checkpointing, references precomputed", dtype, options=PRECOMPUTED),
+        Variant(f"halfbyte {dtype}, references precomputed", dtype, ours=True, options=PRECOMPUTED),
+    ]
+
+
 # The CLI's own defaults: --load_in_4bit computes in float32 under bfloat16 autocast.
 TRL_DEFAULTS = Variant("TRL defaults", "float32", options={"bf16": True})
 
@@ -64,6 +77,8 @@ def grid(case: Case) -> list[Variant]:
         for label, checkpointing in (("no checkpointing", False), ("checkpointing", True)):
             name = f"TRL {dtype}, {label}"
             found.append(Variant(name, dtype, checkpointing=checkpointing))
+            if case.method == "dpo":  # TRL turns padding_free off, and cannot pack pairs
+                continue
             free = {"padding_free": True}
             found.append(Variant(f"{name}, padding_free", dtype, checkpointing=checkpointing, options=free))
             if case.lengths != "fixed":
@@ -114,16 +129,23 @@ class Stepper:
         plugin = QLoRAPlugin(
             dtype=self.variant.dtype, lora_dropout=case.dropout, memory_budget=self.variant.memory_budget
         )
-        trainer = plugin.trainer(SFTTrainer, model=str(model), args=SFTConfig(**options), train_dataset=rows)
+        trainer_cls, config = TRAINERS[case.method]
+        trainer = plugin.trainer(trainer_cls, model=str(model), args=config(**options), train_dataset=rows)
         self.path = trainer.report.fusion.line()
         return trainer
 
     def _trl(self, case: Case, model: Path, rows: Dataset, options: dict[str, Any]) -> Trainer:
         base = plain_trl.base(model, getattr(torch, self.variant.dtype))
+        # References are precomputed in evaluation mode, in which bitsandbytes repacks the weights of a CPU with
+        # AVX512-BF16 for inference: what followed would train without most gradients.
+        for module in base.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
         peft_model = get_peft_model(base, LoraConfig(**LORA, lora_dropout=case.dropout))
         tokenizer = AutoTokenizer.from_pretrained(model)
-        args = SFTConfig(**options)
-        return SFTTrainer(model=peft_model, args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer_cls, config = TRAINERS[case.method]
+        args = config(**options)
+        return trainer_cls(model=peft_model, args=args, train_dataset=rows, processing_class=tokenizer)
 
     def _same_adapter(self) -> None:
         """Values that bfloat16 holds, since TRL rounds a quantized model's adapters to it; B is not zero."""

@@ -1,8 +1,10 @@
 """What the benchmarks train on: random checkpoints of stated shape, and token rows of stated lengths."""
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -14,7 +16,10 @@ PAD = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One workload. The targets are stated for ``threshold`` cases; ``large`` ones get fewer of TRL's columns."""
+    """One workload. The targets are stated for ``threshold`` cases; ``large`` ones get fewer of TRL's columns.
+
+    The ``length`` of a pair is that of its prompt and of each answer; of a ``multi-turn`` one the prompt is longer.
+    """
 
     name: str
     hidden: int = 512
@@ -27,6 +32,7 @@ class Case:
     dropout: float = 0.0
     threshold: bool = False
     large: bool = False
+    method: str = "sft"
 
 
 CASES = [
@@ -43,6 +49,9 @@ CASES = [
         large=True,
     ),
     Case("lognormal, H 1024", hidden=1024, lengths="lognormal", large=True),
+    Case("pairs, lognormal", lengths="lognormal", length=128, threshold=True, method="dpo"),
+    Case("pairs, fixed 128", length=128, threshold=True, method="dpo"),
+    Case("pairs, long shared prefix", lengths="multi-turn", length=64, threshold=True, method="dpo"),
 ]
 
 
@@ -78,8 +87,10 @@ def checkpoint(case: Case, directory: Path) -> Path:
 
 
 def rows(case: Case, steps: int) -> Dataset:
-    """Tokenized rows for ``steps`` batches: ids, and labels that are -100 on prompts if completion only."""
+    """Tokenized rows for ``steps`` batches: ids, and labels that are -100 on prompts if completion only; or pairs."""
     draw = random.Random(7)
+    if case.method == "dpo":
+        return Dataset.from_list([_pair(case, draw) for _ in range(steps * case.batch)])
     found = []
     for _ in range(steps * case.batch):
         length = case.length
@@ -89,3 +100,31 @@ def rows(case: Case, steps: int) -> Dataset:
         prompt = int(length * draw.uniform(0.3, 0.8)) if case.completion_only else 0
         found.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return Dataset.from_list(found)
+
+
+def size(row: dict[str, Any]) -> int:
+    """The tokens of a row; the words of both sides of a pair, with their prompts."""
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return sum(len(row[name].split()) for name in ("prompt", "prompt", "chosen", "rejected"))
+
+
+def _pair(case: Case, draw: random.Random) -> dict[str, str]:
+    """A pair in text, a token a word: fixed lengths, lognormal ones, or a long history before short answers.
+
+    TRL takes no tokenized pairs.
+    """
+
+    def words(center: int, most: int) -> str:
+        length = center
+        if case.lengths != "fixed":
+            length = min(max(int(draw.lognormvariate(math.log(center), 0.6)), 8), most)
+        return "".join(f" w{draw.randrange(4, case.vocabulary)}" for _ in range(length))
+
+    history = 16 * case.length if case.lengths == "multi-turn" else case.length
+    most = 4 * case.length
+    return {
+        "prompt": words(history, min(4 * history, 1536)),
+        "chosen": words(case.length, most),
+        "rejected": words(case.length, most),
+    }
