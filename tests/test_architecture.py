@@ -21,6 +21,7 @@ LAYERS = [
         "task",
         "caches",
         "store",
+        "parts",
         "identity",
         "names",
     }

@@ -1,8 +1,8 @@
-"""A store of immutable directories, keyed by content: built once per user and machine, used by every rank and run.
+"""A store of directories, keyed by content: built once per user and machine, used by every rank and run.
 
-Quantized bases are one kind of entry. An entry is named by a hash of everything that decides its bytes. It is written
-beside its final name, verified and renamed into place. It is never written again, since running processes map its
-files into memory. Each process that uses an entry shares the lock beside it, so that no entry in use is removed.
+An entry is named by a hash of everything that decides its bytes, written beside its final name, verified and renamed
+into place. Its files are never written again: running processes map them into memory. Each process that uses an entry
+shares the lock beside it, so that none in use is removed. Entries that grow file by file: :mod:`halfbyte.parts`.
 """
 
 import json
@@ -26,8 +26,7 @@ BOUND = 200 * 2**30
 # Entries up to this many bytes are hashed at every load (3 s for an 8B base, whose pages the load then finds in
 # memory). In larger ones only files whose modification time differs from the recorded one are hashed.
 HASHED = 8 * 2**30
-_MANIFEST = "manifest.json"
-_LOCK, _ASIDE = ".lock", ".tmp-"
+MANIFEST, LOCK, BUILD_LOCK, _ASIDE = "manifest.json", ".lock", ".build.lock", ".tmp-"
 
 M = TypeVar("M")
 _in_use: list[int] = []  # open lock files: the kernel releases them when this process ends, however it ends
@@ -42,8 +41,9 @@ class Kind:
 
 
 BASES = Kind("bases", "quantized base")
+REFERENCES = Kind("references", "reference cache")
 # `halfbyte cache` and the size bound cover these.
-KINDS: tuple[Kind, ...] = (BASES,)
+KINDS: tuple[Kind, ...] = (BASES, REFERENCES)
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ def obtain(
     written, or is damaged and in use by another process, one line says so and the result of ``make`` is returned.
     """
     try:
-        place = root(kind) / _key(description)
+        place = root(kind) / key_of(description)
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = locks.share(_beside(place, _LOCK), otherwise=place)
+        lock = locks.share(beside(place, LOCK), otherwise=place)
     except OSError as error:
-        return _not_kept(kind, _reason(error), make())
+        return not_kept(kind, error, make())
     # Older versions read the label as the description's base.
     about = {"label": label, "description": {"base": label, **description}}
     try:
@@ -110,7 +110,7 @@ def obtain(
     _in_use.append(lock)
     with suppress(OSError):  # a read-only cache
         os.utime(lock)
-        _evict(keep=place)
+        evict(keep=place)
     return load(place)
 
 
@@ -119,7 +119,7 @@ def entries() -> list[Entry]:
     found = []
     for kind in KINDS:
         with suppress(OSError):
-            names = {path.name.partition(_ASIDE)[0] for path in root(kind).iterdir() if path.suffix != _LOCK}
+            names = {path.name.partition(_ASIDE)[0] for path in root(kind).iterdir() if path.suffix != LOCK}
             for name in names - {""}:
                 with suppress(OSError):  # removed since
                     found.append(_entry(kind, root(kind) / name))
@@ -132,16 +132,17 @@ def remove(kind: str, key: str) -> bool:
     Raises OSError if it cannot be removed.
     """
     place = cache_directory() / kind / key
-    if _beside(place, _LOCK).is_dir():  # not made by the store
-        delete(_beside(place, _LOCK))
-    lock = locks.open_lock(_beside(place, _LOCK))
+    if beside(place, LOCK).is_dir():  # not made by the store
+        delete(beside(place, LOCK))
+    lock = locks.open_lock(beside(place, LOCK))
     try:
         return _remove(place, lock)
     finally:
         os.close(lock)
 
 
-def _key(description: Mapping[str, Any]) -> str:
+def key_of(description: Mapping[str, Any]) -> str:
+    """Return the name of the entry that ``description`` decides."""
     return digest_of(description)[:24]
 
 
@@ -157,9 +158,9 @@ def _build_missing(
     if _is_sound(place):
         return None
     try:
-        building = locks.hold(_beside(place, f".build{_LOCK}"))
+        building = locks.hold(beside(place, BUILD_LOCK))
     except OSError as error:
-        return (_not_kept(kind, _reason(error), make()),)
+        return (not_kept(kind, error, make()),)
     try:
         if _is_sound(place):  # another process built it while this one waited for the lock
             return None
@@ -168,12 +169,12 @@ def _build_missing(
                 raise OSError("its entry in the store is damaged, and in use by another process")
             locks.share_open(lock)
         except OSError as error:
-            return (_not_kept(kind, _reason(error), make()),)
+            return (not_kept(kind, error, make()),)
         made = make()
         try:
             _publish(made, place, about, save)
         except Exception as error:  # of the disk, or of a format's own library
-            return (_not_kept(kind, _reason(error), made),)
+            return (not_kept(kind, error, made),)
     finally:
         os.close(building)
     return None
@@ -181,7 +182,7 @@ def _build_missing(
 
 def _publish(made: M, place: Path, about: Mapping[str, Any], save: Callable[[M, Path], None]) -> None:
     _delete_leftovers(place)  # this process holds the build lock
-    aside = _beside(place, f"{_ASIDE}{os.getpid()}")
+    aside = beside(place, f"{_ASIDE}{os.getpid()}")
     try:
         aside.mkdir()
         save(made, aside)
@@ -190,7 +191,7 @@ def _publish(made: M, place: Path, about: Mapping[str, Any], save: Callable[[M, 
             path.name: {**entry(path, durable=True), "mtime_ns": path.stat().st_mtime_ns}
             for path in sorted(aside.iterdir())
         }
-        write_file(aside / _MANIFEST, json.dumps({**about, "files": files}, indent=2).encode())
+        write_file(aside / MANIFEST, json.dumps({**about, "files": files}, indent=2).encode())
         aside.rename(place)
         sync(place.parent)
     finally:
@@ -199,15 +200,15 @@ def _publish(made: M, place: Path, about: Mapping[str, Any], save: Callable[[M, 
 
 
 def _entry(kind: Kind, place: Path) -> Entry | None:
-    in_use = locks.is_in_use(_beside(place, _LOCK))
+    in_use = locks.is_in_use(beside(place, LOCK))
     if in_use and not os.path.lexists(place):
         return None  # being written
-    manifest, files = _manifest(place)
+    manifest, files = read_manifest(place)
     size = sum(file["size"] for file in files.values())
     if damaged := not _is_complete(place, files):
         size = sum(map(total_size, (place, *_leftovers(place))))
     used = 0.0
-    for path in (place, _beside(place, _LOCK)):
+    for path in (place, beside(place, LOCK)):
         with suppress(OSError):
             used = path.lstat().st_mtime
     # Entries of older versions have the label in their description alone.
@@ -215,9 +216,9 @@ def _entry(kind: Kind, place: Path) -> Entry | None:
     return Entry(place.name, str(label), size, used, in_use, kind.name, damaged)
 
 
-def _manifest(place: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def read_manifest(place: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return the entry's manifest, and its size, sha256 and modification time of each file; both empty if invalid."""
-    path = place / _MANIFEST
+    path = place / MANIFEST
     try:
         manifest = json.loads(disk.read(path, disk.LONGEST_TEXT))
         files = manifest["files"]
@@ -241,7 +242,7 @@ def _is_complete(place: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
 
 def _is_sound(place: Path) -> bool:
     """Return whether every file is as it was written."""
-    _, files = _manifest(place)
+    _, files = read_manifest(place)
     hash_all = sum(file["size"] for file in files.values()) <= HASHED
     with suppress(OSError):
         return _is_complete(place, files) and all(
@@ -257,7 +258,7 @@ def _remove(place: Path, lock: int) -> bool:
         return False
     if os.path.lexists(place):
         # In one step, so that no reader sees half an entry.
-        place.rename(_beside(place, f"{_ASIDE}gone-{os.getpid()}"))
+        place.rename(beside(place, f"{_ASIDE}gone-{os.getpid()}"))
     _delete_leftovers(place)
     return True
 
@@ -273,7 +274,8 @@ def _delete_leftovers(place: Path) -> None:
             delete(path)
 
 
-def _evict(keep: Path) -> None:
+def evict(keep: Path) -> None:
+    """Remove the least recently used entries of a store that is too large, but not ``keep``."""
     stored = entries()
     total = sum(each.size for each in stored)
     for each in reversed(stored):
@@ -284,16 +286,15 @@ def _evict(keep: Path) -> None:
                 total -= each.size
 
 
-def _beside(place: Path, ending: str) -> Path:
+def beside(place: Path, ending: str) -> Path:
+    """Return the path of what lies beside the entry ``place``, such as its lock."""
     return place.with_name(f"{place.name}{ending}")
 
 
-def _not_kept(kind: Kind, reason: str, made: M) -> M:
-    say(f"the {kind.noun} is not kept for later runs: {reason}", error=True)
+def not_kept(kind: Kind, error: Exception, made: M) -> M:
+    """Say in a line why an entry is not in the store, and return what was ``made`` for it."""
+    why = getattr(error, "strerror", None) or first_line(error)
+    if filename := getattr(error, "filename", None):
+        why = f"{why} ({filename})"
+    say(f"the {kind.noun} is not kept for later runs: {why}", error=True)
     return made
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return first_line(error)

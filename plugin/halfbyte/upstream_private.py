@@ -70,7 +70,7 @@ PRIVATE = (
     Private("torch._foreach_norm", "trainer/finite.py"),
     *(
         Private("transformers.PreTrainedConfig._attn_implementation", place)
-        for place in ("fast/batches.py", "fast/family.py")
+        for place in ("fast/batches.py", "fast/family.py", "trainer/reference_identity.py")
     ),
     Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
     Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),
@@ -87,13 +87,14 @@ PRIVATE = (
         "host source no_offline no_create input_timeout referrer relogin verify prompt update_session",
     ),
     *(
-        Private(name, "trainer/precomputed.py", parameters)
+        Private(name, "trainer/references.py", parameters)
         for trainer in ("DPOTrainer", "KTOTrainer")
         for name, parameters in (
             (f"trl.{trainer}._precompute_ref_logps", "self dataset name batch_size"),
             (f"trl.{trainer}.__init__:_precompute_model_hash", ""),
         )
     ),
+    Private("trl.DPOTrainer.__init__:_precompute_engine", "trainer/references.py"),
     Private("peft.utils.other.TrainableTokensWrapper", "adapters/fresh.py"),
     Private("peft.tuners.tuners_utils.BaseTunerLayer", "adapters/fresh.py"),
     Private(

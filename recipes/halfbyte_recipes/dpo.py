@@ -15,9 +15,16 @@ from halfbyte.tracking.figures import PREFERENCES
 
 @dataclass
 class DPOArguments(DPOConfig):
-    """TRL's DPO options with the learning rate of its LoRA examples."""
+    """TRL's DPO options with the learning rate of its LoRA examples, and the reference by cost."""
 
     learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate."})
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the reference log-probabilities once, before training, and cache them for later runs "
+            "(true), or in every step (false). Unset: once, if there is more than one epoch, or if they are cached."
+        },
+    )
     chat_template_path: str | None = field(
         default=None,
         metadata={"help": "Chat template to use: a .jinja file, or a model whose template to take."},

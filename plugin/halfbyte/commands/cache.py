@@ -7,7 +7,7 @@ from pathlib import Path
 from halfbyte import store
 from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
-from halfbyte.terminal.wording import first_line, plural, say, suggestion
+from halfbyte.terminal.wording import first_line, memory, plural, say, suggestion
 
 _COMMAND = "halfbyte cache"
 
@@ -43,7 +43,7 @@ def _list(entries: list[store.Entry], directory: Path, *, as_json: bool) -> None
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         states = ("damaged" if entry.damaged else "", "in use" if entry.in_use else "")
-        columns = (entry.key, entry.kind, f"{entry.size / 2**30:8.2f} GiB", used, entry.base)
+        columns = (entry.key, entry.kind, f"{memory(entry.size):>10}", used, entry.base)
         say("  ".join((*columns, ", ".join(filter(None, states)))).rstrip())
     total = sum(entry.size for entry in entries)
     kinds = " and ".join(

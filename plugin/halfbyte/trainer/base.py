@@ -39,15 +39,22 @@ class Conduct:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What building a trainer found: how much of the base is in four bits, and what of the step is fused."""
+    """What building a trainer found: how much of the base is in four bits, and what of the step is fused.
+
+    ``precomputed`` is whether references are computed before training, where that was to be decided.
+    """
 
     coverage: Coverage = field(default_factory=Coverage)
     fusion: FusionReport = field(default_factory=FusionReport)
+    precomputed: bool | None = None
 
     @property
     def decided(self) -> Mapping[str, Any]:
         """What this machine decided, for a resume to take over."""
-        return MappingProxyType({"save_level": self.fusion.level})
+        found: dict[str, Any] = {"save_level": self.fusion.level}
+        if self.precomputed is not None:
+            found["precompute_ref_log_probs"] = self.precomputed
+        return MappingProxyType(found)
 
 
 class Mixin(TrainerCallback):

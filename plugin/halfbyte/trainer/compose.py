@@ -14,7 +14,7 @@ from halfbyte.trainer.hub import HubPush
 from halfbyte.trainer.invariants import RankInvariants
 from halfbyte.trainer.loraplus import LoRAPlus
 from halfbyte.trainer.padding_free import PaddingFree
-from halfbyte.trainer.precomputed import PrecomputedReferences
+from halfbyte.trainer.references import PrecomputedReferences
 from halfbyte.trainer.run_directory import RunDirectory
 from halfbyte.trainer.saving import AtomicSaves
 from halfbyte.trainer.stopping import StopTogether
@@ -27,7 +27,7 @@ LIBRARY: tuple[type, ...] = (
     HubPush,  # pushes what the saves above it and below it have written
     LoRAPlus,  # makes the optimizer; nothing else does
     PaddingFree,  # makes the training loader; nothing else does
-    PrecomputedReferences,  # runs the model in the constructor; nothing else does
+    PrecomputedReferences,  # runs the model before training; nothing else does
     WeightedFigures,  # computes the loss and logs; nothing else does
     BestMetric,  # looks at options and the figures of evaluations
     WholeAdapters,  # writes what every save of a sharded run writes

@@ -1,0 +1,200 @@
+"""Reference log-probabilities computed once: by the forward that trains, cached under what made them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from datasets import IterableDataset
+from peft import PeftModel
+from trl import DPOTrainer
+from trl.models import prepare_deepspeed
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from halfbyte import distributed, parts, store
+from halfbyte.errors import UserError
+from halfbyte.files import digest_of
+from halfbyte.terminal.wording import plural, say
+from halfbyte.trainer import reference_identity, reference_pass, reference_shard
+from halfbyte.trainer.base import Conduct, Mixin
+
+OPTION = "precompute_ref_log_probs"
+_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+class PrecomputedReferences(Mixin):
+    """Computes the references of DPO and KTO with the finished model, as every step is computed.
+
+    TRL runs the model inside its constructor, and names its cache by weights and rows alone: references from another
+    forward or dtype would be taken for these. For DPO the pass is :mod:`halfbyte.trainer.reference_pass`. TRL's hash
+    covers the policy's adapter, so that another seed or rank computes an equal reference again, and on several
+    processes it expects the datasets library to have a directory for the rows (trl 1.16, dpo_trainer.py:1180).
+
+    ``precompute_ref_log_probs`` None is decided here by cost: one pass ahead, or one in every epoch.
+    """
+
+    train_dataset: Any
+    eval_dataset: Any
+    _precompute_model_hash: str
+    _precompute_engine: Any
+    _named_by_forward: bool = False
+    _reference_weights: tuple[str, str] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        training = kwargs.get("args")
+        if not _is_dpo(self.recipe_class) or training is None:
+            super().__init__(*args, **kwargs)
+            return
+        wanted: bool | None = training.precompute_ref_log_probs
+        # With an adapter TRL's constructor has nothing to do for it; without one it is spared a reference model.
+        ours = isinstance(kwargs.get("model"), PeftModel)
+        decided = _decide(training, kwargs, kwargs.get("conduct")) if wanted is None and not ours else None
+        training.precompute_ref_log_probs = not ours and (wanted if decided is None else decided[0])
+        super().__init__(*args, **kwargs)
+        if ours:
+            self._precompute(wanted)
+        elif decided is not None:
+            self._note(*decided)
+
+    def _precompute(self, wanted: bool | None) -> None:
+        """Give every set of pairs its references, if they are ``wanted``, or cost less than in every step."""
+        sets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        if wanted is None:
+            wanted, why = _decide(self.args, sets, self.conduct)
+            if not wanted and _can_be_ahead(sets) and self._is_cached(self.train_dataset):
+                wanted, why = True, "cached"
+            self._note(wanted, why)
+        elif wanted and not _can_be_ahead(sets):
+            raise UserError("a stream cannot be gone through ahead of training; write false", option=OPTION)
+        self.args.precompute_ref_log_probs = self.precompute_ref_logps = wanted
+        if not wanted:
+            return
+        size = self.args.precompute_ref_batch_size
+        if self.train_dataset is not None:
+            self.train_dataset = self._precompute_ref_logps(
+                self.train_dataset, "train", size or self.args.per_device_train_batch_size
+            )
+        size = size or self.args.per_device_eval_batch_size
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: self._precompute_ref_logps(dataset, name, size)
+                for name, dataset in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", size)
+
+    def _note(self, ahead: bool, why: str) -> None:
+        how = "computed once, before training" if ahead else "computed in every step"
+        say(f"reference log-probabilities: {how} ({why})", error=self.conduct is None)
+        self.report = replace(self.report, precomputed=ahead)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Return ``dataset`` with the columns that TRL's loss reads; a collective."""
+        self._make_ready_once()
+        if not _is_dpo(self.recipe_class):
+            return self._named_precompute(dataset, name, batch_size)
+        dataset = dataset.remove_columns([each for each in _COLUMNS if each in dataset.column_names])
+        description, shards = self._describe(dataset)
+        sides = reference_pass.sums(
+            self,
+            self._running_reference,
+            dataset.with_format(None),
+            batch_size,
+            shards,
+            description,
+            name=name,
+            label=self._label(len(dataset), name),
+        )
+        for column, values in zip(_COLUMNS, sides, strict=True):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def _named_precompute(self, *args: Any) -> Any:
+        if not self._named_by_forward:
+            self._named_by_forward = True
+            fusion = self.report.fusion
+            made_by = [fusion.mode, fusion.layers, fusion.linears, self.accelerator.mixed_precision]
+            self._precompute_model_hash = digest_of([self._precompute_model_hash, *made_by])
+        return super()._precompute_ref_logps(*args)
+
+    def _describe(self, dataset: Any) -> tuple[dict[str, Any] | None, list[np.ndarray]]:
+        """Return what decides the references of ``dataset``, on the first rank, and their shards.
+
+        None for a collator whose settings are unknown: what it makes of the rows is not decided by what is hashed.
+        """
+        pairs, lengths = reference_identity.pairs(dataset, self.args)
+        shards = reference_shard.split(lengths)
+        collator = getattr(self.data_collator, "padded", self.data_collator)
+        if type(collator) is not DataCollatorForPreference:
+            return None, shards
+        model = self._reference
+        if self._reference_weights is None:  # neither the base nor the reference adapter is trained
+            self._reference_weights = reference_identity.weights(model)
+        base, adapter = self._reference_weights
+        return {
+            "format": reference_identity.FORMAT,
+            "pairs": pairs,
+            "pairs_in_a_shard": reference_shard.PAIRS,
+            "weights": base,
+            "adapter": adapter,
+            "forward": reference_identity.forward(self, model),
+        }, shards
+
+    def _is_cached(self, dataset: Any) -> bool:
+        """Return whether all references of ``dataset`` are in the store; the weights are hashed if any may be."""
+        pairs, _ = reference_identity.pairs(dataset, self.args)
+        if not distributed.agree(parts.holds(store.REFERENCES, pairs=pairs)):
+            return False
+        description, shards = self._describe(dataset)
+        stored = set() if description is None else parts.names_of(store.REFERENCES, description)
+        return distributed.agree({reference_shard.name(i) for i in range(len(shards))} <= stored)
+
+    @property
+    def _reference(self) -> Any:
+        return self.model if self.ref_model is None else self.ref_model
+
+    def _running_reference(self) -> Any:
+        """Return the reference as it can be run now: DeepSpeed gathers weights in an engine of its own."""
+        if self.ref_model is not None or not self.is_deepspeed_enabled:
+            return self._reference
+        if self.deepspeed is not None:  # training has begun
+            return self.model_wrapped
+        if self._precompute_engine is None:
+            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
+        return self._precompute_engine
+
+    def _label(self, pairs: int, name: str) -> str:
+        model = self._reference
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        adapter = reference_identity.REFERENCE in getattr(model, "peft_config", {})
+        return f"{base.name_or_path}{' with an adapter' if adapter else ''}: {plural(pairs, 'pair')} ({name})"
+
+
+def _is_dpo(trainer_cls: type) -> bool:
+    """Whether ``trainer_cls`` computes its references as TRL's DPO trainer does."""
+    names = ("_precompute_ref_logps", "compute_ref_log_probs")
+    return issubclass(trainer_cls, DPOTrainer) and all(
+        getattr(trainer_cls, name) is getattr(DPOTrainer, name) for name in names
+    )
+
+
+def _can_be_ahead(sets: Mapping[str, Any]) -> bool:
+    found = [sets.get("train_dataset"), sets.get("eval_dataset")]
+    found = [each for one in found for each in (one.values() if isinstance(one, dict) else (one,))]
+    return not any(isinstance(each, IterableDataset) for each in found)
+
+
+def _decide(args: Any, sets: Mapping[str, Any], conduct: Conduct | None) -> tuple[bool, str]:
+    """Return whether a pass ahead of training costs less than the reference of every step, and why."""
+    manifest = conduct.manifest if conduct is not None else None
+    if manifest is not None and OPTION in manifest.decided:
+        return bool(manifest.decided[OPTION]), "as when the run began"
+    if not _can_be_ahead(sets):
+        return False, "the data is a stream"
+    if args.sync_ref_model:
+        return False, "the reference changes"
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        rows = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
+        epochs = rows * args.world_size / max(len(sets["train_dataset"]), 1)
+    return epochs > 1, f"{epochs:.3g} epochs" if epochs > 1 else "one epoch at most, and none are cached"
