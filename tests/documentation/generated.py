@@ -39,8 +39,8 @@ WHY = {
     "ddp_find_unused_parameters": "adapters take part in every step",
     "report_to": "with a W&B login or `WANDB_MODE=offline`; without either nothing is reported, and that is printed",
     "learning_rate": "TRL's own LoRA examples",
-    "precompute_ref_log_probs": "unset: once and cached, where there is more than one epoch of pairs or they are cached "
-    "already; else in every step, which costs the same; the decision is printed",
+    "precompute_ref_log_probs": "unset: once and cached, where there is more than one epoch of pairs or they are "
+    "cached already; else in every step, which costs the same; the decision is printed",
     "packing": "running text needs no padding",
     "packing_strategy": "`bfd` drops what is longer than a row",
 }
