@@ -7,7 +7,7 @@ from halfbyte.data import DataFormat, Layout, PreferencePairs, Text, UnpairedPre
 from halfbyte.data.kinds import boolean, messages
 from halfbyte.errors import UserError
 from tests import tiny
-from tests.data.conftest import dpo, plain, refusal, run_data, sft, turn
+from tests.data.conftest import dpo, kto, plain, refusal, run_data, sft, turn
 
 TALK = [turn("user", "hi"), turn("assistant", "hello")]
 OTHER = [turn("user", "hi"), turn("assistant", "no")]
@@ -60,7 +60,42 @@ def test_unpaired_layouts(write, row):
     assert data.train["label"][:] == [True, False]
     assert data.report.notes == [
         "train: read as prompt + completion + label; columns not used: chosen",
+        "train: 1 desirable, 1 undesirable",
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "prompt + chosen + rejected"),
+        ({"chosen": TALK, "rejected": OTHER}, "chosen + rejected"),
+    ],
+)
+def test_pairs_are_rows_of_both_labels(write, row, layout):
+    data = run_data(write("a.jsonl", [row] * 3), format=UnpairedPreferences)
+    assert str(data.report.train.check.layout) == layout
+    assert data.report.notes == []
+    refused(
+        write("a.jsonl", [row] * 3), "a thousand streamed pairs", format=UnpairedPreferences,
+        dataset_streaming=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wanted", "weights", "line"),
+    [
+        (5, {}, "5 desirable, 4 undesirable"),
+        (3, {}, "3 desirable, 6 undesirable, weighted 1 and 1; balanced with `desirable_weight` from 2 to 2.66, or "
+                "`undesirable_weight` from 0.38 to 0.5"),
+        (3, {"desirable_weight": 2.0}, "3 desirable, 6 undesirable"),
+        (6, {"undesirable_weight": 0.5}, "6 desirable, 3 undesirable, weighted 1 and 0.5; balanced with "
+                "`desirable_weight` from 0.25 to 0.33, or `undesirable_weight` from 1.5 to 2"),
+    ],
+)  # fmt: skip
+def test_the_balance_of_labels_is_reported(write, tmp_path, wanted, weights, line):
+    rows = [{"prompt": "a", "completion": "b", "label": n < wanted} for n in range(9)]
+    data = run_data(write("a.jsonl", rows), kto(tmp_path, **weights), UnpairedPreferences)
+    assert data.report.notes == [f"train: {line}"]
 
 
 def test_unpaired_rows_of_one_label_are_reported(write):

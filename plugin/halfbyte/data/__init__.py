@@ -1,18 +1,14 @@
 """Rows for a trainer: read, recognised, checked, counted, and reported in run.json."""
 
 from halfbyte.data.chat.template import prepare_tokenizer
-from halfbyte.data.formats import (
-    FORMATS,
-    DataFormat,
-    Layout,
-    OtherRowsError,
-    PreferencePairs,
-    Text,
-    UnpairedPreferences,
-)
+from halfbyte.data.formats import DataFormat, Layout, OtherRowsError, PreferencePairs, Text
 from halfbyte.data.preparation.prepared import CountedRows, check_labels, counted
 from halfbyte.data.report import DataReport
 from halfbyte.data.run import RunData, load
+from halfbyte.data.unpaired import UnpairedPreferences
+
+FORMATS = (Text, PreferencePairs, UnpairedPreferences)
+"""What rows may be, in the order in which they are recognised."""
 
 __all__ = [
     "FORMATS",

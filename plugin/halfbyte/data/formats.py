@@ -13,14 +13,12 @@ from halfbyte.data.conversion.turns import SPEAKERS, UnreadableError
 from halfbyte.data.kinds import (
     ROLES,
     Kind,
-    boolean,
     messages,
     text,
     text_or_messages,
     tokens,
 )
 from halfbyte.data.preparation.counting import (
-    COMPLETIONS,
     PAIRS,
     SCORED_PAIRS,
     SEQUENCES,
@@ -133,10 +131,11 @@ class DataFormat:
     """What a recipe's trainer accepts, and how its rows are counted.
 
     ``layouts`` are tried in their order. ``prepared`` are the forms in which trainers leave such rows; see
-    :mod:`halfbyte.data.preparation.counting`. A row whose ``compared`` columns train the same tokens is dropped.
-    ``sides`` is how many sequences one row adds to a forward pass. ``remark(dataset)`` returns what must be reported
-    of all rows of a split, or None. ``convert(seen)`` returns how rows of other systems become rows of a layout, or
-    None for rows that are read as they are.
+    :mod:`halfbyte.data.preparation.counting`. A row whose ``compared`` columns train the same tokens is dropped; where
+    the rows do not have all of these columns, none is. ``sides`` is how many sequences one row adds to a forward pass.
+    ``remark(dataset, training)`` returns what must be reported of all rows of a split under the trainer's config, or
+    None. ``convert(seen)`` returns how rows of other systems become rows of a layout, or None for rows that are read as
+    they are.
     """
 
     name: str
@@ -144,7 +143,7 @@ class DataFormat:
     prepared: tuple[Prepared, ...] = ()
     compared: tuple[str, ...] = ()
     sides: int = 1
-    remark: Callable[[Any], str | None] | None = None
+    remark: Callable[[Any, Any], str | None] | None = None
     convert: Callable[[Seen], Conversion | None] | None = None
 
     def detect(self, columns: Collection[str], first: Mapping[str, Any], text_field: str = "text") -> Layout:
@@ -193,9 +192,13 @@ class DataFormat:
             return False
         return layout.problem(row, ROLES | SPEAKERS.keys()) is None and layout.unread_wish(row) is None
 
+    def compares(self, columns: Collection[str]) -> tuple[str, ...]:
+        """The compared columns, where ``columns`` has all of them; else none."""
+        return self.compared if set(self.compared) <= set(columns) else ()
+
     def equal(self, row: Mapping[str, Any]) -> bool | None:
-        """Whether the compared columns of a row are identical; None for a format that compares none."""
-        held = [row[column] for column in self.compared]
+        """Whether the compared columns of a row are identical; None for a row that has none."""
+        held = [row[column] for column in self.compares(row.keys())]
         return all(each == held[0] for each in held) if held else None
 
     def recognise(self, columns: Collection[str]) -> Prepared | None:
@@ -209,14 +212,6 @@ class DataFormat:
         """
         found = self.recognise(dataset.column_names)
         return None if found is None or found.trained is None else found.trained(dataset, args)
-
-
-def _one_label(dataset: Any) -> str | None:
-    found = set(dataset["label"])
-    if len(found) != 1:
-        return None
-    only, other = ("true", "false") if found.pop() else ("false", "true")
-    return f"every label is {only}; without rows whose label is {other}, the loss has nothing to compare with"
 
 
 Text = DataFormat(
@@ -244,15 +239,3 @@ PreferencePairs = DataFormat(
     convert=shapes.pairs,
 )
 """A chosen and a rejected side, with the prompt in a column of its own or at the head of both."""
-
-UnpairedPreferences = DataFormat(
-    "unpaired preferences",
-    (Layout({"prompt": text_or_messages, "completion": text_or_messages, "label": boolean}),),
-    prepared=(COMPLETIONS,),
-    remark=_one_label,
-    convert=shapes.unpaired,
-)
-"""A prompt, a completion, and whether that completion is wanted."""
-
-FORMATS = (Text, PreferencePairs, UnpairedPreferences)
-"""The formats of this module."""

@@ -163,7 +163,7 @@ def _split(
     if streaming:
         return dataset, counts
     equal.refuse_identical(dataset, name, format)
-    if format.remark is not None and (remark := format.remark(dataset)) is not None:
+    if format.remark is not None and (remark := format.remark(dataset, training)) is not None:
         report.notes.append(f"{name}: {remark}")
     return dataset, counts
 

@@ -134,6 +134,8 @@ class AccumulateOnOutOfMemory(Mixin):
             reason = "ranks that gather a sharded base in the forward cannot leave it alone; launch with DDP"
         elif any(getattr(self.recipe_class, name) is not getattr(Trainer, name) for name in _STOCK):
             reason = f"{self.recipe_class.__name__} makes its batches itself, and they cannot be split"
+        elif getattr(self, "calculate_KL", False):
+            reason = "KTO estimates its KL term within a micro-batch, and smaller ones change the loss"
         elif args.dataloader_drop_last:
             reason = "with dataloader_drop_last smaller micro-batches make longer epochs; take it out"
         if reason is not None:

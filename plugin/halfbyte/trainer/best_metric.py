@@ -3,7 +3,7 @@
 from typing import Any
 
 from transformers import Trainer
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
 from halfbyte.errors import Halted, UserError
 from halfbyte.terminal.wording import suggestion
@@ -15,6 +15,8 @@ _SIDES = tuple(f"{name}/{side}" for name in ("rewards", "logps", "logits") for s
 FIGURES: dict[type[Trainer], tuple[str, ...]] = {
     SFTTrainer: (*_ANY, "mean_token_accuracy"),
     DPOTrainer: (*_ANY, "mean_token_accuracy", "rewards/accuracies", "rewards/margins", *_SIDES),
+    KTOTrainer: (*_ANY, "kl", "rewards/margins", *_SIDES),
+    RewardTrainer: (*_ANY[:5], "accuracy", "margin", "min_reward", "mean_reward", "max_reward"),
 }
 
 

@@ -34,13 +34,25 @@ def wrap_collectives(accelerator: Any, before: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def on_this_rank(accelerator: Any) -> Iterator[None]:
-    """Have ``gather`` and ``gather_for_metrics`` of ``accelerator`` return what this rank has, and wait for none."""
+def on_this_rank(accelerator: Any, *, but_the_first: bool = False) -> Iterator[None]:
+    """Have ``gather`` and ``gather_for_metrics`` of ``accelerator`` return what this rank has, and wait for none.
+
+    With ``but_the_first`` the first call of ``gather_for_metrics`` is the accelerator's own.
+    """
     if accelerator.num_processes == 1:
         yield
         return
     kept = {name: getattr(accelerator, name) for name in ("gather", "gather_for_metrics")}
-    accelerator.gather = accelerator.gather_for_metrics = _as_given
+
+    def first(values: Any) -> Any:
+        gathered = kept["gather_for_metrics"](values)
+        accelerator.gather = accelerator.gather_for_metrics = _as_given
+        return gathered
+
+    if but_the_first:
+        accelerator.gather_for_metrics = first
+    else:
+        accelerator.gather = accelerator.gather_for_metrics = _as_given
     try:
         yield
     finally:

@@ -4,37 +4,52 @@ TRL averages over batches as if all were of one size, and where the last batch i
 counts those again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
 from halfbyte.trainer.base import Mixin
 from halfbyte.trainer.upstream import on_this_rank
 
 _LAST = ("num_tokens",)  # not averaged: the last value stands
+_EXTREMES: Mapping[str, Callable[[Iterable[float]], float]] = {"min_reward": min, "max_reward": max}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the figures of one batch weigh: its ``rows``, or for figures per token so many tokens."""
+    """What the figures of one batch weigh: its ``rows``, but for those that are means over something else."""
 
     rows: float
-    tokens: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, key: str) -> float:
-        return self.tokens.get(key, self.rows)
+        return self.others.get(key, self.rows)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the batches of one class of trainers are weighed: ``weigh`` takes a batch.
+
+    A batch has ``sides`` sequences a row, the first sides of all rows before the others. With ``labelled`` rows, as
+    KTO's, a margin is the difference of two means, and what the loss gathers first is a part of itself: its KL term.
+    """
+
+    weigh: Callable[[Any], Weights]
+    sides: int = 1
+    labelled: bool = False
 
 
 class WeightedFigures(Mixin):
-    """Weighs what SFT and DPO trainers log by rows, and by tokens where a figure is per token; keys stay TRL's.
+    """Weighs what SFT, DPO, KTO and reward trainers log by what each figure is a mean of; keys stay TRL's.
 
     TRL computes each rank's own figures; ranks are brought together once a row of the log. `eval_loss` is a mean over
-    rows (DPO) or over labels (SFT).
+    labels (SFT) or over rows. KTO's figures of one side are means over its rows or its tokens, and its margin is the
+    difference of the mean rewards. Of scores, the least and the largest are those of all rows.
     """
 
     _metrics: dict[str, dict[str, list[float]]]
@@ -43,21 +58,24 @@ class WeightedFigures(Mixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._figure_weights: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
         self._evaluation_losses: list[tuple[float, float]] = []
+        self._outputs_are_used = True
         super().__init__(*args, **kwargs)
-        self._weights_of = _measure(self.recipe_class)
+        self._measure = _measure(self.recipe_class)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the trainer's loss; note what the batch's figures weigh."""
-        if self._weights_of is None:
+        measure = self._measure
+        if measure is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode, empty = self._mode(), False
-        if mode == "eval" and not return_outputs:
-            inputs, empty = _without(inputs, self._repeated_rows(inputs))
-        weights = Weights(0) if empty else self._weights_of(inputs)
+        if mode == "eval" and not (return_outputs and self._outputs_are_used):
+            inputs, empty = _without(inputs, self._repeated_rows(inputs, measure.sides))
+        weights = Weights(0) if empty else measure.weigh(inputs)
         counted = self._total_train_tokens
-        with on_this_rank(self.accelerator):
+        but_the_first = measure.labelled and getattr(self, "calculate_KL", False)  # which `loss_type` decides
+        with on_this_rank(self.accelerator, but_the_first=but_the_first):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._count_tokens_of_all_ranks(mode, counted)
         for key, values in self._metrics[mode].items():
@@ -72,10 +90,14 @@ class WeightedFigures(Mixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log ``logs`` with the weighted figures since the last row; a collective."""
         mode = self._mode()
-        if self._weights_of is not None:
+        if self._measure is not None:
             series, weights = self._metrics[mode], self._figure_weights[mode]
             own = {key: list(zip(series[key], weights[key], strict=False)) for key in series.keys() & weights}
-            self._metrics[mode].update({key: [mean] for key, mean in self._means(own).items()})
+            means = self._means(own)
+            if self._measure.labelled and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+                # TRL has a margin of batches with both kinds only.
+                means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+            self._metrics[mode].update({key: [mean] for key, mean in means.items()})
         super().log(logs, *args, **kwargs)
         self._figure_weights[mode].clear()
 
@@ -89,10 +111,11 @@ class WeightedFigures(Mixin):
     ) -> Any:
         """Return upstream's output, its loss weighted: upstream repeats each batch's mean for every row of it."""
         self._evaluation_losses.clear()
+        self._outputs_are_used = not prediction_loss_only
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        if self._weights_of is not None:
+        if self._measure is not None:
             means = self._means({"loss": self._evaluation_losses})
             output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in means.items()})
         return output
@@ -101,19 +124,14 @@ class WeightedFigures(Mixin):
         return "train" if self.model.training else "eval"
 
     def _means(self, own: Mapping[str, list[tuple[float, float]]]) -> dict[str, float]:
-        """The weighted mean of each series of (value, weight) over all ranks, without those that weigh nothing."""
-        sums = {
-            key: (sum(value * weight for value, weight in pairs if weight), sum(w for _, w in pairs))
-            for key, pairs in own.items()
-        }
-        ranks = gather_object([sums]) if self.args.world_size > 1 else [sums]
-        totals: dict[str, tuple[float, float]] = {}
-        for key, (value, weight) in (item for rank in ranks for item in rank.items()):
-            before = totals.get(key, (0.0, 0.0))
-            totals[key] = before[0] + value, before[1] + weight
-        return {key: value / weight for key, (value, weight) in totals.items() if weight}
+        """What each series of (value, weight) comes to over all ranks, without those that weigh nothing."""
+        found = {key: _together(key, pairs) for key, pairs in own.items()}
+        ranks = gather_object([found]) if self.args.world_size > 1 else [found]
+        keys = dict.fromkeys(key for rank in ranks for key in rank)
+        totals = {key: _together(key, [rank[key] for rank in ranks if key in rank]) for key in keys}
+        return {key: value for key, (value, weight) in totals.items() if weight}
 
-    def _repeated_rows(self, inputs: Any) -> tuple[int, int] | None:
+    def _repeated_rows(self, inputs: Any, sides: int) -> tuple[int, int] | None:
         """How many rows this rank's batch of an evaluation has, and how many of them are its own.
 
         The last batches are filled up with rows of the first, so that all ranks have as many; None if none was.
@@ -123,7 +141,6 @@ class WeightedFigures(Mixin):
             return None
         if "attention_mask" not in inputs:  # padding-free: its rows cannot be told apart
             return None
-        sides = 2 if "completion_mask" in inputs else 1
         rows = len(inputs["input_ids"]) // sides
         return rows, min(max(state.remainder - self.args.process_index * rows, 0), rows)
 
@@ -149,12 +166,15 @@ def _without(inputs: Any, repeated: tuple[int, int] | None) -> tuple[Any, bool]:
     return {key: part(value) for key, value in inputs.items()}, own == 0
 
 
-def _measure(trainer_cls: type[Trainer]) -> Callable[[Any], Weights] | None:
-    """What the batches of ``trainer_cls`` weigh; None for trainers whose figures stay as they are."""
-    for cls, measure in ((SFTTrainer, _of_labels), (DPOTrainer, _of_pairs)):
-        if issubclass(trainer_cls, cls):
-            return measure
-    return None
+def _together(key: str, pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """The weighted mean of (value, weight), or the extreme of what is one, with the sum of the weights."""
+    weighing = [(value, weight) for value, weight in pairs if weight]
+    total = sum(weight for _, weight in weighing)
+    if not total:
+        return 0.0, 0.0
+    if (extreme := _EXTREMES.get(key)) is not None:
+        return extreme(value for value, _ in weighing), total
+    return sum(value * weight for value, weight in weighing) / total, total
 
 
 def _of_labels(inputs: Any) -> Weights:
@@ -173,3 +193,29 @@ def _of_pairs(inputs: Any) -> Weights:
         "mean_token_accuracy": chosen,
     }
     return Weights(len(mask) / 2, by_token)
+
+
+def _of_completions(inputs: Any) -> Weights:
+    tokens, wanted = inputs["completion_mask"][..., 1:].sum(-1), inputs["label"].bool()
+    others = {"entropy": float(tokens.sum().item())}
+    for side, rows in (("chosen", wanted), ("rejected", ~wanted)):
+        others[f"rewards/{side}"] = others[f"logps/{side}"] = float(rows.sum().item())
+        others[f"logits/{side}"] = float(tokens[rows].sum().item())
+    return Weights(len(wanted), others)
+
+
+def _of_scores(inputs: Any) -> Weights:
+    return Weights(len(inputs["input_ids"]) / 2)
+
+
+_MEASURES = {
+    SFTTrainer: Measure(_of_labels),
+    DPOTrainer: Measure(_of_pairs, sides=2),
+    KTOTrainer: Measure(_of_completions, labelled=True),
+    RewardTrainer: Measure(_of_scores, sides=2),
+}
+
+
+def _measure(trainer_cls: type[Trainer]) -> Measure | None:
+    """How the batches of ``trainer_cls`` are weighed; None for trainers whose figures stay as they are."""
+    return next((found for cls, found in _MEASURES.items() if issubclass(trainer_cls, cls)), None)

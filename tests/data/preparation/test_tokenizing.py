@@ -6,14 +6,15 @@ import datasets
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from trl import DPOTrainer, SFTTrainer
-from trl.data_utils import _tokenize
+from trl import DPOTrainer, KTOTrainer, SFTTrainer
+from trl.data_utils import _tokenize, extract_prompt, unpair_preference_dataset
 
-from halfbyte.data import PreferencePairs, Text, counted
+from halfbyte.data import PreferencePairs, Text, UnpairedPreferences, counted
 from halfbyte.data.preparation.encoding import Encoder, batches_alike
 from halfbyte.data.preparation.mapping import workers
+from halfbyte.errors import UserError
 from tests import tiny
-from tests.data.conftest import dpo, refusal, run_data, sft, turn
+from tests.data.conftest import dpo, kto, refusal, run_data, sft, turn
 from tests.data.preparation.test_prepared import build
 
 # Tools and options are printed; the prompt alone ends in a block that the whole conversation has not.
@@ -89,6 +90,14 @@ DPO = {
     "conversations, implicit prompt": (WHOLE, {}),
 }
 
+KTO = {
+    "text": ([{**row, "label": n % 3 == 0} for n, row in enumerate(TEXTS)], {}),
+    "text, long prompts": ([{**row, "label": n % 3 == 0} for n, row in enumerate(TEXTS)], {"max_length": 14}),
+    "conversations": ([{**row, "label": n % 2 == 0} for n, row in enumerate(beside(ASKED))], {"max_length": 40}),
+    "without a KL term": ([{**row, "label": n % 2 == 0} for n, row in enumerate(ASKED)],
+                          {"loss_type": "apo_zero_unpaired"}),
+}  # fmt: skip
+
 
 def same(trainer_cls, format, path, training, processes):
     tokenizer = tiny.tokenizer(chat_template=TEMPLATE)
@@ -119,6 +128,60 @@ def test_sft_columns_equal_trl(write, tmp_path, case):
 def test_dpo_columns_equal_trl(write, tmp_path, case):
     rows, options = DPO[case]
     same(DPOTrainer, PreferencePairs, write("a.jsonl", rows), dpo(tmp_path, **options), None)
+
+
+@pytest.mark.parametrize("case", KTO)
+@pytest.mark.parametrize("processes", [None, 2])
+@pytest.mark.filterwarnings("ignore")
+def test_kto_columns_equal_trl(write, tmp_path, case, processes):
+    rows, options = KTO[case]
+    training = kto(tmp_path, per_device_train_batch_size=3, **options)
+    same(KTOTrainer, UnpairedPreferences, write("a.jsonl", rows), training, processes)
+
+
+@pytest.mark.parametrize("case", ["text", "text, implicit prompt", "conversations, tools and options"])
+@pytest.mark.parametrize("batches", [True, False], ids=["in batches", "by TRL"])
+@pytest.mark.filterwarnings("ignore")
+def test_pairs_are_trained_by_kto_as_trl_unpairs_them(write, tmp_path, monkeypatch, case, batches):
+    """The same rows, whoever tokenizes them; they are shuffled, so that batches have both labels."""
+    rows, options = DPO[case]
+    rows = [*rows, {**rows[0], "rejected": rows[0]["chosen"]}] * 3
+    path, training = write("a.jsonl", rows), kto(tmp_path, per_device_train_batch_size=4, **options)
+    tokenizer = tiny.tokenizer(chat_template=TEMPLATE)
+    if not batches:
+        monkeypatch.setattr("halfbyte.data.preparation.tokenizing.batches_alike", lambda tokenizer: False)
+    with pytest.raises(UserError, match="equal in 3 of 123 rows"):
+        run_data(path, training, UnpairedPreferences, tokenizer=tokenizer)
+    data = run_data(write("a.jsonl", rows[:40]), training, UnpairedPreferences, tokenizer=tokenizer)
+    pairs = data.train if "prompt" in data.train.column_names else data.train.map(extract_prompt)
+    data.train = unpair_preference_dataset(pairs).shuffle(seed=training.seed)
+    expected = build(KTOTrainer, data, training, tokenizer).train_dataset
+    data = run_data(write("a.jsonl", rows[:40]), training, UnpairedPreferences, tokenizer=tokenizer)
+    found = build(counted(KTOTrainer, data.report), data, training, tokenizer).train_dataset
+    columns = ["prompt_ids", "completion_ids", "KL_completion_ids", "label"]
+    assert found.select_columns(columns)[:] == expected.select_columns(columns)[:]
+    assert len(found) == 80
+    assert data.report.train.rows == 40
+    if batches:
+        assert data.report.train.tokens == sum(len(r["prompt_ids"] + r["completion_ids"]) for r in found)
+    assert not any("stand together" in note for note in data.report.notes)
+
+
+def test_a_stray_label_beside_pairs_decides_nothing(write, tmp_path):
+    rows = [{**row, "label": False} for row in tiny.preferences(12)]
+    training = kto(tmp_path, per_device_train_batch_size=4)
+    data = run_data(write("a.jsonl", rows), training, UnpairedPreferences)
+    found = build(counted(KTOTrainer, data.report), data, training).train_dataset
+    assert sum(found["label"]) == 12
+
+
+def test_rows_sorted_by_their_label_are_reported(write, tmp_path):
+    rows = [{**row, "label": n < 20} for n, row in enumerate(TEXTS)]
+    for order, told in ((rows, True), (random.Random(0).sample(rows, 40), False)):
+        training = kto(tmp_path, per_device_train_batch_size=4)
+        data = run_data(write("a.jsonl", order), training, UnpairedPreferences)
+        build(counted(KTOTrainer, data.report), data, training)
+        assert any("rows of one label stand together" in note for note in data.report.notes) == told
 
 
 @pytest.mark.parametrize("case", ["text packed", "completions, tools and options"])

@@ -214,6 +214,7 @@ def _equal(*sides: tuple[str, ...]) -> Callable[[Any, Any], list[int]]:
     return equal
 
 
+_SIDES = (("prompt_ids", "chosen_ids"), ("rejected_prompt_ids", "rejected_ids"))
 _PAIR = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
 _SCORED = (("chosen_ids",), ("rejected_ids",))
 
@@ -239,6 +240,14 @@ SCORED_PAIRS = Prepared(
     equal=_equal(*_SCORED),
 )
 """Two whole sequences that are scored, and not generated: ``RewardTrainer``."""
+
+SIDES = Prepared(
+    ("prompt_ids", "chosen_ids", "rejected_prompt_ids", "rejected_ids"),
+    _counter(*_SIDES),
+    differ=_differ(*_SIDES),
+    equal=_equal(*_SIDES),
+)
+"""A pair on its way to two completions, each behind as much of the prompt as it begins with."""
 
 COMPLETIONS = Prepared(
     ("prompt_ids", "completion_ids"),

@@ -18,8 +18,8 @@ NUMBER = "row number"  # the column that numbers the rows of a split while they 
 
 def refuse_identical(dataset: Any, split: str, format: DataFormat) -> None:
     """Raise UserError where more than 1% of the rows have identical sides, as it can be seen before tokenization."""
-    if format.compared:
-        rows = numbered(dataset, list(format.compared), doing=f"comparing {split}")
+    if compared := format.compares(dataset.column_names):
+        rows = numbered(dataset, list(compared), doing=f"comparing {split}")
         _refuse(split, [number for number, row in rows if format.equal(row)], len(dataset), None)
 
 

@@ -21,13 +21,13 @@ def workers(given: int | None, rows: int) -> int | None:
 def mapped(label: str, dataset: Any, function: Callable[..., Any], num_proc: int | None = None) -> Any:
     """A Dataset as ``function`` changes it, made once for all ranks that share a cache.
 
-    A function with ``features`` takes batches with the indices of their rows, any other one row. The rows and their
-    order do not depend on ``num_proc``.
+    A function with ``features`` takes batches with the indices of their rows, of ``rows`` of them where it says so; any
+    other takes one row. The rows and their order do not depend on ``num_proc``.
     """
     state = PartialState()
     options: dict[str, Any] = {"desc": label, "num_proc": num_proc}
     if (features := getattr(function, "features", None)) is not None:
-        options |= {"batched": True, "batch_size": ROWS, "with_indices": True}
+        options |= {"batched": True, "batch_size": getattr(function, "rows", ROWS), "with_indices": True}
         options["features"] = features(dataset.features)
     # As TRL does: the first process of all, then that of each node, then the others, which read what those wrote.
     with state.main_process_first(), state.local_main_process_first():

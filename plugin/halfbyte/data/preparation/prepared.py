@@ -10,7 +10,7 @@ import numpy as np
 from trl.data_utils import extract_prompt
 
 from halfbyte.data.chat.template import stop_ids
-from halfbyte.data.preparation import equal
+from halfbyte.data.preparation import equal, unpairing
 from halfbyte.data.preparation.counting import (
     IGNORED,
     KNOWN,
@@ -21,7 +21,9 @@ from halfbyte.data.preparation.counting import (
 )
 from halfbyte.data.preparation.encoding import UnrenderedRow
 from halfbyte.data.preparation.mapping import mapped, workers
-from halfbyte.data.preparation.tokenizing import LEFT_OUT, Pairs, Truncated, tokenizing
+from halfbyte.data.preparation.tables import LEFT_OUT
+from halfbyte.data.preparation.tokenizing import Pairs, Truncated, tokenizing
+from halfbyte.data.preparation.unpairing import Answers
 from halfbyte.data.progress import showing
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import first_refused
@@ -69,18 +71,23 @@ class CountedRows:
             raise
         if next(iter(ready), None) is None:
             format = self.rows_report.format
-            compared = format.compared if format is not None and counts.streaming else ()
+            compared = format.compares(_columns(dataset)) if format is not None and counts.streaming else ()
             raise _nothing_left(name, counts, compared)
         return ready
 
     def _differing(self, prepare: Any, given: inspect.BoundArguments, counts: SplitReport, name: str) -> Any:
         """Prepare in one call, and drop what trains nothing: pairs with equal sides."""
         dataset, args, format = given.arguments["dataset"], given.arguments["args"], self.rows_report.format
-        comparing = format is not None and bool(format.compared)
+        comparing = format is not None and bool(format.compares(_columns(dataset)))
         if comparing:
             given.arguments["dataset"] = equal.with_numbers(dataset)
-        ready = self._tokenized(prepare, given, counts, name)
+        kl = getattr(self, "calculate_KL", None)  # of KTO
+        ready = tokenized = self._tokenized(prepare, given, counts, name)
         if ready is None:
+            if kl is not None:
+                args.dataset_num_proc = None  # in parts, batches of the KL estimate would end elsewhere
+                if comparing:
+                    given.arguments["dataset"] = unpairing.by_trl(given.arguments["dataset"], args.seed)
             ready = prepare(*given.args)
         found = self._recognised(ready, whole=False)
         if isinstance(dataset, datasets.IterableDataset):
@@ -94,6 +101,10 @@ class CountedRows:
             counts.long_rows = lost
         else:
             counts.lost_rows = lost
+        if tokenized is not None and kl is not None:
+            ready = unpairing.labelled_completions(name, ready, args, kl=kl)
+        if kl and name == "train" and (remark := unpairing.order(ready)) is not None:
+            self.rows_report.notes.append(f"{name}: {remark}")
         return ready
 
     def _labelled(self, prepare: Any, given: inspect.BoundArguments, counts: SplitReport, name: str) -> Any:
@@ -139,7 +150,7 @@ class CountedRows:
         tokenize = tokenizing(self, prepare, given.arguments, counts.check)
         if tokenize is None:
             return None
-        if isinstance(tokenize, Pairs) and "prompt" not in dataset.column_names:
+        if isinstance(tokenize, Pairs | Answers) and "prompt" not in dataset.column_names:
             dataset = mapped(f"finding prompts of {name}", dataset, extract_prompt, args.dataset_num_proc)
         ready = mapped(f"tokenizing {name}", dataset, tokenize, args.dataset_num_proc)
         if LEFT_OUT in ready.column_names:
@@ -153,8 +164,7 @@ class CountedRows:
 
     def _recognised(self, dataset: Any, *, whole: bool) -> Prepared | None:
         format = self.rows_report.format
-        columns: Collection[str] = dataset.column_names or next(iter(dataset), {})
-        found = recognise(columns, KNOWN if format is None else format.prepared)
+        found = recognise(_columns(dataset), KNOWN if format is None else format.prepared)
         return found if found is not None and found.whole == whole else None
 
 
@@ -164,6 +174,10 @@ def counted(trainer_cls: type, report: DataReport) -> type:
         return trainer_cls
     body = {"rows_report": report, "__doc__": trainer_cls.__doc__, "__module__": trainer_cls.__module__}
     return type(trainer_cls.__name__, (CountedRows, trainer_cls), body)
+
+
+def _columns(dataset: Any) -> Collection[str]:
+    return dataset.column_names or next(iter(dataset), {})
 
 
 def _note(counts: SplitReport, found: Prepared, dataset: Any, args: Any) -> Sequence[int]:

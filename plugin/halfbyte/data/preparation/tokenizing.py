@@ -1,36 +1,47 @@
-"""The columns that TRL's SFT and DPO trainers make of rows, made in batches and by several processes.
+"""The columns that TRL's SFT, DPO and KTO trainers make of rows, made in batches and by several processes.
 
 Each class is a function from a batch to the arrow table that takes its place, for ``Dataset.map``; all its fields are
-part of the name under which the result is cached. Source: ``_prepare_dataset`` of ``trl/trainer/sft_trainer.py`` and
-``dpo_trainer.py`` (1.16), which make the same columns row by row.
+part of the name under which the result is cached. Source: ``_prepare_dataset`` of ``trl/trainer/sft_trainer.py``,
+``dpo_trainer.py`` and ``kto_trainer.py`` (1.16), which make the same columns row by row.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from trl.data_utils import common_prefix_length
 
-from halfbyte.data.chat.rendering import template_options
-from halfbyte.data.preparation.counting import IGNORED
-from halfbyte.data.preparation.encoding import Encoder, Ids, batches_alike
+from halfbyte.data.preparation.encoding import Encoder, batches_alike
+from halfbyte.data.preparation.tables import (
+    EDITION,
+    LEFT_OUT,
+    alike,
+    appended,
+    ended,
+    joined,
+    labelled,
+    list_of,
+    lists,
+    row_options,
+)
+from halfbyte.data.preparation.unpairing import Answers
 
-EDITION = 1  # counted up when other rows come out of the same ones, so that what is cached is made anew
 _SFT = "trl.trainer.sft_trainer.SFTTrainer._prepare_dataset"
 _DPO = "trl.trainer.dpo_trainer.DPOTrainer._prepare_dataset"
-LEFT_OUT = "prompt_tokens_left_out"  # a column for the caller to read and remove
-_ADDED = {LEFT_OUT, "input_ids", "labels", "completion_mask", "prompt_ids", "chosen_ids", "rejected_ids"}
+_KTO = "trl.trainer.kto_trainer.KTOTrainer._prepare_dataset"
+_ADDED = {
+    *(LEFT_OUT, "input_ids", "labels", "completion_mask", "prompt_ids", "chosen_ids", "rejected_ids"),
+    *("completion_ids", "KL_completion_ids", "rejected_prompt_ids"),
+}
 _DECIDING = {"prompt", "completion", "chosen", "rejected", "messages", "conversations"}
 
 
 def tokenizing(
     trainer: Any, prepare: Any, given: Mapping[str, Any], check: Any
-) -> "Sequences | Pairs | None":
+) -> "Sequences | Pairs | Answers | None":
     """What makes the columns that ``prepare``, a trainer's ``_prepare_dataset``, would make of ``given`` rows.
 
     None where that is another method than TRL's, or rows or a tokenizer that are not read here: ``check`` is the
@@ -60,6 +71,9 @@ def tokenizing(
         fills = args.max_length if args.truncation_mode == "keep_start" else None
         known = [{"prompt", "chosen", "rejected"}, {"chosen", "rejected"}]
         return Pairs(tokenizer, check.conversational, fills) if layout in known else None
+    if method == _KTO:
+        names = ("completion",) if "completion" in layout else ("chosen", "rejected")
+        return Answers(tokenizer, check.conversational, names, args.max_length)
     return None
 
 
@@ -85,37 +99,37 @@ class Sequences:
 
     def features(self, given: datasets.Features) -> datasets.Features:
         """The features of the result, from those of the rows."""
-        added: dict[str, Any] = {"input_ids": _ids("int32")}
+        added: dict[str, Any] = {"input_ids": list_of("int32")}
         if "prompt" in given:
-            added |= {} if self.completion_only else {"completion_mask": _ids("int64")}
+            added |= {} if self.completion_only else {"completion_mask": list_of("int64")}
             added[LEFT_OUT] = datasets.Value("int32")
-        return datasets.Features({**given, **added, "labels": _ids("int64")})
+        return datasets.Features({**given, **added, "labels": list_of("int64")})
 
     def __call__(self, batch: Any, indices: Sequence[int]) -> pa.Table:
         """Tokenize the rows at ``indices``. Raises UnrenderedRow."""
         table, encoder = batch.pa_table, self._encoder
         prompted = "prompt" in table.column_names
         if not self.conversational:
-            table = _ended(table, "completion" if prompted else self.text_field, self.tokenizer.eos_token)
+            table = ended(table, "completion" if prompted else self.text_field, self.tokenizer.eos_token)
         if prompted:
             return self._completions(batch, table, indices[0], encoder)
         masks = None
         if not self.conversational:
             ids = encoder.texts(table[self.text_field].to_pylist())
         elif self.assistant_only:
-            ids, masks = encoder.masked(indices[0], _options(batch), batch["messages"])
+            ids, masks = encoder.masked(indices[0], row_options(batch), batch["messages"])
         else:
             sides = [[messages] for messages in batch["messages"]]
-            ids = [row[0] for row in encoder.conversations(indices[0], _options(batch), sides)]
-        return _appended(table, input_ids=_lists(ids, "int32"), labels=_labels(ids, masks))
+            ids = [row[0] for row in encoder.conversations(indices[0], row_options(batch), sides)]
+        return appended(table, input_ids=lists(ids, "int32"), labels=labelled(ids, masks))
 
     def _completions(self, batch: Any, table: pa.Table, first: int, encoder: Encoder) -> pa.Table:
         prompts, masks = batch["prompt"], None
         if not self.conversational:
             heads = encoder.texts(prompts)
-            ids = encoder.texts(_joined(prompts, table["completion"].to_pylist()))
+            ids = encoder.texts(joined(prompts, table["completion"].to_pylist()))
         else:
-            whole, options = _joined(prompts, batch["completion"]), _options(batch)
+            whole, options = joined(prompts, batch["completion"]), row_options(batch)
             sides = [[prompt] for prompt in prompts]
             if not self.assistant_only:
                 sides = [[*side, turns] for side, turns in zip(sides, whole, strict=True)]
@@ -123,19 +137,19 @@ class Sequences:
             heads, ids = [row[0] for row in found], [row[-1] for row in found]
             if self.assistant_only:
                 ids, masks = encoder.masked(first, options, whole)
-        starts = [_alike(head, each) for head, each in zip(heads, ids, strict=True)]
+        starts = [alike(head, each) for head, each in zip(heads, ids, strict=True)]
         completion = [
             [0] * start + [1] * (len(each) - start) for start, each in zip(starts, ids, strict=True)
         ]
         left_out = [len(head) - start for head, start in zip(heads, starts, strict=True)]
-        added = {"input_ids": _lists(ids, "int32")}
+        added = {"input_ids": lists(ids, "int32")}
         used = [masks] if masks is not None else []
         if self.completion_only:
             used.append(completion)
         else:
-            added["completion_mask"] = _lists(completion, "int64")
+            added["completion_mask"] = lists(completion, "int64")
         added[LEFT_OUT] = pa.array(left_out, type=pa.int32())
-        return _appended(table, **added, labels=_labels(ids, *used))
+        return appended(table, **added, labels=labelled(ids, *used))
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,7 @@ class Pairs:
 
     def features(self, given: datasets.Features) -> datasets.Features:
         """The features of the result, from those of the rows."""
-        added = {name: _ids("int64") for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        added = {name: list_of("int64") for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
         return datasets.Features({**given, **added, LEFT_OUT: datasets.Value("int32")})
 
     def __call__(self, batch: Any, indices: Sequence[int]) -> pa.Table:
@@ -165,23 +179,23 @@ class Pairs:
         prompts, names = batch["prompt"], ("chosen", "rejected")
         if self.conversational:
             sides = [[p, p + c, p + r] for p, c, r in zip(prompts, *(batch[n] for n in names), strict=True)]
-            rows = encoder.conversations(indices[0], _options(batch), sides, prompted=True)
+            rows = encoder.conversations(indices[0], row_options(batch), sides, prompted=True)
         else:
             for name in names:
-                table = _ended(table, name, self.tokenizer.eos_token)
-            columns = (encoder.texts(_joined(prompts, table[name].to_pylist())) for name in names)
+                table = ended(table, name, self.tokenizer.eos_token)
+            columns = (encoder.texts(joined(prompts, table[name].to_pylist())) for name in names)
             rows = [list(row) for row in zip(encoder.texts(prompts), *columns, strict=True)]
-        starts = [min(_alike(prompt, side) for side in sides) for prompt, *sides in rows]
+        starts = [min(alike(prompt, side) for side in sides) for prompt, *sides in rows]
         parts = [
             [prompt[:start], *(side[start:] for side in sides)]
             for start, (prompt, *sides) in zip(starts, rows, strict=True)
         ]
         added = {
-            f"{name}_ids": _lists([row[at] for row in parts], "int64")
+            f"{name}_ids": lists([row[at] for row in parts], "int64")
             for at, name in enumerate(("prompt", *names))
         }
         left_out = [len(prompt) - start for start, (prompt, *_) in zip(starts, rows, strict=True)]
-        table = _appended(table, **added, **{LEFT_OUT: pa.array(left_out, type=pa.int32())})
+        table = appended(table, **added, **{LEFT_OUT: pa.array(left_out, type=pa.int32())})
         return (
             table if self.max_length is None else table.filter(pa.array(np.array(starts) < self.max_length))
         )
@@ -218,60 +232,3 @@ class Truncated:
             )
             table = table.set_column(table.column_names.index(name), name, cut)
         return table
-
-
-def _options(batch: Any) -> list[dict[str, Any]]:
-    names = [name for name in ("tools", "chat_template_kwargs") if name in batch.pa_table.column_names]
-    if not names:
-        return [{"tools": None}] * len(batch.pa_table)
-    rows: list[Mapping[str, Any]] = [
-        dict(zip(names, row, strict=True)) for row in zip(*(batch[name] for name in names), strict=True)
-    ]
-    return [template_options(row) for row in rows]
-
-
-def _joined(prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
-    return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-
-
-def _alike(prompt: Ids, whole: Ids) -> int:
-    """How many tokens of the prompt the whole begins with."""
-    return len(prompt) if whole[: len(prompt)] == prompt else int(common_prefix_length(prompt, whole))
-
-
-def _ended(table: pa.Table, column: str, eos: str) -> pa.Table:
-    """The table with the end token behind each text of a column that does not end with it."""
-    texts = [text if text.endswith(eos) else text + eos for text in table[column].to_pylist()]
-    at = table.column_names.index(column)
-    return table.set_column(at, column, pa.array(texts, table.schema.field(at).type))
-
-
-def _labels(ids: list[Ids], *masks: list[list[int]] | None) -> pa.Array:
-    """The ids where every mask has a one, and the ignored label elsewhere."""
-    labels = _flat(ids, "int64")
-    for mask in masks:
-        if mask is not None:
-            labels[_flat(mask, "int64") == 0] = IGNORED
-    return pa.ListArray.from_arrays(_offsets(ids), pa.array(labels))
-
-
-def _lists(rows: list[list[int]], dtype: str) -> pa.Array:
-    return pa.ListArray.from_arrays(_offsets(rows), pa.array(_flat(rows, dtype)))
-
-
-def _flat(rows: list[list[int]], dtype: str) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(rows), dtype)
-
-
-def _offsets(rows: list[list[int]]) -> pa.Array:
-    return pa.array(np.cumsum([0, *map(len, rows)]), pa.int32())
-
-
-def _appended(table: pa.Table, **columns: pa.Array) -> pa.Table:
-    for name, column in columns.items():
-        table = table.append_column(name, column)
-    return table
-
-
-def _ids(dtype: str) -> Any:
-    return datasets.List(datasets.Value(dtype))
