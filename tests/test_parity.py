@@ -8,14 +8,14 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from halfbyte import QLoRAPlugin
 from tests import plain_trl, tiny
 from tests.plain_trl import Steps
 
 STEPS = 10
-ROWS = {SFTTrainer: tiny.conversations, DPOTrainer: tiny.preferences}
+ROWS = {SFTTrainer: tiny.conversations, DPOTrainer: tiny.preferences, KTOTrainer: tiny.labelled}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,10 @@ def adapter(model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         (SFTTrainer, SFTConfig, {"assistant_only_loss": True}),
         (SFTTrainer, SFTConfig, {"packing": True, "max_length": 64}),
         (DPOTrainer, DPOConfig, {}),
+        (KTOTrainer, KTOConfig, {"desirable_weight": 1.5}),
+        (KTOTrainer, KTOConfig, {"loss_type": "apo_zero_unpaired"}),
     ],
-    ids=["sft", "sft assistant only", "sft packed", "dpo"],
+    ids=["sft", "sft assistant only", "sft packed", "dpo", "kto", "kto without a KL term"],
 )
 def test_ten_steps_equal_plain_trl(
     model_dir: Callable[..., Path],

@@ -55,6 +55,13 @@ def preferences(rows: int) -> list[dict[str, str]]:
     ]
 
 
+def labelled(rows: int) -> list[dict[str, str | bool]]:
+    """Answers of which two in five are wanted."""
+    return [
+        {"prompt": text(n), "completion": " " + text(n + 1), "label": n % 5 in (0, 3)} for n in range(rows)
+    ]
+
+
 def tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 320 tokens in ChatML dress; pad and end of sequence differ."""
     bpe = Tokenizer(models.BPE())

@@ -37,7 +37,9 @@ class ModelOptions(ModelConfig):
     )
     adapter_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Adapter to continue (sft), or to start from and to take as the reference (dpo)."},
+        metadata={
+            "help": "Adapter to continue (sft), or to start from and to take as the reference (dpo, kto)."
+        },
     )
     init_lora_weights: str | None = field(
         default=None, metadata={"help": "Initialization of fresh adapters: default, gaussian or eva."}

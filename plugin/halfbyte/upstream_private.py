@@ -40,7 +40,7 @@ PRIVATE = (
     Private("transformers.Trainer._save", "trainer/whole_adapters.py", "self output_dir state_dict"),
     *(
         Private(f"trl.{trainer}.__init__:{name}", place)
-        for trainer in ("SFTTrainer", "DPOTrainer")
+        for trainer in ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer")
         for name in ("_metrics", "_total_train_tokens")
         for place in ("trainer/counters.py", "trainer/weighted_figures.py")
     ),

@@ -9,7 +9,7 @@ from halfbyte.checkpoint import manifest
 from halfbyte.cli import main
 from tests import tiny
 
-ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences, "pretrain": tiny.texts}
+ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences, "pretrain": tiny.texts, "kto": tiny.labelled}
 STEPS, SAVED = 6, 3
 # Of a row or of the state, what the clock decides.
 _TIMED = ("time", "runtime", "per_second", "flos")

@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from halfbyte import recipe as recipes
 from halfbyte import run
 from halfbyte.config import collect, read, refuse_early
-from halfbyte.config.fields import fields_of
+from halfbyte.config.fields import Field, fields_of
 from halfbyte.config.foreign import LAUNCHER_KEYS, RENAMED, reason
 from halfbyte.config.others import OTHERS
 from halfbyte.config.sources import Node, read_yaml
@@ -193,7 +193,9 @@ def test_no_option_of_a_recipe_is_foreign(recipe: str) -> None:
 @pytest.mark.parametrize("key", OTHERS)
 def test_the_line_to_write_instead_is_read(key: str) -> None:
     """The example of every option of another system is an option of a shipped recipe, with a value that it takes."""
-    known = fields_of(classes(recipes.load("sft").config)) | fields_of(classes(recipes.load("dpo").config))
+    known: dict[str, Field] = {}
+    for recipe in SHIPPED:
+        known |= fields_of(classes(recipes.load(recipe).config))
     assert key not in known
     if line := OTHERS[key].example():
         entries = read_yaml_text(line)

@@ -1,66 +1,16 @@
 """DPO learns what its rejections say, and nothing from rejections that say nothing."""
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.demo import corpus
-from halfbyte.demo.tokenizer import train_tokenizer
 
 ROWS, HELD_OUT = 384, 128
-STEPS = 200  # of the base
-Pairs = list[corpus.Pair]
-
-
-@pytest.fixture(scope="module")
-def sides(library: corpus.Corpus) -> tuple[Pairs, Pairs]:
-    """Training and held-out pairs, short ones."""
-    short = [pair for pair in library.pairs if len(pair.docstring) < 90 and len(pair.signature) < 60]
-    random.Random(0).shuffle(short)
-    trained, held_out = ([p for p in short if corpus.held_out(p.module) == side] for side in (False, True))
-    return trained, held_out
-
-
-@pytest.fixture(scope="module")
-def base(sides: tuple[Pairs, Pairs], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A very small Llama that has read the training pairs, but no ChatML."""
-    tokenizer = train_tokenizer((f"{p.signature} {p.docstring}" for p in sides[0]), vocabulary=512)
-    ends = [tokenizer.eos_token_id]
-    ids = [i for p in sides[0] for i in tokenizer(f"{p.signature}\n{p.docstring}").input_ids + ends]
-    rows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=True,
-        )
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=STEPS)
-    for _ in range(STEPS):
-        batch = rows[torch.randint(len(rows), (16,))]
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    directory = tmp_path_factory.mktemp("base")
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def held_out_accuracy(

@@ -82,6 +82,16 @@ def test_one_word_has_no_other_order() -> None:
         corpus.shuffled("same same", 0)
 
 
+def test_labelled_answers_are_one_side_of_each_pair(library: corpus.Corpus) -> None:
+    pairs = corpus.preferences(list(library.pairs[:1000]))
+    rows = corpus.labelled(pairs)
+    assert rows == corpus.labelled(pairs)
+    for pair, row in zip(pairs, rows, strict=True):
+        assert row["prompt"] == pair["prompt"]
+        assert row["completion"] == pair["chosen" if row["label"] else "rejected"]
+    assert 450 < sum(row["label"] for row in rows) < 550
+
+
 def test_control_prefers_by_coin(library: corpus.Corpus) -> None:
     pairs = list(library.pairs[:1000])
     rows = corpus.uninformative_preferences(pairs)

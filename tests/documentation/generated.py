@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from halfbyte import adapters, commands, run
 from halfbyte import recipe as recipes
@@ -22,7 +22,7 @@ from halfbyte.recipe import Recipe
 from tests import test_architecture
 from tests.documentation.documents import ROOT
 
-UPSTREAM = {"sft": SFTConfig, "dpo": DPOConfig, "pretrain": SFTConfig}
+UPSTREAM = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig, "pretrain": SFTConfig}
 
 # Why a default is not TRL's; a new difference must be given its reason here.
 WHY = {
@@ -124,7 +124,7 @@ def formats() -> str:
     for named, format in (
         ("`sft`, `pretrain`", Text),
         ("`dpo`", PreferencePairs),
-        ("yours", UnpairedPreferences),
+        ("`kto`", UnpairedPreferences),
     ):
         for number, layout in enumerate(format.layouts):
             columns = " + ".join(f"`{column}`" for column in layout.columns)

@@ -69,10 +69,9 @@ def test_the_table_of_added_options_is_complete() -> None:
 
 
 def test_every_layout_and_field_has_its_words() -> None:
-    layouts = [
-        str(layout) for each in (Text, PreferencePairs, UnpairedPreferences) for layout in each.layouts
-    ]
-    assert sorted(layouts) == sorted(HELD)
+    formats = (Text, PreferencePairs, UnpairedPreferences)
+    layouts = [str(layout) for each in formats for layout in each.layouts]
+    assert set(layouts) == HELD.keys()
     assert {field.name for field in fields(Recipe)} == RECIPE.keys()
     shown = [" + ".join(code(row[1])) for row in rows("formats")]
     assert shown == layouts

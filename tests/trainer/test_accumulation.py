@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 
 from halfbyte import run as running
 from halfbyte.checkpoint import manifest
+from halfbyte.cli import main
 from halfbyte.errors import Halted, UserError
 from halfbyte.trainer import accumulation
 from halfbyte.trainer.compose import compose
+from tests import tiny
 from tests.checkpoint import saboteur
-from tests.checkpoint.runs import assert_equal, read_rows
+from tests.checkpoint.runs import assert_equal, options, read_rows
 
 # Forty rows, eight a step: five steps an epoch. There is memory for micro-batches of one from `fault_step` on.
 LARGE = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
@@ -109,6 +111,14 @@ def test_what_it_cannot_do_is_refused(saboteur_options, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dataloader_drop_last"):
         run([*saboteur_options(on_oom="accumulate", **BRIEF), "--dataloader_drop_last", "true"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_kl_term_of_a_micro_batch_is_refused(model_dir, tmp_path: Path, capsys) -> None:
+    rows = tiny.write_rows(tmp_path / "rows", tiny.labelled(12))
+    words = options(model_dir("llama"), rows, tmp_path / "run", on_oom="accumulate")
+    assert main(["kto", *words]) == 2
+    assert "on_oom: accumulate: KTO estimates its KL term within a micro-batch" in capsys.readouterr().err
+    assert main(["kto", *words, "--loss_type", "apo_zero_unpaired"]) == 0
 
 
 def test_a_trainer_that_makes_its_own_batches_is_refused() -> None:

@@ -18,6 +18,7 @@ CELLS = {
     # The log is written every second step and the checkpoint at the third: half a row is carried over.
     "sft": ("sft", {**SEVERAL_BATCHES, **EVALUATED}),
     "dpo": ("dpo", {**SEVERAL_BATCHES, **EVALUATED}),
+    "kto": ("kto", {**SEVERAL_BATCHES, **EVALUATED}),
     # Eight rows, two a step, shuffled as they come: step 5 is the first of the second pass.
     "stream, second pass": ("sft", {**STREAM, "max_steps": "10", "save_steps": "5"}),
 }
@@ -104,14 +105,14 @@ def test_a_finished_run_trains_no_step_more(model_dir: ModelDir, tmp_path: Path)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "kto"])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_resumed_equals_uninterrupted_under_ddp(
     model_dir: ModelDir, tmp_path: Path, recipe: str, processes: int
 ) -> None:
     rows = tiny.write_rows(tmp_path / "rows", ROWS[recipe](40))
     whole = tmp_path / "whole"
-    given = {**SEVERAL_BATCHES, **EVALUATED, "per_device_train_batch_size": "1"}
+    given = {**SEVERAL_BATCHES, **EVALUATED, "per_device_train_batch_size": "2" if recipe == "kto" else "1"}
     done = accelerate(recipe, *options(model_dir("llama"), rows, whole, **given), processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
     parts = interrupted(whole, tmp_path / "parts")

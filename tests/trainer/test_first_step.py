@@ -8,7 +8,16 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from halfbyte import QLoRAPlugin
 from halfbyte import run as running
@@ -116,11 +125,16 @@ def test_a_figure_that_no_evaluation_has_is_refused_before_training(
 
 
 def test_the_figures_that_are_known_are_those_that_are_logged(model_dir: ModelDir, tmp_path: Path) -> None:
-    rows = {SFTTrainer: tiny.texts, DPOTrainer: tiny.preferences}
+    made = {
+        SFTTrainer: (SFTConfig, tiny.texts),
+        DPOTrainer: (DPOConfig, tiny.preferences),
+        KTOTrainer: (KTOConfig, tiny.labelled),
+        RewardTrainer: (RewardConfig, tiny.preferences),
+    }
     for cls, known in FIGURES.items():
-        config = SFTConfig if cls is SFTTrainer else DPOConfig
+        config, rows = made[cls]
         args = config(str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
-        data = Dataset.from_list(rows[cls](4))
+        data = Dataset.from_list(rows(4))
         plugin = QLoRAPlugin(dtype="float32")
         trainer = plugin.trainer(
             cls, model=str(model_dir("llama")), args=args, train_dataset=data, eval_dataset=data

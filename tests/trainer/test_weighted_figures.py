@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from halfbyte import QLoRAPlugin
 from tests import tiny
@@ -19,7 +19,13 @@ from tests.launch import accelerate
 PAIRS = 7
 # Of a row of the log, what time and progress say.
 _NO_FIGURES = ("runtime", "per_second", "epoch", "num_tokens", "preparation_time", "step", "time")
-CLASSES = {"sft": (SFTTrainer, SFTConfig, tiny.texts), "dpo": (DPOTrainer, DPOConfig, tiny.preferences)}
+CLASSES = {
+    "sft": (SFTTrainer, SFTConfig, tiny.texts),
+    "dpo": (DPOTrainer, DPOConfig, tiny.preferences),
+    "kto": (KTOTrainer, KTOConfig, tiny.labelled),
+}
+# The KL term of KTO's loss is of a batch, by its definition.
+OPTIONS = {"kto": {"loss_type": "apo_zero_unpaired"}}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def build(recipe: str, adapter: Path, output: Path, **given: Any) -> Trainer:
     trainer_cls, config, rows = CLASSES[recipe]
     args = config(
         str(output), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-        learning_rate=1e-30, num_train_epochs=1, lr_scheduler_type="constant", **given,
+        learning_rate=1e-30, num_train_epochs=1, lr_scheduler_type="constant", **OPTIONS.get(recipe, {}), **given,
     )  # fmt: skip
     data = Dataset.from_list(rows(PAIRS))
     plugin = QLoRAPlugin(dtype="float32", adapter_name_or_path=str(adapter))
@@ -65,7 +71,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(recipe: str, adapter: Path
     for rows in (PAIRS, 1, 2, 4, 5):
         trainer.args.per_device_eval_batch_size = rows
         found.append(figures(trainer.evaluate()))
-    expected = {"loss", "entropy", "mean_token_accuracy"}
+    expected = {"loss", "entropy"} | ({"mean_token_accuracy"} if recipe != "kto" else set())
     assert expected <= found[0].keys()
     if recipe == "dpo":
         assert {"rewards/accuracies", "rewards/margins", "logps/chosen", "logits/rejected"} <= found[0].keys()
@@ -73,6 +79,13 @@ def test_an_evaluation_does_not_depend_on_its_batches(recipe: str, adapter: Path
             round(found[0]["rewards/accuracies"] * PAIRS)
         )
         assert 0 < found[0]["rewards/accuracies"] < 1
+    if recipe == "kto":
+        sides = [
+            f"{figure}/{side}" for figure in ("rewards", "logps", "logits") for side in ("chosen", "rejected")
+        ]
+        assert {*sides, "rewards/margins"} <= found[0].keys()
+        margin = found[0]["rewards/chosen"] - found[0]["rewards/rejected"]
+        assert found[0]["rewards/margins"] == pytest.approx(margin) != 0
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-4, abs=1e-6)
     assert trainer.state.log_history[-1]["eval_loss"] == found[-1]["loss"]
@@ -109,7 +122,7 @@ def test_two_ranks_log_what_one_process_logs(
     rows = tiny.write_rows(tmp_path / "rows", CLASSES[recipe][2](12 + PAIRS), held_out=PAIRS)
     common = {
         "max_steps": "3", "logging_steps": "3", "eval_strategy": "steps", "eval_steps": "3", "lora_dropout": "0",
-        "save_strategy": "no",
+        "save_strategy": "no", **OPTIONS.get(recipe, {}),
     }  # fmt: skip
 
     def logged(name: str, processes: int, **given: str) -> list[dict[str, float]]:

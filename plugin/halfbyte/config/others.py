@@ -56,10 +56,10 @@ tokenizer_name_or_path | H | | the tokenizer is the base's; a template of anothe
 tokenizer_use_fast | A | | fast tokenizers are used where there are some
 use_fast_tokenizer | L | | fast tokenizers are used where there are some
 is_llama_derived_model | A | | the base's configuration says it
-task_type | S | | the recipe says it: halfbyte sft, halfbyte dpo
-stage | L | | the recipe says it: halfbyte sft, halfbyte dpo, halfbyte pretrain
-rl | A | | the recipe says it: halfbyte dpo
-rlhf_type | S | | the recipe says it: halfbyte dpo
+task_type | S | | the recipe says it: halfbyte sft, halfbyte dpo, halfbyte kto
+stage | L | | the recipe says it: halfbyte sft, halfbyte dpo, halfbyte kto, halfbyte pretrain
+rl | A | | the recipe says it: halfbyte dpo, halfbyte kto
+rlhf_type | S | | the recipe says it: halfbyte dpo, halfbyte kto
 dataset | LS | dataset_name: {{data/train.jsonl}} | a path or a hub id; several: datasets: [{path: ...}]
 dataset_dir | L | dataset_name: data/train.jsonl | the whole path; no dataset_info.json
 custom_train_dataset_path | S | dataset_name: {{data/train.jsonl}}
@@ -224,6 +224,10 @@ rl_beta | A | beta: {{0.1}}
 pref_beta | L | beta: {{0.1}}
 pref_loss | L | loss_type: sigmoid
 pref_ftx | L | loss_type: [sigmoid, sft] | with loss_weights: [1.0, 0.1]
+kto_chosen_weight | L | desirable_weight: {{1.0}}
+kto_rejected_weight | L | undesirable_weight: {{1.0}}
+kto_desirable_weight | A | desirable_weight: {{1.0}}
+kto_undesirable_weight | A | undesirable_weight: {{1.0}}
 dpo_label_smoothing | AL | label_smoothing: {{0.1}}
 ref_model | LS | | the reference is the base, or the adapter to start from
 ref_model_adapters | L | adapter_name_or_path: {{runs/sft}}

@@ -132,6 +132,17 @@ def preferences(pairs: list[Pair], *, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def labelled(preferences: list[dict[str, Any]], *, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows for `kto`: of each pair a coin takes the chosen or the rejected side, labelled as what it is."""
+    generator = random.Random(seed)
+    rows = []
+    for pair in preferences:
+        wanted = generator.random() < 0.5
+        side = pair["chosen" if wanted else "rejected"]
+        rows.append({"prompt": pair["prompt"], "completion": side, "label": wanted})
+    return rows
+
+
 def uninformative_preferences(pairs: list[Pair], *, seed: int = 0) -> list[dict[str, Any]]:
     """Rows for the negative control: of two docstrings in good order, a coin says which is preferred."""
     generator = random.Random(seed)
