@@ -195,7 +195,7 @@ def test_unwanted_answers_are_not_trained_by_sft(write, row):
         (PreferencePairs, {"conversations": [{"from": "human", "value": "a"}]}, Text),
         (PreferencePairs, {"instruction": "a", "input": "", "output": "b"}, Text),
         (PreferencePairs, {"prompt": "a", "completion": "b", "label": True}, UnpairedPreferences),
-        (UnpairedPreferences, {"prompt": "a", **TEXTS}, PreferencePairs),
+        (UnpairedPreferences, {"messages": [U, A]}, Text),
     ],
 )
 def test_rows_of_another_format_carry_what_they_are(write, format, row, other):
