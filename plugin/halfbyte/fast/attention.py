@@ -56,7 +56,7 @@ def attention(
     ``window`` a query of a forest attends to so many tokens of its path, itself the last of them. ``autograd`` asks for
     the general form, which takes values of another size than queries.
     """
-    if forest is not None and window is not None and window >= forest.longest:
+    if not window or (forest is not None and window >= forest.longest):  # some models write none as 0
         window = None
     if device.type == "cpu" and not autograd:
         return CpuAttention(scale, _additive(mask, dtype) if mask is not None else None, forest, window)

@@ -143,8 +143,9 @@ def attention(
     is no mask at all. The signature is that of transformers' attention functions.
     """
     forest = _forest_of(attention_mask, kwargs)
-    # What sdpa adds to the scores, or refuses.
+    # What sdpa adds to the scores, or refuses, and attention in both directions.
     beyond = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
+    beyond = beyond or getattr(module, "is_causal", True) is False
     if _probing:
         raise _Arrived(None if beyond else forest)
     if forest is None or query.shape[0] != 1 or beyond:
@@ -159,7 +160,7 @@ def attention(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         None,
         forest,
-        kwargs.get("sliding_window", family.window(module)),
+        kwargs["sliding_window"] if "sliding_window" in kwargs else family.window(module),
         autograd=value.shape[-1] != query.shape[-1],
     )
     return call.attend(*(x.transpose(1, 2) for x in (query, key, value))), None
