@@ -204,3 +204,18 @@ def test_what_cannot_hold_a_tree_keeps_padded_pairs(name: str) -> None:
     before = model.config._attn_implementation
     assert batches.prepare_pairs(model, args, DataCollatorForPreference(pad_token_id=3)) is not None
     assert model.config._attn_implementation == before
+
+
+def test_a_model_that_numbers_tokens_itself_keeps_padded_pairs(monkeypatch) -> None:
+    """Positions of its own would put a branch behind its sibling, and nothing would fail."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(architectures.config("llama"), dtype=torch.float32)
+    inner = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda position_ids=None, **kwargs: inner(**kwargs))
+    args = SimpleNamespace(
+        neftune_noise_alpha=None,
+        accelerator_config=SimpleNamespace(dispatch_batches=None, split_batches=False),
+    )
+    reason = batches.prepare_pairs(model, args, DataCollatorForPreference(pad_token_id=3))
+    assert "computes other values" in (reason or "")
+    assert model.config._attn_implementation == "sdpa"

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from halfbyte.adapters import evaluating
 from halfbyte.fast import family
 from halfbyte.fast.attention import attention as attention_of
 from halfbyte.fast.forest import ROOT, Forest
@@ -55,7 +56,12 @@ def prepare_pairs(model: PreTrainedModel, args: TrainingArguments, collator: Any
     reason = _uncovered(model, args, collator, _ATTENTION_LAYERS - {"chunked_attention"})
     if reason is None and getattr(model.config.get_text_config(), "attention_dropout", None):
         return "dropout inside attention"
-    return reason or use_forests(model, PAIR)
+    before = model.config._attn_implementation
+    reason = reason or use_forests(model, PAIR)
+    if reason is None and not _computes_pairs(model):
+        model.set_attn_implementation(before)
+        return f"{type(model).__name__} computes other values on a pair than on its sides"
+    return reason
 
 
 def register() -> None:
@@ -124,6 +130,27 @@ def _arrives(model: PreTrainedModel, forest: Forest) -> bool:
     finally:
         _probing = False
     return False
+
+
+def _computes_pairs(model: PreTrainedModel) -> bool:
+    """Whether the sides of a pair are computed on a tree as they are alone: positions and windows arrive as well."""
+    embedding = model.get_input_embeddings().weight
+    device, within = embedding.device, 1e-3 if embedding.dtype == torch.float32 else 0.1
+    pair = Forest.of_lengths([3, 24, 5], PAIR.parents)  # far enough apart for a position of its own to show
+    ids = torch.arange(pair.ends[-1], device=device)[None] + 1
+    with evaluating(model), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        on_tree = model.base_model(
+            input_ids=ids,
+            position_ids=pair.positions().to(device),
+            attention_mask=pair.tensor(device),
+            use_cache=False,
+        ).last_hidden_state
+        for side in (1, 2):
+            at = torch.cat([torch.arange(*pair.spans[segment], device=device) for segment in pair.path(side)])
+            alone = model.base_model(input_ids=ids[:, at], use_cache=False).last_hidden_state
+            if not (on_tree[:, at] - alone).norm() <= within * alone.norm():
+                return False
+    return True
 
 
 def attention(
