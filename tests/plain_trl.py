@@ -22,7 +22,6 @@ def arguments(cls: type, output: Path, **options: Any) -> Any:
     """Arguments of class ``cls`` under which a float32 run on the CPU can be compared step by step."""
     return cls(
         output_dir=str(output),
-        use_cpu=True,
         logging_steps=1,
         learning_rate=1e-3,
         max_grad_norm=0.0,
@@ -30,6 +29,7 @@ def arguments(cls: type, output: Path, **options: Any) -> Any:
         save_strategy="no",
         disable_tqdm=True,
         **{
+            "use_cpu": True,
             "optim": "adamw_torch",
             "bf16": False,
             "per_device_train_batch_size": 3,

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.cli import main
+from halfbyte.fast.attention import attention
+from halfbyte.fast.forest import ROOT, Forest
 from halfbyte.quantization import measure_coverage
-from tests import tiny
+from tests import plain_trl, tiny
 from tests.benchmarks.gpu import FIT_32B, FIT_70B, Part
 
 pytestmark = pytest.mark.gpu
@@ -69,3 +73,33 @@ def test_a_large_base_takes_a_step_under_a_cap(part: Part) -> None:
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("| yes |"), done.stdout
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_attention_along_paths_is_one_kernel_with_the_numbers_of_the_cpu(window: int | None) -> None:
+    """Queries and keys of a branch are not of one length: the kernel must align their last tokens."""
+    forest = Forest.of_lengths([40, 17, 9, 33, 5, 64], [ROOT, 0, 0, ROOT, 3, 3])
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((8, 64), (2, 64), (2, 64), (8, 64))
+    drawn = [torch.randn(1, forest.ends[-1], *shape, generator=generator) for shape in shapes]
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        q, k, v = (x.bfloat16().to(device, dtype).requires_grad_() for x in drawn[:3])
+        call = attention(q.device, dtype, 0.125, None, forest, window)
+        out = call.attend(q, k, v)
+        gradients = torch.autograd.grad(out, (q, k, v), drawn[3].to(device, dtype))
+        found.append([x.float().cpu() for x in (out, *gradients)])
+    for exact, ours in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 1e-2 * exact.norm()
+
+
+def test_dpo_on_trees_equals_padded_pairs_on_the_device(model_dir: ModelDir, tmp_path: Path) -> None:
+    losses = []
+    for fast in ("auto", "none"):
+        args = plain_trl.arguments(DPOConfig, tmp_path / fast, max_steps=3, use_cpu=False, bf16=True)
+        plugin = QLoRAPlugin(dtype="bfloat16", fast=fast)
+        rows = Dataset.from_list(tiny.preferences(24))
+        trainer = plugin.trainer(DPOTrainer, model=str(model_dir("llama")), args=args, train_dataset=rows)
+        assert trainer.report.fusion.trees == (fast == "auto")
+        losses.append(plain_trl.Steps.of(trainer).losses)
+    assert losses[0] == pytest.approx(losses[1], abs=2e-2)
