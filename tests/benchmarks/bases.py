@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from tests import tiny
+from tests.benchmarks import workload
 
 _DEVIATION = 0.02
 
@@ -71,7 +71,7 @@ def base(shape: Shape, length: int) -> Iterator[Path]:
         patch.object(AutoModelForCausalLM, "from_pretrained", _make),
     ):
         config.save_pretrained(directory)
-        tiny.tokenizer().save_pretrained(directory)
+        workload.tokenizer(shape.vocabulary).save_pretrained(directory)
         yield Path(directory)
 
 

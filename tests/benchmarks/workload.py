@@ -75,15 +75,18 @@ def checkpoint(case: Case, directory: Path) -> Path:
         pad_token_id=PAD,
     )
     LlamaForCausalLM(config).save_pretrained(path)
-    words = {f"w{i}": i for i in range(case.vocabulary)}
-    words |= {"<s>": 0, "</s>": 1, "<pad>": PAD, "<unk>": 3}
-    words = {word: i for word, i in words.items() if i > 3 or word.startswith("<")}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(path)
+    tokenizer(case.vocabulary).save_pretrained(path)
     return path
+
+
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Words ``w4``, ``w5``, ... to as many tokens."""
+    words = {f"w{i}": i for i in range(4, vocabulary)} | {"<s>": 0, "</s>": 1, "<pad>": PAD, "<unk>": 3}
+    level = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=level, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
 
 
 def rows(case: Case, steps: int) -> Dataset:
