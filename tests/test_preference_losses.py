@@ -1,5 +1,6 @@
 """Every DPO loss of TRL on trees: value, gradient and figures of plain TRL on padded batches, in float32."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,27 @@ def test_loss_gradient_and_figures_equal_trls(
             # TRL weighs the micro-batches of a step alike, halfbyte by tokens: near zero that shows.
             close = 1e-3 if name in ("entropy", "logits/chosen", "logits/rejected") else 1e-5
             assert mine[name] == pytest.approx(value, rel=1e-4, abs=close), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("continued", [False, True], ids=["new adapter", "continued adapter"])
+def test_the_first_loss_is_ln_2(
+    model_dir: Callable[..., Path], tmp_path: Path, adapter: Path, dtype: str, continued: bool
+) -> None:
+    """Policy and reference are one model, computed alike: their log-probabilities are the same numbers."""
+    options = {"max_steps": 1, "bf16": dtype == "bfloat16", "eval_on_start": True, "eval_strategy": "steps"}
+    plugin = QLoRAPlugin(dtype=dtype, adapter_name_or_path=str(adapter) if continued else None)
+    trainer = plugin.trainer(
+        DPOTrainer,
+        model=str(model_dir("llama")),
+        args=plain_trl.arguments(DPOConfig, tmp_path, **options),
+        train_dataset=pairs(),
+        eval_dataset=pairs().select(range(5)),
+    )
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+    before, first = logged[0], logged[1]
+    assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["eval_rewards/margins"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/margins"] == 0
