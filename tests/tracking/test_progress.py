@@ -85,6 +85,8 @@ def test_ties_are_no_accuracy_of_zero() -> None:
     }
     assert figures(start) == "accuracy - (ties)  margin 0"
     assert figures({f"eval_{key}": value for key, value in start.items()}) == "accuracy - (ties)  margin 0"
+    rounded = {**start, "rewards/accuracies": 0.25, "rewards/chosen": 1.3e-7, "rewards/margins": 1.3e-7}
+    assert figures(rounded) == "accuracy - (ties)  margin 1.3e-07"
     lost = {
         "rewards/accuracies": 0.0,
         "rewards/chosen": -0.5,

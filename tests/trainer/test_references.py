@@ -1,110 +1,37 @@
-"""Reference log-probabilities computed once: their numbers, what makes another entry, and what a fault costs."""
+"""Reference log-probabilities computed once: their numbers, what they belong to, and when the pass is taken."""
 
-import errno
 import json
-import math
-import os
-import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_from_disk
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer, KTOConfig, KTOTrainer
 
-from halfbyte import QLoRAPlugin, locks, parts, store
+from halfbyte import QLoRAPlugin, store
+from halfbyte.checkpoint import manifest
 from halfbyte.cli import main
 from halfbyte.errors import UserError
-from halfbyte.trainer import reference_pass, reference_shard
 from halfbyte_recipes.dpo import DPOArguments
 from tests import tiny
+from tests.checkpoint.runs import assert_equal, interrupted, options, run
+from tests.trainer.preferences import (
+    LN2,
+    PAIRS,
+    ModelDir,
+    Passes,
+    assert_live,
+    cache,
+    columns,
+    dpo,
+    first_loss,
+    passes,
+    small,
+)
 
-ModelDir = Callable[..., Path]
-PAIRS = tiny.preferences(12)
-LN2 = math.log(2)
-
-
-@dataclass
-class Passes:
-    """Forwards of the reference, by the pairs of each."""
-
-    pairs: list[int]
-
-    def taken(self) -> int:
-        """The pairs computed since the last call."""
-        taken = sum(self.pairs)
-        self.pairs.clear()
-        return taken
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "halfbyte" / "references"
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
-    found = Passes([])
-    stock = reference_pass._forward
-
-    def counted(trainer: Any, model: Any, dataset: Any, rows: np.ndarray) -> Any:
-        found.pairs.append(len(rows))
-        return stock(trainer, model, dataset, rows)
-
-    monkeypatch.setattr(reference_pass, "_forward", counted)
-    return found
-
-
-@pytest.fixture
-def dpo(model_dir: ModelDir, tmp_path: Path) -> Callable[..., Trainer]:
-    """``dpo(lora_r=8, beta=0.2)``: a trainer over the tiny base, its reference computed ahead."""
-
-    def build(
-        rows: Any = PAIRS,
-        dtype: str = "float32",
-        config: type = DPOConfig,
-        evaluated: Any = None,
-        **options: Any,
-    ) -> Trainer:
-        ours = {key: options.pop(key) for key in ("lora_r", "fast", "adapter_name_or_path") if key in options}
-        args = config(
-            str(tmp_path / "run"), use_cpu=True, bf16=dtype == "bfloat16", report_to="none", save_strategy="no",
-            **{"disable_tqdm": True, "max_steps": 1, "per_device_train_batch_size": 3, "max_grad_norm": 0.0,
-               "precompute_ref_log_probs": True, "logging_steps": 1, **options},
-        )  # fmt: skip
-        model = None if "adapter_name_or_path" in ours else str(model_dir("llama"))
-        rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
-        return QLoRAPlugin(dtype=dtype, **ours).trainer(
-            DPOTrainer, model=model, args=args, train_dataset=rows, eval_dataset=evaluated
-        )
-
-    return build
-
-
-def columns(dataset: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    found = dataset.with_format("torch")
-    return found["ref_chosen_logps"][:], found["ref_rejected_logps"][:]
-
-
-def assert_live(trainer: Trainer, dataset: Any, within: float = 1e-6) -> None:
-    """The columns are what TRL computes beside the policy, in batches of another size and order."""
-    chosen, rejected = columns(dataset)
-    for start in range(0, len(dataset), 5):
-        batch = trainer.data_collator([dataset[i] for i in range(start, min(start + 5, len(dataset)))])
-        live = trainer.compute_ref_log_probs(trainer.model, batch)
-        for found, expected in zip((chosen, rejected), live, strict=True):
-            torch.testing.assert_close(found[start : start + 5], expected, rtol=within, atol=0)
-
-
-def first_loss(trainer: Trainer) -> float:
-    trainer.train()
-    return float(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
+__all__ = ["cache", "dpo", "passes", "small"]
 
 
 @pytest.mark.parametrize("fast", ["auto", "none"])
@@ -177,166 +104,6 @@ def test_what_decides_the_references_makes_another_entry(
     assert passes.taken() == len(PAIRS)
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_shard, "PAIRS", 4)
-
-
-def shards(cache: Path) -> list[Path]:
-    return sorted(cache.glob("*/*.safetensors"))
-
-
-@pytest.mark.parametrize("where", ["at the start", "in the middle", "at the end"])
-def test_a_flipped_byte_is_found_and_its_shard_computed_again(
-    dpo: Callable[..., Trainer], cache: Path, passes: Passes, small: None, where: str, capsys
-) -> None:
-    expected = columns(dpo().train_dataset)
-    assert passes.taken() == len(PAIRS)
-    path = shards(cache)[1]
-    content = bytearray(path.read_bytes())
-    content[{"at the start": 3, "in the middle": len(content) // 2, "at the end": -1}[where]] ^= 1
-    path.write_bytes(content)
-    capsys.readouterr()
-    found = columns(dpo(seed=3).train_dataset)
-    assert passes.taken() == 4
-    told = [line for line in capsys.readouterr().err.splitlines() if "computed again" in line]
-    assert told == [f"the reference cache {path} has changed content (sha256); it is computed again"]
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    dpo()
-    assert passes.taken() == 0
-
-
-def test_a_pass_that_is_killed_continues_at_its_shard(
-    dpo: Callable[..., Trainer],
-    cache: Path,
-    passes: Passes,
-    small: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys,
-) -> None:
-    if (child := os.fork()) == 0:
-        stock = parts.Parts.add
-
-        def killed(self: parts.Parts, name: str, *rest: Any, **given: Any) -> None:
-            if name == reference_shard.name(2):
-                os.kill(os.getpid(), signal.SIGKILL)
-            stock(self, name, *rest, **given)
-
-        monkeypatch.setattr(parts.Parts, "add", killed)
-        dpo()
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert len(shards(cache)) == 2
-    (entry,) = (each for each in store.entries() if each.kind == "references")
-    assert (entry.damaged, entry.in_use) == (False, False)
-    assert entry.base.endswith("12 pairs (train), 2 of 3 parts")
-    trainer = dpo()
-    assert passes.taken() == 4
-    assert "4 pairs computed in " in (told := capsys.readouterr().err)
-    assert "cached, 8 read from the cache" in told
-    assert_live(trainer, trainer.train_dataset)
-
-
-@pytest.mark.parametrize("left", ["a shard that no manifest lists", "half a shard", "no manifest", "a file"])
-def test_what_an_interruption_leaves_is_not_taken_for_a_shard(
-    dpo: Callable[..., Trainer], cache: Path, passes: Passes, small: None, left: str
-) -> None:
-    expected = columns(dpo().train_dataset)
-    passes.taken()
-    entry = shards(cache)[0].parent
-    manifest = json.loads((entry / "manifest.json").read_text())
-    del manifest["files"][reference_shard.name(2)]
-    (entry / "manifest.json").write_text(json.dumps(manifest))
-    if left == "half a shard":
-        shards(cache)[2].rename(entry / f".{reference_shard.name(2)}.77.tmp")
-    elif left == "no manifest":
-        (entry / "manifest.json").unlink()
-    elif left == "a file":
-        for path in entry.iterdir():
-            path.unlink()
-        entry.rmdir()
-        entry.write_text("")
-    found = columns(dpo().train_dataset)
-    assert passes.taken() == (4 if "shard" in left else len(PAIRS))
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert sorted(path.name for path in entry.iterdir()) == [
-        *map(reference_shard.name, range(3)),
-        "manifest.json",
-    ]
-
-
-def test_a_full_disk_is_said_and_the_run_goes_on(
-    dpo: Callable[..., Trainer], cache: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    stock = parts.replace_file
-
-    def full(path: Path, content: bytes) -> None:
-        if path.name == reference_shard.name(1):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        stock(path, content)
-
-    monkeypatch.setattr(parts, "replace_file", full)
-    trainer = dpo()
-    told = capsys.readouterr().err
-    place = shards(cache)[0].with_name(reference_shard.name(1))
-    assert f"the reference cache is not kept for later runs: No space left on device ({place})" in told
-    assert "12 pairs computed in " in told
-    assert "cached" not in told.partition("12 pairs computed in ")[2].splitlines()[0]
-    assert_live(trainer, trainer.train_dataset)
-    assert first_loss(trainer) == pytest.approx(LN2, abs=1e-6)
-
-
-def test_a_store_that_cannot_be_written_is_read_as_it_is(
-    dpo: Callable[..., Trainer], cache: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    dpo()
-    passes.taken()
-    opened = os.open
-
-    def read_only(path: Any, flags: int, *rest: Any, **given: Any) -> int:
-        if flags & os.O_CREAT and str(path).startswith(str(cache.parent)):
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return opened(path, flags, *rest, **given)
-
-    monkeypatch.setattr(os, "open", read_only)
-    capsys.readouterr()
-    dpo(seed=3)
-    assert passes.taken() == 0
-    assert "is not kept" not in capsys.readouterr().err
-    dpo(rows=PAIRS[:-2])
-    assert passes.taken() == len(PAIRS) - 2
-    assert "the reference cache is not kept for later runs: Read-only file system" in capsys.readouterr().err
-
-
-def test_a_second_process_waits_for_what_the_first_computes(
-    dpo: Callable[..., Trainer],
-    cache: Path,
-    passes: Passes,
-    small: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys,
-) -> None:
-    dpo()
-    passes.taken()
-    entry = shards(cache)[0].parent
-    whole = (entry / "manifest.json").read_text()
-    manifest = json.loads(whole)
-    del manifest["files"][reference_shard.name(2)]
-    (entry / "manifest.json").write_text(json.dumps(manifest))
-    lock = locks.hold(store.beside(entry, store.BUILD_LOCK))
-
-    def finished(seconds: float) -> None:  # by the process that holds the lock
-        (entry / "manifest.json").write_text(whole)
-
-    monkeypatch.setattr(reference_pass.time, "sleep", finished)
-    try:
-        dpo()
-    finally:
-        os.close(lock)
-    assert passes.taken() == 0
-    assert "another process is computing the same; waiting for it" in capsys.readouterr().err
-
-
 def test_each_evaluation_set_has_its_own_and_so_has_one_that_comes_later(
     dpo: Callable[..., Trainer], passes: Passes, small: None
 ) -> None:
@@ -361,23 +128,6 @@ def test_each_evaluation_set_has_its_own_and_so_has_one_that_comes_later(
     assert found["eval_loss"] != pytest.approx(LN2, abs=1e-4)
 
 
-def test_the_cache_command_lists_and_removes_them(
-    dpo: Callable[..., Trainer], model_dir: ModelDir, capsys
-) -> None:
-    dpo()
-    capsys.readouterr()
-    assert main(["cache", "ls", "--json"]) == 0
-    (entry,) = (each for each in json.loads(capsys.readouterr().out) if each["kind"] == "references")
-    assert entry["base"] == f"{model_dir('llama')}: 12 pairs (train)"
-    assert 0 < entry["size"] < 100_000
-    assert not entry["in_use"]
-    assert not entry["damaged"]
-    assert main(["cache", "ls"]) == 0
-    assert "1 quantized base and 1 reference cache, " in capsys.readouterr().out
-    assert main(["cache", "rm", entry["key"]]) == 0
-    assert [each.kind for each in store.entries()] == ["bases"]
-
-
 AUTOMATIC = {"config": DPOArguments, "precompute_ref_log_probs": None, "max_steps": -1, "num_train_epochs": 1}
 
 
@@ -388,7 +138,7 @@ def test_by_default_more_than_one_epoch_is_computed_ahead(
     assert passes.taken() == 0
     assert not trainer.args.precompute_ref_log_probs
     assert trainer.report.decided["precompute_ref_log_probs"] is False
-    line = "reference log-probabilities: computed in every step (one epoch at most, and none are cached)"
+    line = "reference log-probabilities: computed in every step (one epoch at most, and not cached)"
     assert line in capsys.readouterr().err.splitlines()
     assert first_loss(trainer) == pytest.approx(LN2, abs=1e-6)
     trainer = dpo(**{**AUTOMATIC, "max_steps": 5, "num_train_epochs": 1})  # 15 pairs
@@ -412,7 +162,81 @@ def test_a_stream_is_never_gone_through_ahead(dpo: Callable[..., Trainer], capsy
     assert not trainer.precompute_ref_logps
     assert "computed in every step (the data is a stream)" in capsys.readouterr().err
     with pytest.raises(
-        UserError, match="a stream cannot be gone through ahead of training; write false"
+        UserError, match="a stream, and cannot be gone through ahead of training; write false"
     ) as raised:
         dpo(rows=stream)
     assert raised.value.option == "precompute_ref_log_probs"
+
+
+def test_a_resumed_run_keeps_what_it_decided_bit_for_bit(
+    model_dir: ModelDir, tmp_path: Path, passes: Passes
+) -> None:
+    """Eight rows, two a step: four steps are one epoch, six are more."""
+    rows = tiny.write_rows(tmp_path / "rows", tiny.preferences(12))
+
+    def arguments(output: Path, **given: str) -> list[str]:
+        return options(model_dir("llama"), rows, output, **given)
+
+    live = {"max_steps": "4", "save_steps": "2"}
+    assert run("dpo", arguments(tmp_path / "live", **live)) == 0
+    assert passes.taken() == 0
+    assert run("dpo", arguments(tmp_path / "ahead", eval_strategy="steps", eval_steps="3")) == 0
+    assert passes.taken() == 8 + 4
+    assert manifest.read(tmp_path / "ahead" / "checkpoint-3").decided["precompute_ref_log_probs"] is True
+    # What would be computed ahead now is computed beside the policy still, and what is lost is computed again.
+    parts_of = interrupted(tmp_path / "live", tmp_path / "parts" / "live", 2)
+    assert run("dpo", arguments(parts_of, **live), "--resume_from_checkpoint", "auto") == 0
+    assert passes.taken() == 0
+    assert_equal(tmp_path / "live", parts_of, 4)
+    kept = [each.key for each in store.entries() if each.kind == "references"]
+    assert main(["cache", "rm", *kept]) == 0
+    for name, pairs in (("one", 8 + 4), ("other", 0)):
+        parts_of = interrupted(tmp_path / "ahead", tmp_path / "parts" / name)
+        again = arguments(parts_of, eval_strategy="steps", eval_steps="3")
+        assert run("dpo", again, "--resume_from_checkpoint", "auto") == 0
+        assert passes.taken() == pairs
+        assert_equal(tmp_path / "ahead", parts_of, 6)
+
+
+def test_all_weights_are_trained_against_what_they_were(
+    model_dir: ModelDir, tmp_path: Path, passes: Passes, capsys
+) -> None:
+    """Without adapters TRL's constructor runs the policy, and keeps no reference model."""
+    plugin = QLoRAPlugin(
+        dtype="float32", load_in_4bit=False, use_peft=False, model_name_or_path=str(model_dir("llama"))
+    )
+    for pairs, seed in ((len(PAIRS), 1), (0, 2)):
+        args = DPOArguments(
+            str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", seed=seed,
+            disable_tqdm=True, logging_steps=1, per_device_train_batch_size=3, num_train_epochs=2,
+        )  # fmt: skip
+        trainer = plugin.trainer(DPOTrainer, args=args, train_dataset=Dataset.from_list(PAIRS))
+        assert passes.taken() == pairs
+        assert trainer.ref_model is None
+        assert first_loss(trainer) == pytest.approx(LN2, abs=1e-6)
+        assert "computed once, before training (2 epochs)" in capsys.readouterr().err
+
+
+def test_kto_computes_its_own_by_the_forward_that_trains(model_dir: ModelDir, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": each["prompt"], "completion": each[side], "label": side == "chosen"}
+        for each in tiny.preferences(4)
+        for side in ("chosen", "rejected")
+    ]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    hashes = set()
+    for fast in ("auto", "none"):
+        args = KTOConfig(
+            str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=1,
+            disable_tqdm=True, precompute_ref_log_probs=True, per_device_train_batch_size=4,
+        )  # fmt: skip
+        trainer = QLoRAPlugin(dtype="float32", fast=fast).trainer(
+            KTOTrainer,
+            model=str(model_dir("llama")),
+            args=args,
+            train_dataset=load_from_disk(str(tmp_path / "rows")),
+        )
+        assert "ref_logps" in trainer.train_dataset.column_names
+        trainer.train()
+        hashes.add(trainer._precompute_model_hash)
+    assert len(hashes) == 2

@@ -61,14 +61,18 @@ class Figures:
         return tuple(figure for figure in self.figures if figure.compared)
 
 
-def are_ties(row: Mapping[str, Any], key: str) -> bool:
-    """Whether ``key`` is a preference accuracy of 0 that means ties: policy and reference are equal for every pair.
+_ROUNDING = 1e-5  # of a reward, the mean over the pairs of a row of the log
 
-    So it is before the first step. TRL counts a tie as lost.
+
+def are_ties(row: Mapping[str, Any], key: str) -> bool:
+    """Whether ``key`` is a preference accuracy that means ties: policy and reference are equal, but for rounding.
+
+    So it is before the first step. TRL counts a tie as lost, and what rounding decides as won or lost: a reference that
+    was computed ahead of training was computed in other batches.
     """
     prefix, found, _ = key.partition("rewards/accuracies")
-    rewards = ("rewards/accuracies", "rewards/chosen", "rewards/rejected")
-    return bool(found) and all(row.get(prefix + name) == 0 for name in rewards)
+    rewards = [row.get(f"{prefix}rewards/{side}") for side in ("chosen", "rejected")]
+    return bool(found) and all(each is not None and abs(each) < _ROUNDING for each in rewards)
 
 
 LOSS = Figure("loss", "loss", ".4g", compared=True)

@@ -201,9 +201,9 @@ def _forward(
         return output
 
     trainer.compute_ref_log_probs(recorded, batch)
-    scored = batch["completion_mask"][..., 1:].bool()
-    found = seen[0][:, -scored.shape[1] :].float()
-    sides = [values[mask].cpu().numpy() for values, mask in zip(found, scored, strict=True)]
+    scored = batch["completion_mask"][..., 1:].bool().cpu().numpy()
+    found = seen[0][:, -scored.shape[1] :].float().cpu().numpy()
+    sides = [values[mask] for values, mask in zip(found, scored, strict=True)]
     return sides[: len(rows)], sides[len(rows) :]
 
 

@@ -20,6 +20,7 @@ from halfbyte.trainer.base import Conduct, Mixin
 
 OPTION = "precompute_ref_log_probs"
 _COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+_IMAGES = {"image", "images"}  # by which TRL knows rows that it does not tokenize ahead
 
 
 class PrecomputedReferences(Mixin):
@@ -47,25 +48,28 @@ class PrecomputedReferences(Mixin):
             return
         wanted: bool | None = training.precompute_ref_log_probs
         # With an adapter TRL's constructor has nothing to do for it; without one it is spared a reference model.
-        ours = isinstance(kwargs.get("model"), PeftModel)
-        decided = _decide(training, kwargs, kwargs.get("conduct")) if wanted is None and not ours else None
-        training.precompute_ref_log_probs = not ours and (wanted if decided is None else decided[0])
+        ours, why = isinstance(kwargs.get("model"), PeftModel), None
+        ahead = wanted
+        if wanted is None and not ours:
+            ahead, why = _decide(training, kwargs, kwargs.get("conduct"))
+        training.precompute_ref_log_probs = bool(ahead) and not ours
         super().__init__(*args, **kwargs)
         if ours:
             self._precompute(wanted)
-        elif decided is not None:
-            self._note(*decided)
+        elif why is not None:
+            self._note(bool(ahead), why)
 
     def _precompute(self, wanted: bool | None) -> None:
         """Give every set of pairs its references, if they are ``wanted``, or cost less than in every step."""
         sets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         if wanted is None:
-            wanted, why = _decide(self.args, sets, self.conduct)
-            if not wanted and _can_be_ahead(sets) and self._is_cached(self.train_dataset):
-                wanted, why = True, "cached"
+            ahead, why = _decide(self.args, sets, self.conduct)
+            if ahead is None and self._is_cached(self.train_dataset):
+                ahead, why = True, "cached"
+            wanted = bool(ahead)
             self._note(wanted, why)
-        elif wanted and not _can_be_ahead(sets):
-            raise UserError("a stream cannot be gone through ahead of training; write false", option=OPTION)
+        elif wanted:
+            _require_rows(sets)
         self.args.precompute_ref_log_probs = self.precompute_ref_logps = wanted
         if not wanted:
             return
@@ -93,6 +97,7 @@ class PrecomputedReferences(Mixin):
         self._make_ready_once()
         if not _is_dpo(self.recipe_class):
             return self._named_precompute(dataset, name, batch_size)
+        _require_rows({"train_dataset": dataset})
         dataset = dataset.remove_columns([each for each in _COLUMNS if each in dataset.column_names])
         description, shards = self._describe(dataset)
         sides = reference_pass.sums(
@@ -178,23 +183,44 @@ def _is_dpo(trainer_cls: type) -> bool:
     )
 
 
-def _can_be_ahead(sets: Mapping[str, Any]) -> bool:
-    found = [sets.get("train_dataset"), sets.get("eval_dataset")]
-    found = [each for one in found for each in (one.values() if isinstance(one, dict) else (one,))]
-    return not any(isinstance(each, IterableDataset) for each in found)
+def _require_rows(sets: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` if some of the ``sets`` have no tokenized rows ahead of training."""
+    if (obstacle := _obstacle(sets)) is not None:
+        raise UserError(
+            f"{obstacle}, and cannot be gone through ahead of training; write false", option=OPTION
+        )
 
 
-def _decide(args: Any, sets: Mapping[str, Any], conduct: Conduct | None) -> tuple[bool, str]:
-    """Return whether a pass ahead of training costs less than the reference of every step, and why."""
+def _obstacle(sets: Mapping[str, Any]) -> str | None:
+    """Why references cannot be computed ahead of training, or None."""
+    evaluated = sets.get("eval_dataset")
+    for each in (
+        sets.get("train_dataset"),
+        *(evaluated.values() if isinstance(evaluated, dict) else [evaluated]),
+    ):
+        if isinstance(each, IterableDataset):
+            return "the data is a stream"
+        if each is not None and _IMAGES & set(each.column_names):
+            return "the data has images, which are prepared with each batch"
+    return None
+
+
+def _decide(args: Any, sets: Mapping[str, Any], conduct: Conduct | None) -> tuple[bool | None, str]:
+    """Return whether a pass ahead of training costs less than the reference of every step, and why.
+
+    None: it costs the same, unless it is cached. A resumed run keeps what it began with.
+    """
     manifest = conduct.manifest if conduct is not None else None
     if manifest is not None and OPTION in manifest.decided:
         return bool(manifest.decided[OPTION]), "as when the run began"
-    if not _can_be_ahead(sets):
-        return False, "the data is a stream"
+    if (obstacle := _obstacle(sets)) is not None:
+        return False, obstacle
     if args.sync_ref_model:
         return False, "the reference changes"
     epochs = args.num_train_epochs
     if args.max_steps > 0:
         rows = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
         epochs = rows * args.world_size / max(len(sets["train_dataset"]), 1)
-    return epochs > 1, f"{epochs:.3g} epochs" if epochs > 1 else "one epoch at most, and none are cached"
+    if epochs > 1:
+        return True, f"{epochs:.3g} epochs"
+    return None, "one epoch at most, and not cached"
