@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+)
 
 
 def base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -16,6 +23,20 @@ def base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         bnb_4bit_compute_dtype=dtype,
     )
     return AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, dtype=dtype)
+
+
+def scoring_base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model in ``path`` with a new head of one output, which is not quantized."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["score"],
+    )
+    return AutoModelForSequenceClassification.from_pretrained(
+        path, quantization_config=quantization, dtype=dtype, num_labels=1
+    )
 
 
 def arguments(cls: type, output: Path, **options: Any) -> Any:

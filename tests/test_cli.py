@@ -83,7 +83,7 @@ def test_recipes_are_listed_as_json(capsys) -> None:
     assert main(["recipes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert all(set(entry) == {"name", "package", "version", "object"} for entry in listed)
-    assert {"dpo", "kto", "pretrain", "sft"} <= {entry["name"] for entry in listed}
+    assert {"dpo", "kto", "pretrain", "reward", "sft"} <= {entry["name"] for entry in listed}
 
 
 def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
@@ -99,7 +99,10 @@ def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
             ["grpo"],
             "no recipe or command named 'grpo'; a recipe of another package is installed with that package",
         ),
-        (["train", "x.yaml"], "recipes: dpo, kto, pretrain, sft; `halfbyte --help` lists the commands"),
+        (
+            ["train", "x.yaml"],
+            "recipes: dpo, kto, pretrain, reward, sft; `halfbyte --help` lists the commands",
+        ),
         (["version"], "version: `halfbyte --version` prints the version"),
         (["-V"], "`halfbyte --version` prints the version"),
         (["it's.yaml"], "the recipe comes first: halfbyte RECIPE --config 'it'\"'\"'s.yaml'"),

@@ -8,22 +8,39 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from halfbyte import QLoRAPlugin
 from tests import plain_trl, tiny
 from tests.plain_trl import Steps
 
 STEPS = 10
-ROWS = {SFTTrainer: tiny.conversations, DPOTrainer: tiny.preferences, KTOTrainer: tiny.labelled}
+ROWS = {
+    SFTTrainer: tiny.conversations,
+    DPOTrainer: tiny.preferences,
+    KTOTrainer: tiny.labelled,
+    RewardTrainer: tiny.preferences,
+}
 
 
 @pytest.fixture(scope="module")
 def adapter(model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that is not trivial, with values that bfloat16 holds exactly (TRL rounds it to bfloat16)."""
-    output = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
     model = QLoRAPlugin(dtype="float32").load(str(model_dir("llama")))
+    return save_start(model, tmp_path_factory.mktemp("adapter"))
+
+
+def save_start(model: PeftModel, output: Path) -> Path:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             if "lora_B" in name:
@@ -31,6 +48,44 @@ def adapter(model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
             parameter.data = parameter.data.bfloat16().float()
     model.save_pretrained(output)
     return output
+
+
+@pytest.mark.parametrize("options", [{}, {"center_rewards_coefficient": 0.01}], ids=["", "centered"])
+def test_ten_steps_of_a_reward_model_equal_plain_trl(
+    model_dir: Callable[..., Path], tmp_path: Path, options: dict
+) -> None:
+    """The head is a new one, in float32 here and there, and trained with the adapter."""
+    rows = [{**row, "margin": n % 3 / 2} for n, row in enumerate(tiny.preferences(48))]
+    base, start = model_dir("llama"), tmp_path / "start"
+    plugin = QLoRAPlugin(dtype="float32", lora_task_type="SEQ_CLS")
+    torch.manual_seed(0)
+    save_start(plugin.load(str(base)), start)
+    model = PeftModel.from_pretrained(plain_trl.scoring_base(base), start, is_trainable=True)
+
+    def args(name: str):
+        return plain_trl.arguments(
+            RewardConfig, tmp_path / name, max_steps=STEPS, per_device_train_batch_size=2, **options
+        )
+
+    theirs = RewardTrainer(
+        model=model,
+        args=args("theirs"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    plain_trl.keep_adapter_in_float32(theirs)
+    plugin = QLoRAPlugin(dtype="float32", adapter_name_or_path=str(start))
+    ours = plugin.trainer(
+        RewardTrainer, model=str(base), args=args("ours"), train_dataset=Dataset.from_list(rows)
+    )
+    assert ours.report.fusion.layers == 2
+    head = "base_model.model.score.modules_to_save.default.weight"
+    assert {n: p.dtype for n, p in ours.model.named_parameters() if p.requires_grad and "score" in n} == {
+        head: torch.float32
+    }
+    found = Steps.of(ours)
+    assert len(found.losses) == STEPS
+    plain_trl.assert_equal(found, Steps.of(theirs))
 
 
 @pytest.mark.parametrize(

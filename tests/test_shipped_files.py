@@ -96,6 +96,6 @@ def test_the_wheel_carries_everything_that_is_not_python(tmp_path: Path) -> None
         modules = {str(path.relative_to(package.parent)) for path in package.rglob("*.py")}
         assert modules <= names
     assert not [name for name in names if name.startswith("tests/") or "__pycache__" in name]
-    for name in ("dpo", "kto", "pretrain", "sft"):
+    for name in ("dpo", "kto", "pretrain", "reward", "sft"):
         assert f"{name} = halfbyte_recipes.{name}:recipe" in entry_points
     assert "halfbyte = halfbyte.cli:main" in entry_points

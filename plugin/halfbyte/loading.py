@@ -121,6 +121,7 @@ def _check_saved(
             f"where the adapter is made, or start a fresh one",
             option="additional_special_tokens",
         )
+    adapters.same_task(adapter, by_peft_type(options.lora_task_type))
     sha = quantization.fingerprint(decisions.base, decisions.revision)
     adapters.same_base(adapter, decisions.base, decisions.revision, sha)
 

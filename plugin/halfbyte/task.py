@@ -38,7 +38,8 @@ SEQUENCE_CLASSIFICATION = Task(
 
 SEQ2SEQ = Task("sequence to sequence", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM")
 
-_TASKS = {task.peft_type: task for task in (CAUSAL_LM, SEQUENCE_CLASSIFICATION, SEQ2SEQ)}
+TASKS = {task.peft_type: task for task in (CAUSAL_LM, SEQUENCE_CLASSIFICATION, SEQ2SEQ)}
+"""The tasks by PEFT's names."""
 
 
 # Trainer classes, of TRL and transformers, that train one kind of model only.
@@ -54,11 +55,11 @@ def by_trainer(trainer_cls: type) -> Task | None:
 
 def by_peft_type(peft_type: str) -> Task:
     """Return the task that PEFT calls ``peft_type``. Raises :class:`UserError` for one that is not supported."""
-    task = _TASKS.get(peft_type)
+    task = TASKS.get(peft_type)
     if task is None:
         raise UserError(
-            f"the task type {peft_type!r} is not supported{suggestion(peft_type, _TASKS)}\n"
-            f"  supported: {', '.join(_TASKS)}",
+            f"the task type {peft_type!r} is not supported{suggestion(peft_type, TASKS)}\n"
+            f"  supported: {', '.join(TASKS)}",
             option="lora_task_type",
         )
     return task

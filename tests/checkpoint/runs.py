@@ -9,7 +9,13 @@ from halfbyte.checkpoint import manifest
 from halfbyte.cli import main
 from tests import tiny
 
-ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences, "pretrain": tiny.texts, "kto": tiny.labelled}
+ROWS = {
+    "sft": tiny.conversations,
+    "dpo": tiny.preferences,
+    "pretrain": tiny.texts,
+    "kto": tiny.labelled,
+    "reward": tiny.preferences,
+}
 STEPS, SAVED = 6, 3
 # Of a row or of the state, what the clock decides.
 _TIMED = ("time", "runtime", "per_second", "flos")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from trl import DPOConfig, DPOTrainer, GRPOConfig, KTOConfig, ModelConfig, SFTConfig
+from trl import DPOConfig, DPOTrainer, GRPOConfig, KTOConfig, ModelConfig, RewardConfig, SFTConfig
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig, TrlParser
 
 from halfbyte.config import RunArguments, read
@@ -24,6 +24,7 @@ CLASSES: tuple[type, ...] = (
     DPOConfig,
     GRPOConfig,
     KTOConfig,
+    RewardConfig,
     ModelConfig,
     RunArguments,
     DatasetMixtureConfig,
@@ -154,7 +155,12 @@ def test_dpo_names_are_those_of_the_trainer() -> None:
 
 
 def test_every_range_holds_for_some_field_and_every_default() -> None:
-    known = fields_of(CLASSES) | fields_of([GRPOConfig]) | fields_of([DPOConfig]) | fields_of([KTOConfig])
+    known = (
+        fields_of(CLASSES)
+        | fields_of([GRPOConfig])
+        | fields_of([DPOConfig])
+        | fields_of([KTOConfig, RewardConfig])
+    )
     for _, _, names in RANGES:
         for name in set(names.split()) - {"loraplus_lr_ratio"}:
             assert name in known, name

@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from halfbyte.data import DataFormat, Layout, PreferencePairs, Text, UnpairedPreferences
+from halfbyte.data import DataFormat, Layout, PreferencePairs, ScoredPairs, Text, UnpairedPreferences
 from halfbyte.data.kinds import boolean, messages
 from halfbyte.errors import UserError
 from tests import tiny
@@ -79,6 +79,28 @@ def test_pairs_are_rows_of_both_labels(write, row, layout):
         write("a.jsonl", [row] * 3), "a thousand streamed pairs", format=UnpairedPreferences,
         dataset_streaming=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "prompt + chosen + rejected"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.5},
+            "prompt + chosen + rejected + margin",
+        ),
+        ({"chosen": "a", "rejected": "b"}, "chosen + rejected"),
+        (
+            {"chosen": TALK, "rejected": [turn("user", "who"), OTHER[1]], "margin": 2},
+            "chosen + rejected + margin",
+        ),
+    ],
+)
+def test_scored_layouts(write, row, layout):
+    data = run_data(write("a.jsonl", [row] * 3), format=ScoredPairs)
+    assert str(data.report.train.check.layout) == layout
+    assert data.report.notes == []
+    assert data.train.column_names == list(row)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""KTO learns what labels say, and nothing from labels that say nothing."""
+"""KTO and a reward model learn what rows say, and nothing from rows that say nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from trl import KTOConfig, KTOTrainer
+from trl import KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.demo import corpus
@@ -84,3 +84,28 @@ def test_kto_learns_nothing_from_labels_without_signal(base: Path, sides: Sides,
     trainer = kto(base, corpus.uninformative_preferences, sides, tmp_path)
     assert 0.4 <= accuracy(trainer) <= 0.6
     assert abs(trainer.evaluate()["eval_rewards/margins"]) < 0.3
+
+
+def reward_accuracy(
+    base: Path, preferences: Callable[..., list[dict[str, Any]]], sides: Sides, output: Path
+) -> float:
+    train, test = sides
+    trainer = QLoRAPlugin(dtype="float32").trainer(
+        RewardTrainer,
+        model=str(base),
+        args=arguments(RewardConfig, output, max_steps=60, learning_rate=5e-3),
+        train_dataset=Dataset.from_list(preferences(train[:ROWS])),
+        eval_dataset=Dataset.from_list(preferences(test[:HELD_OUT])),
+    )
+    trainer.train()
+    return float(trainer.evaluate()["eval_accuracy"])
+
+
+def test_a_reward_model_tells_words_in_order_from_shuffled_ones(
+    base: Path, sides: Sides, tmp_path: Path
+) -> None:
+    assert reward_accuracy(base, corpus.preferences, sides, tmp_path) > 0.8
+
+
+def test_a_reward_model_learns_nothing_from_a_coin(base: Path, sides: Sides, tmp_path: Path) -> None:
+    assert 0.4 <= reward_accuracy(base, corpus.uninformative_preferences, sides, tmp_path) <= 0.6

@@ -8,21 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import (
+    DatasetMixtureConfig,
+    DPOConfig,
+    KTOConfig,
+    ModelConfig,
+    RewardConfig,
+    ScriptArguments,
+    SFTConfig,
+)
 
 from halfbyte import adapters, commands, run
 from halfbyte import recipe as recipes
 from halfbyte.config import RunArguments, Settings
 from halfbyte.config.fields import Field, fields_of
 from halfbyte.config.others import OTHERS
-from halfbyte.data import PreferencePairs, Text, UnpairedPreferences
+from halfbyte.data import PreferencePairs, ScoredPairs, Text, UnpairedPreferences
 from halfbyte.distributed import support
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe
 from tests import test_architecture
 from tests.documentation.documents import ROOT
 
-UPSTREAM = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig, "pretrain": SFTConfig}
+UPSTREAM = {
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "pretrain": SFTConfig,
+    "reward": RewardConfig,
+}
 
 # Why a default is not TRL's; a new difference must be given its reason here.
 WHY = {
@@ -51,8 +65,11 @@ HELD = {
     "text": "text; `dataset_text_field` names another column",
     "prompt + chosen + rejected": "all text or all messages",
     "chosen + rejected": "the prompt is what both begin with",
+    "prompt + chosen + rejected + margin": "`margin` is subtracted in the loss: by how much `chosen` should score above",
+    "chosen + rejected + margin": "the same without a prompt",
     "prompt + completion + label": "a completion and whether it is wanted, `true` or `false`",
 }
+ALONE = "`chosen` + `rejected`"
 RECIPE = {
     "config": "a config class of TRL or a subclass",
     "trainer": "a trainer class of TRL or a subclass",
@@ -125,10 +142,16 @@ def formats() -> str:
         ("`sft`, `pretrain`", Text),
         ("`dpo`", PreferencePairs),
         ("`kto`", UnpairedPreferences),
+        ("`reward`", ScoredPairs),
     ):
         for number, layout in enumerate(format.layouts):
             columns = " + ".join(f"`{column}`" for column in layout.columns)
-            rows.append((named if number == 0 else "", columns, HELD[str(layout)]))
+            held = (
+                "each side is scored as it stands"
+                if named == "`reward`" and columns == ALONE
+                else HELD[str(layout)]
+            )
+            rows.append((named if number == 0 else "", columns, held))
     return table(("Recipe", "Columns", "What they hold"), iter(rows))
 
 

@@ -9,7 +9,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from halfbyte import adapters, commands
-from halfbyte.data import PreferencePairs, Text, UnpairedPreferences
+from halfbyte.data import PreferencePairs, ScoredPairs, Text, UnpairedPreferences
 from halfbyte.recipe import Recipe
 from tests.documentation.documents import DOCUMENTS, ROOT, blocks, code, prose
 from tests.documentation.generated import (
@@ -69,7 +69,7 @@ def test_the_table_of_added_options_is_complete() -> None:
 
 
 def test_every_layout_and_field_has_its_words() -> None:
-    formats = (Text, PreferencePairs, UnpairedPreferences)
+    formats = (Text, PreferencePairs, UnpairedPreferences, ScoredPairs)
     layouts = [str(layout) for each in formats for layout in each.layouts]
     assert set(layouts) == HELD.keys()
     assert {field.name for field in fields(Recipe)} == RECIPE.keys()

@@ -19,6 +19,7 @@ CELLS = {
     "sft": ("sft", {**SEVERAL_BATCHES, **EVALUATED}),
     "dpo": ("dpo", {**SEVERAL_BATCHES, **EVALUATED}),
     "kto": ("kto", {**SEVERAL_BATCHES, **EVALUATED}),
+    "reward": ("reward", {**SEVERAL_BATCHES, **EVALUATED}),
     # Eight rows, two a step, shuffled as they come: step 5 is the first of the second pass.
     "stream, second pass": ("sft", {**STREAM, "max_steps": "10", "save_steps": "5"}),
 }
@@ -105,7 +106,7 @@ def test_a_finished_run_trains_no_step_more(model_dir: ModelDir, tmp_path: Path)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("recipe", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "kto", "reward"])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_resumed_equals_uninterrupted_under_ddp(
     model_dir: ModelDir, tmp_path: Path, recipe: str, processes: int

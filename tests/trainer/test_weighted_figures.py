@@ -1,5 +1,6 @@
 """Figures are those of all rows or tokens, whatever batches, ranks and micro-batches these come in."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,16 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from halfbyte import QLoRAPlugin
 from tests import tiny
@@ -23,6 +33,7 @@ CLASSES = {
     "sft": (SFTTrainer, SFTConfig, tiny.texts),
     "dpo": (DPOTrainer, DPOConfig, tiny.preferences),
     "kto": (KTOTrainer, KTOConfig, tiny.labelled),
+    "reward": (RewardTrainer, RewardConfig, tiny.preferences),
 }
 # The KL term of KTO's loss is of a batch, by its definition.
 OPTIONS = {"kto": {"loss_type": "apo_zero_unpaired"}}
@@ -48,12 +59,29 @@ def build(recipe: str, adapter: Path, output: Path, **given: Any) -> Trainer:
         learning_rate=1e-30, num_train_epochs=1, lr_scheduler_type="constant", **OPTIONS.get(recipe, {}), **given,
     )  # fmt: skip
     data = Dataset.from_list(rows(PAIRS))
-    plugin = QLoRAPlugin(dtype="float32", adapter_name_or_path=str(adapter))
+    start = {"adapter_name_or_path": str(adapter)}
+    if recipe == "reward":  # another task than the adapter's
+        start = {
+            "model_name_or_path": json.loads((adapter / "adapter_config.json").read_text())[
+                "base_model_name_or_path"
+            ]
+        }
+    plugin = QLoRAPlugin(dtype="float32", **start)
     trainer = plugin.trainer(trainer_cls, args=args, train_dataset=data, eval_dataset=data)
     for name, parameter in trainer.model.named_parameters():
         if ".ref." in name and "lora_B" in name:
             parameter.data.zero_()
     return trainer
+
+
+def test_the_least_and_the_largest_score_are_those_of_all_rows(adapter: Path, tmp_path: Path) -> None:
+    trainer = build("reward", adapter, tmp_path, per_device_eval_batch_size=2)
+    found = trainer.evaluate()
+    inputs = trainer.data_collator(list(trainer.eval_dataset))
+    with torch.no_grad():
+        scores = trainer.model(**inputs).logits
+    for figure, of in (("min", torch.min), ("mean", torch.mean), ("max", torch.max)):
+        assert found[f"eval_{figure}_reward"] == pytest.approx(of(scores).item(), rel=1e-4), figure
 
 
 def figures(row: dict[str, Any]) -> dict[str, float]:
@@ -71,8 +99,13 @@ def test_an_evaluation_does_not_depend_on_its_batches(recipe: str, adapter: Path
     for rows in (PAIRS, 1, 2, 4, 5):
         trainer.args.per_device_eval_batch_size = rows
         found.append(figures(trainer.evaluate()))
-    expected = {"loss", "entropy"} | ({"mean_token_accuracy"} if recipe != "kto" else set())
-    assert expected <= found[0].keys()
+    expected = {
+        "sft": {"loss", "entropy", "mean_token_accuracy"},
+        "dpo": {"loss", "entropy", "mean_token_accuracy"},
+        "kto": {"loss", "entropy"},
+        "reward": {"loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"},
+    }
+    assert expected[recipe] <= found[0].keys()
     if recipe == "dpo":
         assert {"rewards/accuracies", "rewards/margins", "logps/chosen", "logits/rejected"} <= found[0].keys()
         assert found[0]["rewards/accuracies"] * PAIRS == pytest.approx(

@@ -19,6 +19,7 @@ from halfbyte.adapters.saved import (
     resolve,
     revision_of,
     same_base,
+    same_task,
     same_template,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "restore",
     "revision_of",
     "same_base",
+    "same_task",
     "same_template",
     "trained_values",
 ]

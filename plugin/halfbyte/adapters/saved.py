@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte import files, names
 from halfbyte.adapters import config, fresh, patterns, tensors
 from halfbyte.errors import UserError, about
+from halfbyte.task import TASKS, Task
 from halfbyte.terminal.wording import first_line, shorten
 
 _OPTION = "adapter_name_or_path"
@@ -176,6 +177,18 @@ def same_base(adapter: str, name_or_path: str, revision: str, sha: str | None) -
         f"the adapter {adapter!r} was trained on the base {trained_on!r} ({revision_of(adapter)}), not on "
         f"{name_or_path!r} ({revision}); "
         f"remove `model_name_or_path` to use the adapter's own base, or name an adapter of this base"
+    )
+
+
+@about(_OPTION)
+def same_task(adapter: str, wanted: Task) -> None:
+    """Raise :class:`UserError` if ``adapter`` was made for a model of another task."""
+    made_for = config.read(adapter).get("task_type")
+    if made_for not in TASKS or made_for == wanted.peft_type:
+        return
+    raise UserError(
+        f"the adapter {adapter!r} was made for {TASKS[made_for].name}, and {wanted.name} has another head; "
+        f"start a fresh adapter on its base: `model_name_or_path: {base_of(adapter)}`"
     )
 
 

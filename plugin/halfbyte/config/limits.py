@@ -20,7 +20,7 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
         "at least 0",
         lambda v: v >= 0,
         "beta weight_decay max_grad_norm eval_delay data_seed dataloader_num_workers top_k "
-        "router_aux_loss_coef",
+        "router_aux_loss_coef center_rewards_coefficient",
     ),
     (
         "at least 1",

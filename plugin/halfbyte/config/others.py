@@ -56,10 +56,11 @@ tokenizer_name_or_path | H | | the tokenizer is the base's; a template of anothe
 tokenizer_use_fast | A | | fast tokenizers are used where there are some
 use_fast_tokenizer | L | | fast tokenizers are used where there are some
 is_llama_derived_model | A | | the base's configuration says it
-task_type | S | | the recipe says it: halfbyte sft, halfbyte dpo, halfbyte kto
-stage | L | | the recipe says it: halfbyte sft, halfbyte dpo, halfbyte kto, halfbyte pretrain
+task_type | S | | the recipe says it: halfbyte sft, halfbyte dpo, halfbyte kto, halfbyte reward
+stage | L | | the recipe says it: halfbyte sft, halfbyte dpo, halfbyte kto, halfbyte reward, halfbyte pretrain
 rl | A | | the recipe says it: halfbyte dpo, halfbyte kto
-rlhf_type | S | | the recipe says it: halfbyte dpo, halfbyte kto
+reward_model | A | | the recipe says it: halfbyte reward
+rlhf_type | S | | the recipe says it: halfbyte dpo, halfbyte kto, halfbyte reward
 dataset | LS | dataset_name: {{data/train.jsonl}} | a path or a hub id; several: datasets: [{path: ...}]
 dataset_dir | L | dataset_name: data/train.jsonl | the whole path; no dataset_info.json
 custom_train_dataset_path | S | dataset_name: {{data/train.jsonl}}

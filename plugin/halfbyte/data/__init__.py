@@ -5,9 +5,10 @@ from halfbyte.data.formats import DataFormat, Layout, OtherRowsError, Preference
 from halfbyte.data.preparation.prepared import CountedRows, check_labels, counted
 from halfbyte.data.report import DataReport
 from halfbyte.data.run import RunData, load
+from halfbyte.data.scored import ScoredPairs
 from halfbyte.data.unpaired import UnpairedPreferences
 
-FORMATS = (Text, PreferencePairs, UnpairedPreferences)
+FORMATS = (Text, PreferencePairs, UnpairedPreferences, ScoredPairs)
 """What rows may be, in the order in which they are recognised."""
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "OtherRowsError",
     "PreferencePairs",
     "RunData",
+    "ScoredPairs",
     "Text",
     "UnpairedPreferences",
     "check_labels",

@@ -192,6 +192,11 @@ class DataFormat:
             return False
         return layout.problem(row, ROLES | SPEAKERS.keys()) is None and layout.unread_wish(row) is None
 
+    @property
+    def generates(self) -> bool:
+        """Whether a model learns to write such rows, as it does where nothing else is known, and not to score them."""
+        return not self.prepared or any(each.trained is not None for each in self.prepared)
+
     def compares(self, columns: Collection[str]) -> tuple[str, ...]:
         """The compared columns, where ``columns`` has all of them; else none."""
         return self.compared if set(self.compared) <= set(columns) else ()

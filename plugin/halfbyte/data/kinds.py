@@ -1,5 +1,6 @@
 """What one column of a row may hold: text, token ids, a truth value, a conversation."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -28,6 +29,13 @@ def tokens(value: Any, roles: Collection[str] = ROLES) -> str | None:
 def boolean(value: Any, roles: Collection[str] = ROLES) -> str | None:
     """True or false; 1 and 0 are refused."""
     return None if isinstance(value, bool) else f"expected true or false, found {describe(value)}"
+
+
+def number(value: Any, roles: Collection[str] = ROLES) -> str | None:
+    """A finite number; true and false are refused."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return None
+    return f"expected a finite number, found {describe(value)}"
 
 
 def messages(value: Any, roles: Collection[str] = ROLES) -> str | None:

@@ -83,7 +83,10 @@ def _load(
         text = f"chat template: {', '.join(markers)} are no tokens of the vocabulary but ordinary text"
         report.notes.append(text)
     if tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token:
-        report.notes.append(f"padding with the end token {tokenizer.pad_token}: only the padding is masked")
+        said = "only the padding is masked"
+        if format is not None and not format.generates:
+            said = "a sequence is scored at its last token before that"
+        report.notes.append(f"padding with the end token {tokenizer.pad_token}: {said}")
     return RunData(ready["train"], ready.get("eval"), report, tokenizer, added_token_ids)
 
 
@@ -130,6 +133,10 @@ def _split(
             f"{name}: no prompt column; the prompt is what both sides begin with, in row 1 {prompt}"
         )
     _refuse_options(training, layout, conversational, tokenizer, first)
+    if not conversational and layout.token_ids is None and tokenizer.eos_token is None:
+        why = "a model would never learn to stop" if format.generates else "each text must end with it"
+        advice = "; set `eos_token`" if hasattr(training, "eos_token") else ""
+        raise UserError(f"the tokenizer has no end-of-sequence token: {why}{advice}")
     template = training_template(tokenizer, training) if conversational else None
     form = calls.form(tokenizer, template) if conversational else None
     if (
@@ -203,9 +210,4 @@ def _refuse_options(
     if getattr(training, "completion_only_loss", None) and not layout.masks_prompt(first):
         raise UserError(
             f"needs prompts with completions, but the data has {layout}", option="completion_only_loss"
-        )
-    if not conversational and layout.token_ids is None and tokenizer.eos_token is None:
-        advice = "; set `eos_token`" if hasattr(training, "eos_token") else ""
-        raise UserError(
-            f"the tokenizer has no end-of-sequence token: a model would never learn to stop{advice}"
         )

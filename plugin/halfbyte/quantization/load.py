@@ -12,6 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from halfbyte import store
 from halfbyte.errors import UserError
@@ -96,15 +97,18 @@ def _load(
     auto = getattr(transformers, task.auto_class)
 
     def load(source: str | Path, *, to: torch.device = device, **more: Any) -> PreTrainedModel:
-        return auto.from_pretrained(
-            source,
-            dtype=dtype,
-            # Under gloo accelerate numbers even the CPU, which as a device map would mean a GPU.
-            # Under ZeRO-3 transformers takes no device map, and loads onto this rank's device by itself.
-            device_map=None if is_deepspeed_zero3_enabled() else {"": "cpu" if to.type == "cpu" else to},
-            **options,
-            **more,
-        )
+        with (
+            suppress_seqcls_warning()
+        ):  # a new head in the place of the language model's is what was asked for
+            return auto.from_pretrained(
+                source,
+                dtype=dtype,
+                # Under gloo accelerate numbers even the CPU, which as a device map would mean a GPU.
+                # Under ZeRO-3 transformers takes no device map, and loads onto this rank's device by itself.
+                device_map=None if is_deepspeed_zero3_enabled() else {"": "cpu" if to.type == "cpu" else to},
+                **options,
+                **more,
+            )
 
     if quantization is None or own is not None:
         return load(name, **origin)

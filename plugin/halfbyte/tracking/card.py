@@ -138,6 +138,8 @@ def _usage(base: str, name: str, config: Mapping[str, Any], adapter: bool) -> st
 
 model = {auto}.from_pretrained("{name}", device_map="auto"{extra})
 tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+    # A sequence is scored at the last token that is not padding, and an adapter's directory does not say which that is.
+    scores = trained is task.SEQUENCE_CLASSIFICATION
     dtype = config.get("dtype")
     dtype = dtype if dtype in ("bfloat16", "float16", "float32") else "bfloat16"
     lines = ["import torch", "from peft import PeftModel"]
@@ -162,6 +164,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
     ]
     if config.get("additional_special_tokens"):
         lines.append("model.resize_token_embeddings(len(tokenizer))")
+    if scores:
+        lines.append("model.config.get_text_config().pad_token_id = tokenizer.pad_token_id")
     lines.append(f'model = PeftModel.from_pretrained(model, "{name}")')
     return "\n".join(lines)
 

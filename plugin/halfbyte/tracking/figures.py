@@ -82,6 +82,9 @@ TOKEN_ACCURACY = Figure("mean_token_accuracy", "token accuracy", ".3f", compared
 REWARD_ACCURACY = Figure("rewards/accuracies", "accuracy", ".3f", compared=True)
 MARGIN = Figure("rewards/margins", "margin", ".3g", compared=True)
 REWARD = Figure("reward", "reward", ".3g", compared=True)
+SCORE_ACCURACY = Figure("accuracy", "accuracy", ".3f", compared=True)
+SCORE_MARGIN = Figure("margin", "margin", ".3g", compared=True)
+SCORE = Figure("mean_reward", "score", ".3g", logged=False, compared=True)
 KL = Figure("kl", "kl", ".3g")
 
 LOSS_PLOT = Plot("loss", "Loss", "loss", ("loss",))
@@ -96,6 +99,11 @@ REWARD_ACCURACY_PLOT = Plot(
 MARGIN_PLOT = Plot("margin", "Reward margin, chosen minus rejected", "margin", ("rewards/margins",))
 REWARDS_PLOT = Plot("rewards", "Implicit rewards", "reward", ("rewards/chosen", "rewards/rejected"))
 REWARD_PLOT = Plot("reward", "Reward", "reward", ("reward",))
+SCORE_ACCURACY_PLOT = Plot(
+    "accuracy", "Preference accuracy", "share of pairs", ("accuracy",), (0, 1), chance=0.5
+)
+SCORE_MARGIN_PLOT = Plot("margin", "Margin of scores, chosen minus rejected", "margin", ("margin",))
+SCORES_PLOT = Plot("scores", "Scores of both sides", "score", ("min_reward", "mean_reward", "max_reward"))
 KL_PLOT = Plot("kl", "KL divergence from the reference", "nats", ("kl",))
 
 TRAINING = (LOSS, LEARNING_RATE, GRAD_NORM)
@@ -116,6 +124,11 @@ LABELLED_ANSWERS = Figures(
     (*TRAINING, KL, MARGIN),
     (*TRAINING_PLOTS, KL_PLOT, MARGIN_PLOT, REWARDS_PLOT),
     settings=("beta", "loss_type", "desirable_weight", "undesirable_weight"),
+)
+SCORES = Figures(
+    (*TRAINING, SCORE_ACCURACY, SCORE_MARGIN, SCORE),
+    (*TRAINING_PLOTS, SCORE_ACCURACY_PLOT, SCORE_MARGIN_PLOT, SCORES_PLOT),
+    settings=("center_rewards_coefficient",),
 )
 DEFAULT = Figures(
     (*TRAINING, TOKEN_ACCURACY, REWARD_ACCURACY, MARGIN, REWARD),
