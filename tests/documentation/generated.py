@@ -53,6 +53,7 @@ WHY = {
     "ddp_find_unused_parameters": "adapters take part in every step",
     "report_to": "with a W&B login or `WANDB_MODE=offline`; without either nothing is reported, and that is printed",
     "learning_rate": "TRL's own LoRA examples",
+    "lora_task_type": "a model with a head of one output",
     "precompute_ref_log_probs": "unset: once and cached, where there is more than one epoch of pairs or they are "
     "cached already; else in every step, which costs the same; the decision is printed",
     "packing": "running text needs no padding",
@@ -65,7 +66,7 @@ HELD = {
     "text": "text; `dataset_text_field` names another column",
     "prompt + chosen + rejected": "all text or all messages",
     "chosen + rejected": "the prompt is what both begin with",
-    "prompt + chosen + rejected + margin": "`margin` is subtracted in the loss: by how much `chosen` should score above",
+    "prompt + chosen + rejected + margin": "`margin`, a number: by how much `chosen` should score above `rejected`",
     "chosen + rejected + margin": "the same without a prompt",
     "prompt + completion + label": "a completion and whether it is wanted, `true` or `false`",
 }
