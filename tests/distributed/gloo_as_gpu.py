@@ -45,9 +45,14 @@ def install_for_deepspeed() -> None:
     DeepSpeedPlugin.__post_init__ = shard_all
 
 
-if __name__ == "__main__":
+def install_as_launched() -> None:
+    """Install what the strategy needs that the launcher requested."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         install_for_deepspeed()
     else:
         install()
+
+
+if __name__ == "__main__":
+    install_as_launched()
     runpy.run_module("halfbyte", run_name="__main__")

@@ -18,12 +18,15 @@ from halfbyte import QLoRAPlugin
 from halfbyte.parts import Parts
 from halfbyte.trainer import reference_pass, reference_shard
 from tests import tiny
+from tests.distributed import gloo_as_gpu
 
 PAIRS = 22
 SHARD = 5  # the last has two pairs, and a batch fewer than there are ranks
 
 
 def main(model: str, output: str, killed: str | None = None) -> None:
+    if {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys():
+        gloo_as_gpu.install_as_launched()
     reference_shard.PAIRS = SHARD
     forwards: list[int] = []
     stock, add = reference_pass._forward, Parts.add

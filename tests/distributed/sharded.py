@@ -51,10 +51,14 @@ class Finished:
 
 
 def start(
-    strategy: str, processes: int, *words: str, shim: bool = True, **extra: str
+    strategy: str, processes: int, *words: str, shim: bool = True, module: str | None = None, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """``accelerate launch --config_file launch/STRATEGY.yaml ... WORDS`` with CPU ranks, sharded by the shim."""
-    module = "tests.distributed.gloo_as_gpu" if strategy in ("fsdp2", "zero3") and shim else "halfbyte"
+    """``accelerate launch --config_file launch/STRATEGY.yaml ... WORDS`` with CPU ranks, sharded by the shim.
+
+    Another ``module`` than halfbyte installs the shim itself.
+    """
+    if module is None:
+        module = "tests.distributed.gloo_as_gpu" if strategy in ("fsdp2", "zero3") and shim else "halfbyte"
     if strategy == "fsdp2" and shim:
         extra = {**extra, "ACCELERATE_TORCH_DEVICE": "cpu"}
     file = launch.ROOT / "launch" / f"{strategy}.yaml"

@@ -53,6 +53,29 @@ def test_two_processes_share_a_pass_over_rows_in_memory(tmp_path: Path, model_di
     assert other["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_an_evaluation_set_that_comes_later_is_computed_by_the_sharded_model(
+    tmp_path: Path, model_dir: ModelDir, strategy: str
+) -> None:
+    module, words = "tests.distributed.preferences", (str(model_dir("llama")), str(tmp_path / "run"))
+    told = []
+    for name, done in (
+        (
+            "sharded",
+            sharded.start(strategy, 2, *words, module=module, XDG_CACHE_HOME=str(tmp_path / "sharded")),
+        ),
+        ("whole", launch.accelerate(*words, module=module, XDG_CACHE_HOME=str(tmp_path / "whole"))),
+    ):
+        lines = [line for line in done.stdout.splitlines() if line.startswith("told ")]
+        assert lines, (name, done.stderr[-4000:])
+        told.append(json.loads(lines[0].removeprefix("told ")))
+    assert told[0]["forwards"] == told[1]["forwards"]
+    assert told[0]["later"] == told[1]["later"]
+    assert told[0]["chosen"] == pytest.approx(told[1]["chosen"], rel=1e-6)
+    assert told[0]["losses"] == pytest.approx(told[1]["losses"], abs=1e-5)
+    assert told[0]["eval_loss"] == pytest.approx(told[1]["eval_loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize(("strategy", "processes"), [("fsdp2", 2), ("zero3", 2)])
 def test_a_sharded_base_computes_them_ahead_as_a_whole_one_does_beside(
     tmp_path: Path, model_dir: ModelDir, strategy: str, processes: int

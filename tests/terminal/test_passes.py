@@ -44,6 +44,12 @@ def test_a_long_pass_says_how_far_it_is_and_when_it_ends(clock, capsys):
     assert len(lines) < 12
 
 
+def test_a_pass_whose_caller_sums_it_up_ends_without_a_line(clock, capsys):
+    with shown(bar=True):
+        walk(clock, 100, summed_up=False)
+    assert " in " not in capsys.readouterr().out
+
+
 def test_what_was_there_before_is_not_in_the_rate(clock, capsys):
     with shown(bar=False):
         walk(clock, 2, step=10, done=500)

@@ -15,6 +15,8 @@ from transformers import Trainer
 from halfbyte import locks, parts, store
 from halfbyte.cli import main
 from halfbyte.trainer import reference_pass, reference_shard
+from tests import tiny
+from tests.checkpoint.runs import options, run
 from tests.trainer.preferences import (
     LN2,
     PAIRS,
@@ -85,6 +87,33 @@ def test_a_pass_that_is_killed_continues_at_its_shard(
     assert "4 pairs computed in " in (told := capsys.readouterr().err)
     assert "cached, 8 read from the cache" in told
     assert_live(trainer, trainer.train_dataset)
+
+
+def test_a_run_that_is_stopped_in_a_pass_leaves_its_shards_and_no_more(
+    model_dir: ModelDir,
+    tmp_path: Path,
+    cache: Path,
+    passes: Passes,
+    small: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = tiny.write_rows(tmp_path / "rows", tiny.preferences(16))
+    arguments = options(model_dir("llama"), rows, tmp_path / "run", precompute_ref_log_probs="true")
+    stock = parts.Parts.add
+
+    def stopped(self: parts.Parts, name: str, *rest: Any, **given: Any) -> None:
+        if name == reference_shard.name(1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stock(self, name, *rest, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.Parts, "add", stopped)
+        assert run("dpo", arguments) == 128 + signal.SIGTERM
+    assert not (tmp_path / "run").exists()
+    assert [path.name for path in shards(cache)] == [reference_shard.name(0)]
+    passes.taken()
+    assert run("dpo", arguments) == 0
+    assert passes.taken() == 12 - 4
 
 
 @pytest.mark.parametrize("left", ["a shard that no manifest lists", "half a shard", "no manifest", "a file"])

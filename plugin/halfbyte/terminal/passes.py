@@ -41,10 +41,21 @@ def shown(bar: bool) -> Iterator[None]:
 
 
 class Pass:
-    """One pass over ``total`` rows, or over an unknown number of them, in a ``with`` block of its own."""
+    """One pass over ``total`` rows, or over an unknown number of them, in a ``with`` block of its own.
 
-    def __init__(self, label: str, total: int | None = None, *, done: int = 0, unit: str = "rows") -> None:
-        self._label, self._total, self._unit = label, total, unit
+    A long one prints a line at its end, unless it is not ``summed_up``: its caller prints what came of it.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int | None = None,
+        *,
+        done: int = 0,
+        unit: str = "rows",
+        summed_up: bool = True,
+    ) -> None:
+        self._label, self._total, self._unit, self._summed_up = label, total, unit, summed_up
         self._done = self._begun_at = done
         self._display: _Display | None = None
         self._bar: Any = None
@@ -79,7 +90,7 @@ class Pass:
         if self._bar is not None:
             self._bar.stop()
         seconds = time.monotonic() - self._begun
-        if kind is None and self._display is not None and seconds >= QUIET:
+        if self._summed_up and kind is None and self._display is not None and seconds >= QUIET:
             say(f"{self._label}: {self._done:,} {self._unit} in {_span(seconds)}, {self._rate(seconds)}")
 
     def _counted(self) -> str:

@@ -47,7 +47,9 @@ def sums(
                 generators_kept(),
                 _mode(reference := model(), _is_training(trainer)),
                 passes.shown(bar=not trainer.args.disable_tqdm),
-                passes.Pass(what, len(dataset), done=len(dataset) - computed, unit="pairs") as progress,
+                passes.Pass(
+                    what, len(dataset), done=len(dataset) - computed, unit="pairs", summed_up=False
+                ) as progress,
             ):
                 for number in missing:
                     shard = _compute(trainer, reference, dataset, shards[number], batch_size)
