@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from halfbyte import loading
+from halfbyte import data, loading
 from halfbyte.loading import Loaded
 from halfbyte.model_options import ModelOptions
 from halfbyte.resolve import Decisions
@@ -45,7 +45,7 @@ def assemble(
             model_init_kwargs=getattr(args, "model_init_kwargs", None),
         )
     return build(
-        trainer_cls,
+        data.prepared_as_dpo(trainer_cls),
         loaded.model,
         loaded.coverage,
         args,

@@ -93,6 +93,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     quiet.advertisements()
     quiet.long_reports()
+    quiet.experimental()
     if name in commands.TABLE:
         return commands.TABLE[name].main(rest)
     if name.lstrip("-").lower() in ("v", "version"):

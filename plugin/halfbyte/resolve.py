@@ -179,6 +179,9 @@ def _training(
         values["ddp_find_unused_parameters"] = False
         if state.num_processes > 1:
             lines.append("ddp_find_unused_parameters: false, since adapters take part in every step")
+    dropout = values.get("lora_dropout", options["lora_dropout"])
+    if dropout and options.get("disable_dropout"):
+        lines.append(f"lora_dropout: {dropout} has no effect, since disable_dropout is true")
     checkpointing = {"use_reentrant": False, **(options["gradient_checkpointing_kwargs"] or {})}
     if options["gradient_checkpointing"]:
         values["gradient_checkpointing_kwargs"] = checkpointing

@@ -28,7 +28,7 @@ from halfbyte.checkpoint.output import claim, left_as_it_was, save_final
 from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.checkpoint.space import explain_full_disk
 from halfbyte.config import RunArguments, Settings
-from halfbyte.data import OtherRowsError, RunData
+from halfbyte.data import CountedRows, OtherRowsError, RunData
 from halfbyte.errors import Halted, Stopped, UserError
 from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
@@ -39,7 +39,7 @@ from halfbyte.resilience.watch import watch
 from halfbyte.resolve import Decisions
 from halfbyte.terminal.wording import say
 from halfbyte.tracking import RunRecord, Tracker, again_command, next_command, resume_command
-from halfbyte.trainer.base import Conduct
+from halfbyte.trainer.base import Conduct, Mixin
 
 _UPSTREAM = ("trl", "transformers")
 
@@ -208,7 +208,12 @@ def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: 
 def _found(options: Options, inputs: Inputs, trainer: Trainer) -> list[str]:
     """Lines about the base, the data and the step, to print before the first of them."""
     coverage = [trainer.report.coverage.line()] if options.plugin.load_in_4bit else []
-    return [*coverage, *inputs.rows.report.lines(), trainer.report.fusion.line()]
+    experimental = [
+        f"experimental: TRL may change or remove its {cls.__name__} without notice"
+        for cls in type(trainer).__mro__
+        if cls.__module__.startswith("trl.experimental.") and not issubclass(cls, Mixin | CountedRows)
+    ]
+    return [*coverage, *inputs.rows.report.lines(), trainer.report.fusion.line(), *experimental[:1]]
 
 
 @contextmanager

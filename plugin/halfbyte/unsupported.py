@@ -31,6 +31,15 @@ def check(options: Any, device_type: str, processes: int) -> None:
             "(1.3% off after one sync, 121% after a hundred); take it out, or write `load_in_4bit: false`",
             option="use_vllm",
         )
+    if _is_on(options, "generate_during_eval"):
+        raise UserError(
+            "TRL hands its samples to W&B or Comet only, and draws them on every rank; take it out",
+            option="generate_during_eval",
+        )
+    if "is_encoder_decoder" in options:  # of trainers over TRL's older preparation of pairs
+        for key in ("is_encoder_decoder", "max_completion_length"):
+            if options[key]:
+                raise UserError("only encoder-decoder models read it; take it out", option=key)
 
 
 def _is_on(options: Any, key: str) -> bool:

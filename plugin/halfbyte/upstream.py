@@ -118,7 +118,7 @@ PATCHES = (
         Patch(
             f"accelerate.Accelerator.{name}",
             "trainer/upstream.py:on_this_rank",
-            "while the loss of a batch of SFT, DPO, KTO or a reward model is computed on several ranks",
+            "while the loss of a batch of a trainer whose figures are weighed is computed",
             "trl 1.16",
             "TRL gathers every figure of every batch, and counts rows twice that fill up the last one",
             parameters,

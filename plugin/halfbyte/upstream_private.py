@@ -63,6 +63,22 @@ PRIVATE = (
         for trainer in ("KTOTrainer", "RewardTrainer")
     ),
     Private(
+        "trl.DPOTrainer._prepare_dataset",
+        "data/preparation/sides.py",
+        "self dataset processing_class args dataset_name",
+    ),
+    *(
+        Private(f"trl.experimental.{trainer}.{name}", place, parameters)
+        for trainer in ("orpo.ORPOTrainer", "cpo.CPOTrainer")
+        for name, place, parameters in (
+            ("tokenize_row", "data/preparation/sides.py", "self feature model"),
+            ("build_tokenized_answer", "data/preparation/sides.py", "self prompt answer"),
+            ("get_batch_loss_metrics", "trainer/stored_figures.py", "self model batch train_eval"),
+            ("store_metrics", "trainer/stored_figures.py", "self metrics train_eval"),
+            ("__init__:_stored_metrics", "trainer/stored_figures.py", ""),
+        )
+    ),
+    Private(
         "accelerate.state.GradientState._set_sync_gradients", "trainer/exact_resume.py", "self sync_gradients"
     ),
     Private("accelerate.Accelerator.__init__:_optimizers", "distributed/fsdp2.py"),

@@ -17,6 +17,8 @@ from trl import (
     ScriptArguments,
     SFTConfig,
 )
+from trl.experimental.cpo import CPOConfig
+from trl.experimental.orpo import ORPOConfig
 
 from halfbyte import adapters, commands, run
 from halfbyte import recipe as recipes
@@ -34,6 +36,8 @@ UPSTREAM = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
     "kto": KTOConfig,
+    "orpo": ORPOConfig,
+    "cpo": CPOConfig,
     "pretrain": SFTConfig,
     "reward": RewardConfig,
 }
@@ -141,7 +145,7 @@ def formats() -> str:
     rows = []
     for named, format in (
         ("`sft`, `pretrain`", Text),
-        ("`dpo`", PreferencePairs),
+        ("`dpo`, `orpo`, `cpo`", PreferencePairs),
         ("`kto`", UnpairedPreferences),
         ("`reward`", ScoredPairs),
     ):

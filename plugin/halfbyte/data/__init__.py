@@ -3,6 +3,7 @@
 from halfbyte.data.chat.template import prepare_tokenizer
 from halfbyte.data.formats import DataFormat, Layout, OtherRowsError, PreferencePairs, Text
 from halfbyte.data.preparation.prepared import CountedRows, check_labels, counted
+from halfbyte.data.preparation.sides import prepared_as_dpo
 from halfbyte.data.report import DataReport
 from halfbyte.data.run import RunData, load
 from halfbyte.data.scored import ScoredPairs
@@ -27,4 +28,5 @@ __all__ = [
     "counted",
     "load",
     "prepare_tokenizer",
+    "prepared_as_dpo",
 ]

@@ -1,6 +1,7 @@
 """Upstream's lines that are not ours to print."""
 
 import logging
+import warnings
 
 _MOST_LINES = 10
 
@@ -13,6 +14,11 @@ def advertisements() -> None:
 def long_reports() -> None:
     """Cut transformers' report on a checkpoint, which has a line for each weight that is not the model's."""
     logging.getLogger("transformers.modeling_utils").addFilter(_cut)
+
+
+def experimental() -> None:
+    """Drop TRL's notice that its experimental trainers may change: a run of such a recipe says it itself."""
+    warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
 
 
 def _cut(record: logging.LogRecord) -> bool:

@@ -81,6 +81,7 @@ GRAD_NORM = Figure("grad_norm", "grad", ".2g")
 TOKEN_ACCURACY = Figure("mean_token_accuracy", "token accuracy", ".3f", compared=True)
 REWARD_ACCURACY = Figure("rewards/accuracies", "accuracy", ".3f", compared=True)
 MARGIN = Figure("rewards/margins", "margin", ".3g", compared=True)
+NLL = Figure("nll_loss", "nll", ".3g", compared=True)
 REWARD = Figure("reward", "reward", ".3g", compared=True)
 SCORE_ACCURACY = Figure("accuracy", "accuracy", ".3f", compared=True)
 SCORE_MARGIN = Figure("margin", "margin", ".3g", compared=True)
@@ -98,6 +99,10 @@ REWARD_ACCURACY_PLOT = Plot(
 )
 MARGIN_PLOT = Plot("margin", "Reward margin, chosen minus rejected", "margin", ("rewards/margins",))
 REWARDS_PLOT = Plot("rewards", "Implicit rewards", "reward", ("rewards/chosen", "rewards/rejected"))
+NLL_PLOT = Plot("nll", "Negative log-likelihood of the chosen answer", "nats per token", ("nll_loss",))
+LOG_PROBABILITIES_PLOT = Plot(
+    "logps", "Log-probabilities of both answers", "nats", ("logps/chosen", "logps/rejected")
+)
 REWARD_PLOT = Plot("reward", "Reward", "reward", ("reward",))
 SCORE_ACCURACY_PLOT = Plot(
     "accuracy", "Preference accuracy", "share of pairs", ("accuracy",), (0, 1), chance=0.5
@@ -130,6 +135,12 @@ SCORES = Figures(
     (*TRAINING_PLOTS, SCORE_ACCURACY_PLOT, SCORE_MARGIN_PLOT, SCORES_PLOT),
     settings=("center_rewards_coefficient",),
 )
+WITHOUT_REFERENCE = Figures(
+    (*TRAINING, NLL, REWARD_ACCURACY, MARGIN),
+    (*TRAINING_PLOTS, NLL_PLOT, REWARD_ACCURACY_PLOT, MARGIN_PLOT, LOG_PROBABILITIES_PLOT),
+    settings=("beta", "loss_type", "cpo_alpha", "simpo_gamma", "alpha", "label_smoothing"),
+)
+"""Preferences without a reference model: ORPO, CPO, SimPO."""
 DEFAULT = Figures(
     (*TRAINING, TOKEN_ACCURACY, REWARD_ACCURACY, MARGIN, REWARD),
     (*TRAINING_PLOTS, TOKEN_ACCURACY_PLOT, REWARD_ACCURACY_PLOT, MARGIN_PLOT, REWARDS_PLOT, REWARD_PLOT),

@@ -111,9 +111,8 @@ def _parts(row: Mapping[str, Any], tokens_per_second: float | None, shown: Figur
         elif prefix + figure.key in row:
             parts.append(f"{figure.label} nan")  # null in the file: it was not finite
     if prefix:  # one of several data sets: eval_NAME_loss
-        names = [
-            key for key in row if key.startswith(prefix) and key.endswith("_loss") and key != "eval_loss"
-        ]
+        own = {"eval_loss", *(prefix + figure.key for figure in shown.logged)}
+        names = [key for key in row if key.startswith(prefix) and key.endswith("_loss") and key not in own]
         parts += [f"{key[len(prefix) : -len('_loss')]} loss {row[key]:.4g}" for key in names if row[key]]
     if tokens_per_second is not None:
         parts.append(f"{count(tokens_per_second)} tok/s")

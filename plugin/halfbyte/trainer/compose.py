@@ -18,6 +18,7 @@ from halfbyte.trainer.references import PrecomputedReferences
 from halfbyte.trainer.run_directory import RunDirectory
 from halfbyte.trainer.saving import AtomicSaves
 from halfbyte.trainer.stopping import StopTogether
+from halfbyte.trainer.stored_figures import StoredFigures
 from halfbyte.trainer.weighted_figures import WeightedFigures
 from halfbyte.trainer.whole_adapters import WholeAdapters
 
@@ -28,7 +29,8 @@ LIBRARY: tuple[type, ...] = (
     LoRAPlus,  # makes the optimizer; nothing else does
     PaddingFree,  # makes the training loader; nothing else does
     PrecomputedReferences,  # runs the model before training; nothing else does
-    WeightedFigures,  # computes the loss and logs; nothing else does
+    WeightedFigures,  # computes the loss and logs; the next does so for other trainers
+    StoredFigures,
     BestMetric,  # looks at options and the figures of evaluations
     WholeAdapters,  # writes what every save of a sharded run writes
     Float32Adapters,  # innermost: it restores what the constructor below it changed, before any other looks

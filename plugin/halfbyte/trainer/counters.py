@@ -8,12 +8,18 @@ import torch
 from transformers import Trainer
 
 # Upstream forgets these over a resume.
-COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens", "_figure_weights")
+COUNTERS = (
+    "_total_loss_scalar",
+    "_globalstep_last_logged",
+    "_total_train_tokens",
+    "_figure_weights",
+    "_stored_figures",
+)
 
 
 def counters(trainer: Trainer) -> dict[str, Any]:
     """A copy of what a TRL trainer counts in each micro-batch."""
-    names = ("_metrics", "_figure_weights", "_total_train_tokens", "_step")
+    names = ("_metrics", "_figure_weights", "_stored_figures", "_total_train_tokens", "_step")
     return {name: copy.deepcopy(getattr(trainer, name)) for name in names if hasattr(trainer, name)}
 
 

@@ -37,11 +37,9 @@ def wrap_collectives(accelerator: Any, before: Callable[[], None]) -> None:
 def on_this_rank(accelerator: Any, *, but_the_first: bool = False) -> Iterator[None]:
     """Have ``gather`` and ``gather_for_metrics`` of ``accelerator`` return what this rank has, and wait for none.
 
-    With ``but_the_first`` the first call of ``gather_for_metrics`` is the accelerator's own.
+    On one process too: in the last step of an epoch ``gather_for_metrics`` cuts every micro-batch to the rows of the
+    last one. With ``but_the_first`` its first call is the accelerator's own.
     """
-    if accelerator.num_processes == 1:
-        yield
-        return
     kept = {name: getattr(accelerator, name) for name in ("gather", "gather_for_metrics")}
 
     def first(values: Any) -> Any:

@@ -71,7 +71,7 @@ class WeightedFigures(Mixin):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode, empty = self._mode(), False
         if mode == "eval" and not (return_outputs and self._outputs_are_used):
-            inputs, empty = _without(inputs, self._repeated_rows(inputs, measure.sides))
+            inputs, empty = without(inputs, self._repeated_rows(inputs, measure.sides))
         weights = Weights(0) if empty else measure.weigh(inputs)
         counted = self._total_train_tokens
         but_the_first = measure.labelled and getattr(self, "calculate_KL", False)  # which `loss_type` decides
@@ -93,11 +93,11 @@ class WeightedFigures(Mixin):
         if self._measure is not None:
             series, weights = self._metrics[mode], self._figure_weights[mode]
             own = {key: list(zip(series[key], weights[key], strict=False)) for key in series.keys() & weights}
-            means = self._means(own)
-            if self._measure.labelled and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            found = means(own, self.args.world_size)
+            if self._measure.labelled and {"rewards/chosen", "rewards/rejected"} <= found.keys():
                 # TRL has a margin of batches with both kinds only.
-                means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-            self._metrics[mode].update({key: [mean] for key, mean in means.items()})
+                found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+            self._metrics[mode].update({key: [mean] for key, mean in found.items()})
         super().log(logs, *args, **kwargs)
         self._figure_weights[mode].clear()
 
@@ -116,33 +116,17 @@ class WeightedFigures(Mixin):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         if self._measure is not None:
-            means = self._means({"loss": self._evaluation_losses})
-            output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in means.items()})
+            found = means({"loss": self._evaluation_losses}, self.args.world_size)
+            output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in found.items()})
         return output
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def _means(self, own: Mapping[str, list[tuple[float, float]]]) -> dict[str, float]:
-        """What each series of (value, weight) comes to over all ranks, without those that weigh nothing."""
-        found = {key: _together(key, pairs) for key, pairs in own.items()}
-        ranks = gather_object([found]) if self.args.world_size > 1 else [found]
-        keys = dict.fromkeys(key for rank in ranks for key in rank)
-        totals = {key: _together(key, [rank[key] for rank in ranks if key in rank]) for key in keys}
-        return {key: value for key, (value, weight) in totals.items() if weight}
-
     def _repeated_rows(self, inputs: Any, sides: int) -> tuple[int, int] | None:
-        """How many rows this rank's batch of an evaluation has, and how many of them are its own.
-
-        The last batches are filled up with rows of the first, so that all ranks have as many; None if none was.
-        """
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return None
         if "attention_mask" not in inputs:  # padding-free: its rows cannot be told apart
             return None
-        rows = len(inputs["input_ids"]) // sides
-        return rows, min(max(state.remainder - self.args.process_index * rows, 0), rows)
+        return own_rows(self, len(inputs["input_ids"]) // sides)
 
     def _count_tokens_of_all_ranks(self, mode: str, before: float) -> None:
         if mode == "train" and self.args.world_size > 1:
@@ -151,7 +135,27 @@ class WeightedFigures(Mixin):
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
 
-def _without(inputs: Any, repeated: tuple[int, int] | None) -> tuple[Any, bool]:
+def means(own: Mapping[str, Iterable[tuple[float, float]]], world_size: int) -> dict[str, float]:
+    """What each series of (value, weight) comes to over all ranks, without those that weigh nothing."""
+    found = {key: _together(key, pairs) for key, pairs in own.items()}
+    ranks = gather_object([found]) if world_size > 1 else [found]
+    keys = dict.fromkeys(key for rank in ranks for key in rank)
+    totals = {key: _together(key, [rank[key] for rank in ranks if key in rank]) for key in keys}
+    return {key: value for key, (value, weight) in totals.items() if weight}
+
+
+def own_rows(trainer: Any, rows: int) -> tuple[int, int] | None:
+    """How many ``rows`` this rank's batch of an evaluation has, and how many of them are its own.
+
+    The last batches are filled up with rows of the first, so that all ranks have as many; None if none was.
+    """
+    state, args = trainer.accelerator.gradient_state, trainer.args
+    if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return None
+    return rows, min(max(state.remainder - args.process_index * rows, 0), rows)
+
+
+def without(inputs: Any, repeated: tuple[int, int] | None) -> tuple[Any, bool]:
     """``inputs`` with a rank's own rows only, of pairs both sides; and whether there are none: one is kept then."""
     if repeated is None or repeated[0] == repeated[1]:
         return inputs, False

@@ -21,6 +21,7 @@ from halfbyte.data.preparation.counting import (
 )
 from halfbyte.data.preparation.encoding import UnrenderedRow
 from halfbyte.data.preparation.mapping import mapped, workers
+from halfbyte.data.preparation.sides import prepared_as_dpo
 from halfbyte.data.preparation.tables import LEFT_OUT
 from halfbyte.data.preparation.tokenizing import Pairs, Truncated, tokenizing
 from halfbyte.data.preparation.unpairing import Answers
@@ -170,6 +171,7 @@ class CountedRows:
 
 def counted(trainer_cls: type, report: DataReport) -> type:
     """A subclass of a TRL trainer with :class:`CountedRows` over it; a class that prepares nothing is returned."""
+    trainer_cls = prepared_as_dpo(trainer_cls)
     if not hasattr(trainer_cls, "_prepare_dataset"):
         return trainer_cls
     body = {"rows_report": report, "__doc__": trainer_cls.__doc__, "__module__": trainer_cls.__module__}
