@@ -98,6 +98,11 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def sha256(text: str) -> str:
+    """The sha256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def entry(path: Path, *, durable: bool = False) -> dict[str, int | str]:
     """Size in bytes and sha256 of the file at ``path``; with ``durable`` its content is forced to disk as well."""
     found = hashlib.sha256()

@@ -103,6 +103,8 @@ def load_tokenizer(
     )
     if own:
         adapters.same_template(str(adapter), tokenizer, getattr(args, "chat_template_path", None))
+    if adapter is not None:
+        adapters.same_tokenizer(adapter, tokenizer)
     return tokenizer, added
 
 

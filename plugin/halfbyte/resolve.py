@@ -130,6 +130,7 @@ def decide(options: Any, given: Collection[str], manifest: Manifest | None = Non
     lines = [line]
     if adapter is not None and options["use_peft"]:
         lines.append(_take_over_adapter(options, given, adapter, values))
+        adapters.same_quantization(adapter, options)
     if strategy.name in distributed.SHARDED:
         distributed.check_quantized(strategy.name, options["load_in_4bit"])
         if "optim" in options:

@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 from trl import DatasetMixtureConfig
 
-from halfbyte import config, data, distributed, fast, loading, quantization, resolve
+from halfbyte import adapters, config, data, distributed, fast, loading, quantization, resolve
 from halfbyte.bound import build_trainer
 from halfbyte.checkpoint import changes, manifest
 from halfbyte.checkpoint.held import held
@@ -28,7 +28,7 @@ from halfbyte.checkpoint.output import claim, left_as_it_was, save_final
 from halfbyte.checkpoint.resume import Resume, find
 from halfbyte.checkpoint.space import explain_full_disk
 from halfbyte.config import RunArguments, Settings
-from halfbyte.data import CountedRows, OtherRowsError, RunData
+from halfbyte.data import OtherRowsError, RunData
 from halfbyte.errors import Halted, Stopped, UserError
 from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
@@ -39,7 +39,7 @@ from halfbyte.resilience.watch import watch
 from halfbyte.resolve import Decisions
 from halfbyte.terminal.wording import say
 from halfbyte.tracking import RunRecord, Tracker, again_command, next_command, resume_command
-from halfbyte.trainer.base import Conduct, Mixin
+from halfbyte.trainer.base import Conduct
 
 _UPSTREAM = ("trl", "transformers")
 
@@ -106,7 +106,14 @@ def train(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> Non
         trainer = build_trainer(name, recipe, options, decisions, inputs.rows, conduct)
     tracker.record.update(**_described(options, inputs, decisions, trainer))
     moved = claim(output, resume, overwrite=overwrite)
-    say(*decisions.lines, *resume.lines, *changed, *moved, *_found(options, inputs, trainer))
+    say(
+        *decisions.lines,
+        *adapters.lines(tracker.record["lineage"]),
+        *resume.lines,
+        *changed,
+        *moved,
+        *_found(options, inputs, trainer),
+    )
 
     with signals, _ending_together(), tracker, _out_of_memory_advised(trainer):
         watch(trainer, options.args.ddp_timeout, on_failure=tracker.fail)
@@ -197,6 +204,10 @@ def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: 
         "config": conduct.config,
         "base": {**inputs.base, **trainer.report.coverage.as_dict()},
         "data": inputs.rows.report.as_dict(),
+        "tokenizer": adapters.describe(inputs.rows.tokenizer),
+        "lineage": adapters.chain(
+            decisions.adapter, options.plugin.adapter_name_or_path or options.plugin.model_name_or_path
+        ),
         "fast": trainer.report.fusion.as_dict(),
         "strategy": {**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
     }
@@ -210,8 +221,8 @@ def _found(options: Options, inputs: Inputs, trainer: Trainer) -> list[str]:
     coverage = [trainer.report.coverage.line()] if options.plugin.load_in_4bit else []
     experimental = [
         f"experimental: TRL may change or remove its {cls.__name__} without notice"
-        for cls in type(trainer).__mro__
-        if cls.__module__.startswith("trl.experimental.") and not issubclass(cls, Mixin | CountedRows)
+        for cls in type(trainer).recipe_class.__mro__
+        if cls.__module__.startswith("trl.experimental.")
     ]
     return [*coverage, *inputs.rows.report.lines(), trainer.report.fusion.line(), *experimental[:1]]
 

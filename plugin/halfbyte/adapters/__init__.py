@@ -8,6 +8,7 @@ from halfbyte.adapters.fresh import (
     evaluating,
     initialize_eva,
 )
+from halfbyte.adapters.lineage import chain, describe, lines, same_quantization, same_tokenizer
 from halfbyte.adapters.reference import drop_reference_copy, keep_float32, restore, trained_values
 from halfbyte.adapters.saved import (
     base_of,
@@ -28,21 +29,26 @@ __all__ = [
     "REFUSED_INITIALIZATIONS",
     "attach",
     "base_of",
+    "chain",
     "check_checkpoint",
     "check_initialization",
     "continue_from",
+    "describe",
     "directory_of",
     "drop_reference_copy",
     "evaluating",
     "initialize_eva",
     "keep_float32",
+    "lines",
     "options_in",
     "options_of",
     "resolve",
     "restore",
     "revision_of",
     "same_base",
+    "same_quantization",
     "same_task",
     "same_template",
+    "same_tokenizer",
     "trained_values",
 ]

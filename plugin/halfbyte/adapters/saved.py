@@ -1,7 +1,6 @@
 """Saved adapters: where they are, which base and options they were trained with, and how to continue them."""
 
 import functools
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte import files, names
-from halfbyte.adapters import config, fresh, patterns, tensors
+from halfbyte import names
+from halfbyte.adapters import config, fresh, lineage, patterns, tensors
 from halfbyte.errors import UserError, about
 from halfbyte.task import TASKS, Task
 from halfbyte.terminal.wording import first_line, shorten
@@ -167,15 +166,16 @@ def same_base(adapter: str, name_or_path: str, revision: str, sha: str | None) -
     The fingerprint in the adapter's run.json decides where there is one; else the names do.
     """
     trained_on = base_of(adapter)
-    recorded = _recorded_base(adapter).get("sha")
+    recorded, known = _recorded_base(adapter).get("sha"), ["", ""]
     if recorded and sha:
         if recorded == sha:
             return
+        known = [f", sha256 {str(each)[:12]}" for each in (recorded, sha)]
     elif trained_on == name_or_path or Path(trained_on).resolve() == Path(name_or_path).resolve():
         return
     raise UserError(
-        f"the adapter {adapter!r} was trained on the base {trained_on!r} ({revision_of(adapter)}), not on "
-        f"{name_or_path!r} ({revision}); "
+        f"the adapter {adapter!r} was trained on the base {trained_on!r} ({revision_of(adapter)}{known[0]}), not on "
+        f"{name_or_path!r} ({revision}{known[1]}); "
         f"remove `model_name_or_path` to use the adapter's own base, or name an adapter of this base"
     )
 
@@ -250,10 +250,5 @@ def _plain(value: Any) -> Any:
 
 
 def _recorded_base(adapter: str) -> dict[str, Any]:
-    run = Path(adapter) / "run.json"
-    if not run.is_file():
-        return {}
-    try:
-        return dict(json.loads(files.read(run, files.LONGEST_TEXT)).get("base") or {})
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # not a run's
-        return {}
+    found = lineage.recorded(adapter).get("base")
+    return found if isinstance(found, dict) else {}

@@ -3,7 +3,6 @@
 Imports no library, so that `halfbyte verify` starts at once.
 """
 
-import hashlib
 import json
 import os
 import stat
@@ -110,7 +109,7 @@ def listing(directory: Path, chosen: list[str]) -> Listing:
 
 def text_hash(text: object) -> str | None:
     """A fingerprint of a text or of what prints as one, such as the templates of a tokenizer; None of None."""
-    return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()
+    return None if text is None else disk.sha256(str(text))
 
 
 def names(directory: Path) -> list[str]:

@@ -81,6 +81,7 @@ def model_card(
         "## Settings",
         _table(("setting", "value"), [(key, config[key]) for key in settings if config.get(key) is not None]),
         *_results(values["metrics"]),
+        *_lineage(values.get("lineage") or []),
         "## Use",
         *_use(values, base, adapter, where),
         "## Versions",
@@ -103,6 +104,25 @@ def _results(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
         (name, *("ties" if are_ties(p, name) else p.get(name) for p in (before, after))) for name in names
     ]
     return ["## Results", _table(columns, rows)]
+
+
+def _lineage(chain: list[Mapping[str, Any]]) -> list[str]:
+    """The adapters that this one was trained from, oldest first."""
+    if not chain:
+        return []
+    rows = [
+        (
+            _public(str(run["name"])),
+            run["recipe"],
+            run["run_id"],
+            run["steps"],
+            _public(str(run["base"]["name"])),
+            run["adapter_sha256"] and run["adapter_sha256"][:12],
+        )
+        for run in chain
+    ]
+    columns = ("adapter", "recipe", "run", "steps", "base", "sha256")
+    return ["## Lineage", "Trained from these adapters, oldest first:", _table(columns, rows)]
 
 
 def _ended(values: Mapping[str, Any]) -> str:
