@@ -101,7 +101,7 @@ def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
         ),
         (
             ["train", "x.yaml"],
-            "recipes: dpo, kto, pretrain, reward, sft; `halfbyte --help` lists the commands",
+            "recipes: cpo, dpo, kto, orpo, pretrain, reward, sft; `halfbyte --help` lists the commands",
         ),
         (["version"], "version: `halfbyte --version` prints the version"),
         (["-V"], "`halfbyte --version` prints the version"),

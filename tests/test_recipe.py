@@ -35,7 +35,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 def test_the_shipped_recipes_are_announced_like_any_other() -> None:
     shipped = {entry.name: entry for entry in recipes.entries() if entry.package == "halfbyte"}
-    assert set(shipped) == {"dpo", "kto", "pretrain", "reward", "sft"}
+    assert set(shipped) == {"cpo", "dpo", "kto", "orpo", "pretrain", "reward", "sft"}
     assert shipped["sft"].object == "halfbyte_recipes.sft:recipe"
     assert [entry.name for entry in recipes.entries()] == sorted(entry.name for entry in recipes.entries())
 
@@ -115,7 +115,7 @@ def test_an_unknown_name_lists_the_known_and_suggests_the_nearest(wrong: str, ri
         UserError, match=rf"no recipe or command named '{wrong}'; did you mean '{right}'\?"
     ) as caught:
         recipes.load(wrong)
-    assert "recipes: dpo, kto, pretrain, reward, sft" in str(caught.value)
+    assert "recipes: cpo, dpo, kto, orpo, pretrain, reward, sft" in str(caught.value)
 
 
 def test_a_name_near_nothing_gets_no_suggestion() -> None:
@@ -167,7 +167,8 @@ def test_rows_of_another_recipe_are_told_of_it(install: Install) -> None:
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     assert (
         recipes.recipes_for(list(pair), pair)
-        == "\n  these rows are preference pairs, for: halfbyte dpo, halfbyte kto, halfbyte reward"
+        == "\n  these rows are preference pairs, for: halfbyte cpo, halfbyte dpo, halfbyte kto, halfbyte orpo, "
+        "halfbyte reward"
     )
     text = {"question": "a", "answer": "b"}
     assert "these rows are text, for: halfbyte pretrain, halfbyte sft" in recipes.recipes_for(
@@ -184,7 +185,7 @@ def test_rows_of_another_recipe_are_told_of_it(install: Install) -> None:
         (
             "sft",
             {"question": "a", "chosen": "b", "rejected": "c"},
-            "preference pairs, for: halfbyte dpo, halfbyte kto, halfbyte reward",
+            "preference pairs, for: halfbyte cpo, halfbyte dpo, halfbyte kto, halfbyte orpo, halfbyte reward",
         ),
         (
             "dpo",

@@ -27,6 +27,8 @@ _INSTALL = "a recipe of another package is installed with that package: pip inst
 COMMANDS = frozenset(commands.TABLE)
 _WORDS = frozenset(("help", "version"))  # and these, which it answers itself
 
+_METHODS = frozenset(("grpo", "rloo"))  # of TRL without a recipe here: not misspelt
+
 FAST_PARTS = frozenset(("linears", "layers", "head", "padding_free"))
 """Parts of the fast step: fused linears and layers, the chunked LM head, padding-free batches."""
 
@@ -109,7 +111,7 @@ def load(name: str) -> Recipe:
     claims = [entry for entry in listed if entry.name == name]
     if not claims:
         known = sorted({entry.name for entry in listed})
-        near = nearest(name, [*known, *COMMANDS])
+        near = None if name in _METHODS else nearest(name, [*known, *COMMANDS])
         advice = _INSTALL if near is None else f"did you mean {near!r}?"
         raise UserError(
             f"no recipe or command named {shorten(repr(name))}; {advice}\n"

@@ -1,5 +1,6 @@
 """Options of one of CPO's losses that another would ignore, or fail on."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,12 @@ def test_options_that_do_not_fit_the_loss_are_refused(
     with pytest.raises(UserError, match=reason) as caught:
         CPOArguments(output_dir=str(tmp_path / "run"), use_cpu=True, bf16=False, **given)
     assert caught.value.option == option
-    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    paths = ["--model_name_or_path", "x", "--dataset_name", "y", "--output_dir", str(tmp_path / "run")]
-    assert main(["cpo", *paths, *words]) == 2
-    assert reason in capsys.readouterr().err
+    written = {"model_name_or_path": "x", "dataset_name": "y", "output_dir": str(tmp_path / "run"), **given}
+    (tmp_path / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in written.items()))
+    assert main(["cpo", "--config", str(tmp_path / "run.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert reason in said
+    assert re.search(rf"run.yaml:\d+: {option}: ", said), said
     assert not (tmp_path / "run").exists()
 
 

@@ -58,9 +58,9 @@ use_fast_tokenizer | L | | fast tokenizers are used where there are some
 is_llama_derived_model | A | | the base's configuration says it
 task_type | S | | the recipe says it: halfbyte sft, halfbyte dpo, halfbyte kto, halfbyte reward
 stage | L | | the recipe says it: halfbyte sft, halfbyte dpo, halfbyte kto, halfbyte reward, halfbyte pretrain
-rl | A | | the recipe says it: halfbyte dpo, halfbyte kto
+rl | A | | the recipe says it: halfbyte dpo, halfbyte kto, halfbyte orpo, halfbyte cpo
 reward_model | A | | the recipe says it: halfbyte reward
-rlhf_type | S | | the recipe says it: halfbyte dpo, halfbyte kto, halfbyte reward
+rlhf_type | S | | the recipe says it: halfbyte dpo, halfbyte kto, halfbyte orpo, halfbyte cpo, halfbyte reward
 dataset | LS | dataset_name: {{data/train.jsonl}} | a path or a hub id; several: datasets: [{path: ...}]
 dataset_dir | L | dataset_name: data/train.jsonl | the whole path; no dataset_info.json
 custom_train_dataset_path | S | dataset_name: {{data/train.jsonl}}
