@@ -104,6 +104,8 @@ def test_loss_gradient_and_figures_equal_trls(
     for mine, trls in zip(figures[0].rows, figures[1].rows, strict=True):
         assert mine.keys() == trls.keys()
         for name, value in trls.items():
+            if name == "rewards/accuracies" and abs(trls["rewards/margins"]) < 1e-6:
+                continue  # a tie, which the last bit of a cached reference breaks
             # TRL weighs the micro-batches of a step alike, halfbyte by tokens: near zero that shows.
             close = 1e-3 if name in ("entropy", "logits/chosen", "logits/rejected") else 1e-5
             assert mine[name] == pytest.approx(value, rel=1e-4, abs=close), name

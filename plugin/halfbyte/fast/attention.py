@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from halfbyte.fast import products
 from halfbyte.fast.forest import Forest, once_per_tensor, varlen_layout
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -56,7 +57,7 @@ def attention(
     ``window`` a query of a forest attends to so many tokens of its path, itself the last of them. ``autograd`` asks for
     the general form, which takes values of another size than queries.
     """
-    if not window or (forest is not None and window >= forest.longest):  # some models write none as 0
+    if forest is None or not window or window >= forest.longest:  # some models write none as 0
         window = None
     if device.type == "cpu" and not autograd:
         return CpuAttention(scale, _additive(mask, dtype) if mask is not None else None, forest, window)
@@ -65,7 +66,7 @@ def attention(
 
 @dataclass(frozen=True)
 class CpuAttention:
-    """PyTorch's blocked CPU attention, whose backward needs the output and each query's log-sum only."""
+    """Attention whose backward needs the output and each query's log-sum only: products, or PyTorch's CPU kernel."""
 
     scale: float
     mask: Tensor | None
@@ -74,15 +75,14 @@ class CpuAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
         if self.forest is None:
-            return self._forward_span(q, k, v, self.mask)
+            return self._forward_span(q, k, v)
         o = torch.empty_like(q)
         log_sum = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
         for segment in self.forest.segments:
             start, end = self.forest.spans[segment]
             keys = self.forest.keys(segment)
-            mask = _path_mask(end - start, keys, self.window, q.dtype)
             o[:, start:end], log_sum[:, :, start:end] = self._forward_span(
-                q[:, start:end], _gather(k, keys), _gather(v, keys), mask
+                q[:, start:end], _gather(k, keys), _gather(v, keys)
             )
         return o, log_sum
 
@@ -90,10 +90,11 @@ class CpuAttention:
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.forest is None:
-            return self._backward_span(do, q, k, v, o, kept, self.mask)
+            dq, dk, dv = self._backward_span(do, q, k, v, o, kept)
+            return dq, dk.to(k.dtype), dv.to(v.dtype)
         dq = torch.empty_like(q)
         # Several branches add to their prefix: in float32, rounded once.
-        dk, dv = (torch.zeros_like(x, dtype=torch.float32 if self.forest.branches else None) for x in (k, v))
+        dk, dv = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
         for segment in self.forest.segments:
             start, end = self.forest.spans[segment]
             keys = self.forest.keys(segment)
@@ -104,7 +105,6 @@ class CpuAttention:
                 _gather(v, keys),
                 o[:, start:end],
                 kept[:, :, start:end].contiguous(),
-                _path_mask(end - start, keys, self.window, q.dtype),
             )
             for total, part in zip((dk, dv), found, strict=True):
                 _scatter_add(total, part, keys)
@@ -114,19 +114,31 @@ class CpuAttention:
         output: Tensor = _Attend.apply(self, q, k, v)
         return output
 
-    def _forward_span(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _forward_span(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mask is None and products.faster_forward(q.dtype, q.shape[3], k.shape[1]):
+            return products.forward(q, k, v, self.scale, self.window)
+        mask = self._kernel_mask(q, k)
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
         o, log_sum = _cpu_forward(query, key, value, 0.0, mask is None, attn_mask=mask, scale=self.scale)
         return o.transpose(1, 2), log_sum
 
     def _backward_span(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, mask: Tensor | None
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.mask is None and products.faster_backward(q.dtype, q.shape[3], k.shape[1]):
+            return products.backward(do, q, k, v, o, log_sum, self.scale, self.window)
+        mask = self._kernel_mask(q, k)
         do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
         dq, dk, dv = _cpu_backward(
             do, q, k, v, o, log_sum, 0.0, mask is None, attn_mask=mask, scale=self.scale
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    def _kernel_mask(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """The mask of a batch of rows, or of the last tokens of a path."""
+        if self.forest is None:
+            return self.mask
+        return _path_mask(q.shape[1], k.shape[1], self.window, q.dtype)
 
 
 @dataclass(frozen=True)
@@ -172,8 +184,9 @@ class GraphAttention:
         for segment in self.forest.segments:
             start, end = self.forest.spans[segment]
             keys = self.forest.keys(segment)
-            mask = _path_mask(end - start, keys, self.window, q.dtype, q.device)
-            parts.append(self._attend_rows(q[:, start:end], _gather(k, keys), _gather(v, keys), mask))
+            key, value = _gather(k, keys), _gather(v, keys)
+            mask = _path_mask(end - start, key.shape[1], self.window, q.dtype, q.device)
+            parts.append(self._attend_rows(q[:, start:end], key, value, mask))
         return torch.cat(parts, dim=1)
 
     def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
@@ -251,18 +264,17 @@ def _scatter_add(total: Tensor, part: Tensor, spans: Spans) -> None:
 
 
 def _path_mask(
-    queries: int, keys: Spans, window: int | None, dtype: torch.dtype, device: Any = None
+    queries: int, keys: int, window: int | None, dtype: torch.dtype, device: Any = None
 ) -> Tensor | None:
     """The mask ``[1, 1, queries, keys]`` of the last tokens of a path; None where plain causality says the same."""
-    count = sum(end - start for start, end in keys)
-    if count == queries and (window is None or window >= count):
+    if keys == queries and (window is None or window >= keys):
         return None
-    query = torch.arange(count - queries, count, device=device).unsqueeze(1)
-    key = torch.arange(count, device=device)
+    query = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
+    key = torch.arange(keys, device=device)
     hidden = key > query
     if window is not None:
         hidden |= key <= query - window
-    return torch.zeros(1, 1, queries, count, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(1, 1, queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 @once_per_tensor
