@@ -5,7 +5,6 @@ discard queries, keys and values and still run the backward without a second att
 queries and outputs are ``[B, T, Nq, D]``, keys and values ``[B, T, Nkv, D]``.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,15 +14,18 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
-from halfbyte.fast import products
+from halfbyte.fast import attention_cpu
 from halfbyte.fast.forest import Forest, once_per_tensor, varlen_layout
+from halfbyte.fast.spans import gather, path_mask, scatter_add
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # What an attention keeps of its forward for its backward: log-sums (float32 [B, Nq, T]), a graph, or nothing.
 Kept = Any
-Spans = Sequence[tuple[int, int]]
+
+# Keys from which products are faster than PyTorch's CPU kernel in float32.
+_LONG = 256
 
 
 class Attention(Protocol):
@@ -60,13 +62,29 @@ def attention(
     if forest is None or not window or window >= forest.longest:  # some models write none as 0
         window = None
     if device.type == "cpu" and not autograd:
-        return CpuAttention(scale, _additive(mask, dtype) if mask is not None else None, forest, window)
+        return CpuAttention(
+            scale, _additive(mask, _working_dtype(dtype)) if mask is not None else None, forest, window
+        )
     return GraphAttention(scale, mask, forest, window)
 
 
 @dataclass(frozen=True)
 class CpuAttention:
-    """Attention whose backward needs the output and each query's log-sum only: products, or PyTorch's CPU kernel."""
+    """Attention whose backward needs the output and each query's log-sum only: PyTorch's kernel or matrix products.
+
+    Both compute in float32, except bfloat16 where the CPU multiplies tiles of it (AMX). Milliseconds forward and
+    backward on an EPYC with AVX512-BF16, one thread, 8 heads of 64 over 4 (the last column with a window of 64):
+
+    ======================= ==== ==== ==== ==== ==== =======
+    bfloat16 tokens           64  128  192  256  512 512, 64
+    ======================= ==== ==== ==== ==== ==== =======
+    the kernel, in bfloat16  1.6  4.1  5.1  8.1 24.7    29.0
+    the kernel, in float32   0.8  2.2  4.1  7.1 26.3    30.5
+    products                 1.1  2.6  4.5  6.6 18.7    12.3
+    ======================= ==== ==== ==== ==== ==== =======
+
+    The log-sums of queries that are computed by products are left at zero: their backward does not read them.
+    """
 
     scale: float
     mask: Tensor | None
@@ -74,71 +92,82 @@ class CpuAttention:
     window: int | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
+        dtype = q.dtype
+        q, k, v = (x.to(_working_dtype(dtype)) for x in (q, k, v))
         if self.forest is None:
-            return self._forward_span(q, k, v)
-        o = torch.empty_like(q)
+            o, log_sum = self._forward_span(q, k, v)
+            return o.to(dtype), log_sum
+        o = torch.empty(q.shape, dtype=dtype)
         log_sum = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
         for segment in self.forest.segments:
             start, end = self.forest.spans[segment]
             keys = self.forest.keys(segment)
             o[:, start:end], log_sum[:, :, start:end] = self._forward_span(
-                q[:, start:end], _gather(k, keys), _gather(v, keys)
+                q[:, start:end], gather(k, keys), gather(v, keys)
             )
         return o, log_sum
 
     def backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = q.dtype
+        do, q, k, v, o = (x.to(_working_dtype(dtype)) for x in (do, q, k, v, o))
         if self.forest is None:
             dq, dk, dv = self._backward_span(do, q, k, v, o, kept)
-            return dq, dk.to(k.dtype), dv.to(v.dtype)
-        dq = torch.empty_like(q)
+            return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+        dq = torch.empty(q.shape, dtype=dtype)
         # Several branches add to their prefix: in float32, rounded once.
-        dk, dv = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
+        dk, dv = (
+            torch.zeros(x.shape, dtype=torch.float32 if self.forest.branches else dtype) for x in (k, v)
+        )
         for segment in self.forest.segments:
             start, end = self.forest.spans[segment]
             keys = self.forest.keys(segment)
             dq[:, start:end], *found = self._backward_span(
                 do[:, start:end],
                 q[:, start:end],
-                _gather(k, keys),
-                _gather(v, keys),
+                gather(k, keys),
+                gather(v, keys),
                 o[:, start:end],
                 kept[:, :, start:end].contiguous(),
             )
             for total, part in zip((dk, dv), found, strict=True):
-                _scatter_add(total, part, keys)
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
+                scatter_add(total, part, keys)
+        return dq, dk.to(dtype), dv.to(dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         output: Tensor = _Attend.apply(self, q, k, v)
         return output
 
     def _forward_span(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mask is None and products.faster_forward(q.dtype, q.shape[3], k.shape[1]):
-            return products.forward(q, k, v, self.scale, self.window)
-        mask = self._kernel_mask(q, k)
+        if self._by_products(q, k):
+            o = attention_cpu.forward(q, k, v, self.window, self.scale)
+            return o, q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        mask = self._span_mask(q, k)
         o, log_sum = _cpu_forward(query, key, value, 0.0, mask is None, attn_mask=mask, scale=self.scale)
         return o.transpose(1, 2), log_sum
 
     def _backward_span(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.mask is None and products.faster_backward(q.dtype, q.shape[3], k.shape[1]):
-            return products.backward(do, q, k, v, o, log_sum, self.scale, self.window)
-        mask = self._kernel_mask(q, k)
+        if self._by_products(q, k):
+            return attention_cpu.backward(do, q, k, v, o, self.window, self.scale)
+        mask = self._span_mask(q, k)
         do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
         dq, dk, dv = _cpu_backward(
             do, q, k, v, o, log_sum, 0.0, mask is None, attn_mask=mask, scale=self.scale
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
-    def _kernel_mask(self, q: Tensor, k: Tensor) -> Tensor | None:
-        """The mask of a batch of rows, or of the last tokens of a path."""
-        if self.forest is None:
+    def _by_products(self, q: Tensor, k: Tensor) -> bool:
+        """Whether products are faster for these queries and keys."""
+        return self.mask is None and q.dtype == torch.float32 and k.shape[1] >= _LONG
+
+    def _span_mask(self, q: Tensor, k: Tensor) -> Tensor | None:
+        if self.mask is not None:
             return self.mask
-        return _path_mask(q.shape[1], k.shape[1], self.window, q.dtype)
+        return path_mask(q.shape[1], ((0, k.shape[1]),), self.window, q.dtype)
 
 
 @dataclass(frozen=True)
@@ -184,9 +213,8 @@ class GraphAttention:
         for segment in self.forest.segments:
             start, end = self.forest.spans[segment]
             keys = self.forest.keys(segment)
-            key, value = _gather(k, keys), _gather(v, keys)
-            mask = _path_mask(end - start, key.shape[1], self.window, q.dtype, q.device)
-            parts.append(self._attend_rows(q[:, start:end], key, value, mask))
+            mask = path_mask(end - start, keys, self.window, q.dtype, q.device)
+            parts.append(self._attend_rows(q[:, start:end], gather(k, keys), gather(v, keys), mask))
         return torch.cat(parts, dim=1)
 
     def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
@@ -248,33 +276,10 @@ def has_varlen(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _gather(x: Tensor, spans: Spans) -> Tensor:
-    """The tokens of ``spans``, ``[B, keys, N, D]``: a view where they are neighbours."""
-    if len(spans) == 1:
-        return x[:, spans[0][0] : spans[0][1]]
-    return torch.cat([x[:, start:end] for start, end in spans], dim=1)
-
-
-def _scatter_add(total: Tensor, part: Tensor, spans: Spans) -> None:
-    """Add the gradient of what :func:`_gather` returned to that of its input."""
-    at = 0
-    for start, end in spans:
-        total[:, start:end] += part[:, at : at + end - start]
-        at += end - start
-
-
-def _path_mask(
-    queries: int, keys: int, window: int | None, dtype: torch.dtype, device: Any = None
-) -> Tensor | None:
-    """The mask ``[1, 1, queries, keys]`` of the last tokens of a path; None where plain causality says the same."""
-    if keys == queries and (window is None or window >= keys):
-        return None
-    query = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
-    key = torch.arange(keys, device=device)
-    hidden = key > query
-    if window is not None:
-        hidden |= key <= query - window
-    return torch.zeros(1, 1, queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a CPU computes attention of ``dtype`` in."""
+    native = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return dtype if native else torch.float32
 
 
 @once_per_tensor
