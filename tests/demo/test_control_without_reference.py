@@ -11,9 +11,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.demo import corpus
-from tests.demo.test_control import HELD_OUT, ROWS, base, sides
+from tests.demo.test_control import HELD_OUT, ROWS
 
-__all__ = ["base", "sides"]  # fixtures
 pytestmark = pytest.mark.faults
 
 STEPS = 60
