@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ def install(model: PreTrainedModel, outputs: tuple[str, ...] = ("entropy", "is_t
     ``model(..., labels=labels, fused_lm_head=True)``, with ``labels`` int64 ``[B, T]``, then returns ``log_probs`` and
     ``outputs`` ``[B, T-1]`` as TRL does. Only ``log_probs`` (and ``loss``) has a gradient, which reaches the backbone,
     not the head. With ``stream_ids`` the model runs on the forest, and the labels say what of it is returned where.
-    A model in training without gradients is a reference, of which only ``log_probs`` is read: the rest is None.
+    Of a reference, which is scored without gradients in training, only ``log_probs`` is read: the rest is None.
     Replaces the instance's ``forward``, as TRL does.
     """
     reason = _uncovered(model)
@@ -50,7 +51,7 @@ def install(model: PreTrainedModel, outputs: tuple[str, ...] = ("entropy", "is_t
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             kwargs.update({name: value for name, value in given.items() if value is not None})
             return trl_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        told = outputs if torch.is_grad_enabled() or not self.training else ()
+        told = () if _is_reference(self) else outputs
         if "stream_ids" in kwargs:
             assert labels is not None
             return _of_forest(self, labels[:, 1:], told, **kwargs)
@@ -76,6 +77,14 @@ def _uncovered(model: PreTrainedModel) -> str | None:
         return "the model has a router loss"
     scale = next((name for name in _SCALES if getattr(config, name, None) not in (None, 1, 1.0)), None)
     return f"the model scales its logits ({scale})" if scale is not None else None
+
+
+def _is_reference(model: PreTrainedModel) -> bool:
+    """Whether the adapter is off, or TRL's frozen copy of it is on, in a step that trains."""
+    if torch.is_grad_enabled() or not model.training:
+        return False
+    layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
+    return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
 
 
 def _of_rows(
