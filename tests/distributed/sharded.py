@@ -24,7 +24,12 @@ from tests import launch, tiny
 from tests.distributed import optimizers
 
 GLOBAL_BATCH = 6
-ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences}
+ROWS = {
+    "sft": tiny.conversations,
+    "dpo": tiny.preferences,
+    "kto": tiny.labelled,
+    "reward": tiny.preferences,
+}
 # What shows, without a reference model, that reloaded weights are those that were evaluated.
 EVALUATED = {"sft": ["eval_loss"], "dpo": ["eval_logps/chosen", "eval_logps/rejected"]}
 TRAINERS: dict[str, tuple[type, type]] = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}

@@ -31,7 +31,7 @@ def slip(name: str, rng: random.Random) -> str:
     )
 
 
-@pytest.mark.parametrize(("slips", "length", "share"), [(1, 4, 0.98), (2, 11, 0.98)])
+@pytest.mark.parametrize(("slips", "length", "share"), [(1, 4, 0.98), (2, 11, 0.97)])
 def test_slips_of_the_fingers_are_found(options: list[str], slips: int, length: int, share: float) -> None:
     rng = random.Random(slips)
     found = []
@@ -98,7 +98,7 @@ def test_a_part_of_few_names_shows_them_all(options: list[str], word: str, names
     [
         *(("stf", "sft"), ("dop", "dpo"), ("spt", "sft"), ("recipe", "recipes"), ("dcotor", "doctor")),
         *(("vrify", "verify"), ("chache", "cache"), ("pre_train", "pretrain"), ("quantise", "quantize")),
-        *((word, None) for word in ("grpo", "version", "train", "ls", "list", "kto", "reward", "s", "")),
+        *((word, None) for word in ("grpo", "version", "train", "ls", "list", "orpo", "rloo", "s", "")),
     ],
 )
 def test_commands_and_recipes(word: str, name: str | None) -> None:
