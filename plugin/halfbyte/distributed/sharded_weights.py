@@ -45,8 +45,10 @@ def gathered_adapters(model: nn.Module) -> dict[str, torch.Tensor] | None:
     if not is_sharded(model):
         return None
     assert isinstance(model, PeftModel), "only adapters are gathered; a full model is saved by its trainer"
+    # FSDP2 shards again, for a state dict, what an evaluation has left whole: a head beside the layers is.
+    kept = model.state_dict()
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    state = {name: parameters.get(name, tensor) for name, tensor in model.state_dict().items()}
+    state = {name: parameters.get(name, tensor) for name, tensor in kept.items()}
     # What PEFT would write, found again under its own name: resized embeddings count, the base does not.
     wanted: set[int] = set()
     for adapter in model.peft_config:
