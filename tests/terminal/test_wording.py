@@ -57,7 +57,6 @@ def test_slips_of_the_fingers_are_found(options: list[str], slips: int, length: 
         "dataset_mixer",
         "max_samples",
         "r",
-        "alpha",
         "model",
         "data",
         "training",
@@ -98,7 +97,7 @@ def test_a_part_of_few_names_shows_them_all(options: list[str], word: str, names
     [
         *(("stf", "sft"), ("dop", "dpo"), ("spt", "sft"), ("recipe", "recipes"), ("dcotor", "doctor")),
         *(("vrify", "verify"), ("chache", "cache"), ("pre_train", "pretrain"), ("quantise", "quantize")),
-        *((word, None) for word in ("grpo", "version", "train", "ls", "list", "orpo", "rloo", "s", "")),
+        *((word, None) for word in ("rloo", "version", "train", "ls", "list", "distill", "classify", "s", "")),
     ],
 )
 def test_commands_and_recipes(word: str, name: str | None) -> None:
