@@ -97,7 +97,10 @@ def test_a_part_of_few_names_shows_them_all(options: list[str], word: str, names
     [
         *(("stf", "sft"), ("dop", "dpo"), ("spt", "sft"), ("recipe", "recipes"), ("dcotor", "doctor")),
         *(("vrify", "verify"), ("chache", "cache"), ("pre_train", "pretrain"), ("quantise", "quantize")),
-        *((word, None) for word in ("rloo", "version", "train", "ls", "list", "distill", "classify", "s", "")),
+        *(
+            (word, None)
+            for word in ("rloo", "version", "train", "ls", "list", "distill", "classify", "s", "")
+        ),
     ],
 )
 def test_commands_and_recipes(word: str, name: str | None) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig
 
+from halfbyte.data.longest import most_tokens
 from halfbyte.fast import autocast, batches, budget, head, layer, linear
 from halfbyte.fast.report import ON, FusionReport
 from halfbyte.fast.scope import Scope
@@ -32,16 +33,17 @@ def fuse(
     scope: Scope | None = None,
     args: TrainingArguments | None = None,
     collator: Any = None,
+    rows: Any = None,
     checkpointing: bool = True,
     memory_budget: str = "auto",
     recorded_level: int | None = None,
 ) -> FusionReport:
     """Fuse what is covered in ``model``, as far as ``scope`` allows; the rest stays as it is.
 
-    Nothing is copied or renamed: parameters, adapters and hooks stay PEFT's. ``args`` and ``collator`` are a trainer's;
-    without ``args`` (a loop of one's own) nothing says how many tokens a step has. Fused layers keep all intermediates
-    without ``checkpointing``; with it, what ``memory_budget`` allows (``recorded_level`` where a resumed run has
-    decided already), and nothing but their input without ``args``.
+    Nothing is copied or renamed: parameters, adapters and hooks stay PEFT's. ``args``, ``collator`` and ``rows``, the
+    training dataset, are a trainer's; without ``args`` (a loop of one's own) nothing says how many tokens a step has.
+    Fused layers keep all intermediates without ``checkpointing``; with it, what ``memory_budget`` allows
+    (``recorded_level`` where a resumed run has decided already), and nothing but their input without ``args``.
 
     Raises :class:`UserError` for an invalid ``memory_budget``.
     """
@@ -62,7 +64,12 @@ def fuse(
         level = layer.LEVELS[0] if checkpointing else layer.LEVELS[-1]
         layers, apart = _fuse_layers(model, level, args)
     if layers and checkpointing and args is not None:
-        choice = budget.apply(model, memory_budget, _tokens(args, base, scope.sides), recorded_level)
+        free = unpadded == ON
+        size = args.per_device_train_batch_size
+        tokens = most_tokens(rows, size, args, padded=not free, shared=trees and free)
+        choice = budget.apply(
+            model, memory_budget, tokens or _tokens(args, base, scope.sides), recorded_level
+        )
         level = choice.level if choice is not None else level
     return FusionReport(
         layers=layers,
@@ -96,7 +103,7 @@ def _told(args: Any) -> tuple[str, ...]:
 
 
 def _tokens(args: Any, base: PreTrainedModel, sides: int) -> int:
-    """The most tokens that one forward can have on one rank."""
+    """The most tokens that one forward can have on one rank, where the rows do not say."""
     length = getattr(args, "max_length", None) or base.config.get_text_config().max_position_embeddings
     return int(sides * length * args.per_device_train_batch_size)
 

@@ -78,6 +78,7 @@ def build(
                 scope=_scope(trainer_cls, parts, sides),
                 args=args,
                 collator=trainer.data_collator,
+                rows=trainer.train_dataset,
                 checkpointing=args.gradient_checkpointing,
                 memory_budget=memory_budget,
                 recorded_level=save_level,
