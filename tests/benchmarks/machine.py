@@ -32,16 +32,15 @@ def _standing() -> dict[str, str]:
     }
 
 
-def section() -> str:
-    """The machine as a section of RESULTS.md, whose other sections each name a commit."""
-    return "## The machine\n\n" + "\n".join(f"- {name}: {value}" for name, value in _standing().items())
-
-
 def run(module: str, words: Sequence[str], taken: str) -> str:
-    """One sentence on the run that a section is from: its command, commit, what it took, and the load."""
+    """One sentence on the run that a section is from: its command, commit and machine, what it took, and the load."""
     load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
     command = shlex.join(["python", "-m", f"tests.benchmarks.{module}", *words])
-    return f"By `{command}` at {commit()}: {taken}; load average {load} at the end (1, 5, 15 minutes)."
+    standing = _standing()
+    return (
+        f"By `{command}` at {commit()} on {standing['CPU']}, torch {standing['torch']}, transformers "
+        f"{standing['transformers']}: {taken}; load average {load} at the end (1, 5, 15 minutes)."
+    )
 
 
 def commit() -> str:

@@ -66,7 +66,7 @@ def main() -> None:
     print(text)
     if asked.write:
         about = machine.run("overhead", sys.argv[1:], f"{asked.repeats} runs of each after one to warm up")
-        results.write(machine.section(), f"{results.OVERHEAD}\n\n{about} {JOB}\n\n{text}")
+        results.write(f"{results.OVERHEAD}\n\n{about} {JOB}\n\n{text}")
 
 
 def options(checkpoint: Path, rows: Path, output: Path) -> list[str]:

@@ -66,7 +66,7 @@ def main() -> None:
     print(text)
     if asked.write:
         about = machine.run("preparation", sys.argv[1:], f"{asked.repeats} runs of each, {asked.rows:,} rows")
-        results.write(machine.section(), f"{results.PREPARATION}\n\n{about} {JOB}\n\n{text}")
+        results.write(f"{results.PREPARATION}\n\n{about} {JOB}\n\n{text}")
 
 
 MEMORY_HEADER = "| memory, MiB | fewer rows | more rows | growth | target | met |\n|---|---|---|---|---|---|"

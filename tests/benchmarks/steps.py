@@ -94,7 +94,7 @@ def run(options: argparse.Namespace, words: Sequence[str], cache: Path) -> None:
         text = report.table(report.Result(case, lines, rates, best, suffix, note))
         print(text, flush=True)
         if options.write:
-            results.write(machine.section(), text)
+            results.write(text)
 
 
 def columns(case: Case, options: argparse.Namespace) -> list[Variant]:
