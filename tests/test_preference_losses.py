@@ -57,13 +57,12 @@ class Figures(TrainerCallback):
 def adapter(model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that is not trivial, of values that bfloat16 holds exactly: start and reference."""
     output = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(0)
     model = QLoRAPlugin(dtype="float32").load(str(model_dir("llama")))
-    for name, parameter in model.named_parameters():
+    generator = torch.Generator().manual_seed(0)  # loading draws from the global one, more or less
+    for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-            parameter.data = parameter.data.bfloat16().float()
+            value = torch.randn(parameter.shape, generator=generator)
+            parameter.data = value.mul_(0.02 if "lora_B" in name else 0.1).bfloat16().float()
     model.save_pretrained(output)
     return output
 
@@ -100,7 +99,8 @@ def test_loss_gradient_and_figures_equal_trls(
     figures = Figures(), Figures()
     for trainer, each in zip((ours, theirs), figures, strict=True):
         trainer.add_callback(each)
-    plain_trl.assert_equal(Steps.of(ours), Steps.of(theirs))
+    # The second step has what the first one rounded, and divergences that exponentiate it.
+    plain_trl.assert_equal(Steps.of(ours), Steps.of(theirs), gradients=2e-5)
     for mine, trls in zip(figures[0].rows, figures[1].rows, strict=True):
         assert mine.keys() == trls.keys()
         for name, value in trls.items():
