@@ -65,6 +65,7 @@ OVERRIDES = (
         "self dataloader description prediction_loss_only ignore_keys metric_key_prefix",
     ),
     Override("transformers.Trainer.get_batch_samples", "self epoch_iterator num_batches device"),
+    Override("transformers.Trainer.get_test_dataloader", "self test_dataset"),
     Override("transformers.Trainer.get_train_dataloader", "self"),
     Override("transformers.Trainer.log", "self logs start_time"),
     Override("transformers.Trainer.save_model", "self output_dir _internal_call"),

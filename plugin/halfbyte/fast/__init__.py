@@ -11,6 +11,16 @@ from halfbyte.fast.budget import check as check_memory_budget
 from halfbyte.fast.fusion import fuse, refusal, unfuse
 from halfbyte.fast.layer import fell_back
 from halfbyte.fast.report import FusionReport
-from halfbyte.fast.scope import Scope, scope
+from halfbyte.fast.scope import PARTS, Scope, scope
 
-__all__ = ["FusionReport", "Scope", "check_memory_budget", "fell_back", "fuse", "refusal", "scope", "unfuse"]
+__all__ = [
+    "PARTS",
+    "FusionReport",
+    "Scope",
+    "check_memory_budget",
+    "fell_back",
+    "fuse",
+    "refusal",
+    "scope",
+    "unfuse",
+]

@@ -10,7 +10,7 @@ before training and keeps padded batches.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -54,8 +54,9 @@ def prepare_pairs(model: PreTrainedModel, args: TrainingArguments, collator: Any
     if type(collator) is not DataCollatorForPreference:
         return f"the collator is {type(collator).__name__}"
     reason = _uncovered(model, args, collator, _ATTENTION_LAYERS - {"chunked_attention"})
-    if reason is None and getattr(model.config.get_text_config(), "attention_dropout", None):
-        return "dropout inside attention"
+    dropout = getattr(model.config.get_text_config(), "attention_dropout", None)
+    if reason is None and (dropout or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())):
+        return "dropout, of which the sides would share one mask"
     before = model.config._attn_implementation
     reason = reason or use_forests(model, PAIR)
     if reason is None and not _computes_pairs(model):
@@ -137,7 +138,7 @@ def _computes_pairs(model: PreTrainedModel) -> bool:
     embedding = model.get_input_embeddings().weight
     device, within = embedding.device, 1e-3 if embedding.dtype == torch.float32 else 0.1
     pair = Forest.of_lengths([3, 24, 5], PAIR.parents)  # far enough apart for a position of its own to show
-    ids = torch.arange(pair.ends[-1], device=device)[None] + 1
+    ids = torch.arange(pair.ends[-1], device=device).remainder(len(embedding))[None]
     with evaluating(model), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         on_tree = model.base_model(
             input_ids=ids,

@@ -142,7 +142,9 @@ def _norm(module: Any) -> Norm:
 
 def window(attention: Any) -> int | None:
     """The sliding window of the attention in tokens, if it has one."""
-    if getattr(attention, "layer_type", None) == "full_attention":
+    kinds, index = getattr(attention.config, "layer_types", None), getattr(attention, "layer_idx", None)
+    kind = getattr(attention, "layer_type", None) or (kinds[index] if kinds and index is not None else None)
+    if kind == "full_attention":
         return None
     window = getattr(attention, "sliding_window", None)
     return window if window is not None else getattr(attention.config, "sliding_window", None)

@@ -69,6 +69,8 @@ class PairsAsTrees:
             return Side(ids, answer)
         if self.padded.truncation_mode == "keep_start":
             return Side(ids[:length], min(answer, length))
+        if self.padded.truncation_mode != "keep_end":
+            raise ValueError(f"truncation_mode {self.padded.truncation_mode!r}: keep_start or keep_end")
         return Side(ids[-length:], max(answer - (len(ids) - length), 0))
 
 

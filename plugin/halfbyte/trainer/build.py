@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
+from trl import DPOTrainer
 
 from halfbyte import adapters, fast, optimizers
 from halfbyte.fast.pairs import PairsAsTrees
@@ -75,7 +76,7 @@ def build(
         else:
             fusion = fast.fuse(
                 model,
-                scope=_scope(trainer_cls, parts, sides),
+                scope=_scope(trainer_cls, _possible(trainer, parts), sides),
                 args=args,
                 collator=trainer.data_collator,
                 rows=trainer.train_dataset,
@@ -92,6 +93,20 @@ def build(
     # Before the constructor returns: what it runs the model for must be computed as every step is.
     with _hidden(args, "model_init_kwargs", "chat_template_path"):
         return composed(model=model, args=args, conduct=conduct, ready=finish, **kwargs)
+
+
+def _possible(trainer: Any, parts: frozenset[str] | None) -> frozenset[str] | None:
+    """``parts`` without those that a DPO trainer's options rule out.
+
+    The chunked head computes no router loss, and the logits that ``compute_metrics`` gets are of a padded batch.
+    """
+    ruled_out: set[str] = set()
+    if isinstance(trainer, DPOTrainer):
+        if getattr(trainer, "aux_loss_enabled", False):
+            ruled_out |= {"head", "padding_free"}
+        if trainer.compute_metrics is not None:
+            ruled_out |= {"padding_free"}
+    return parts if not ruled_out else (fast.PARTS if parts is None else parts) - ruled_out
 
 
 def _scope(trainer_cls: type[Trainer], parts: frozenset[str] | None, sides: int | None) -> fast.Scope:

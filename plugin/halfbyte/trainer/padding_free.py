@@ -5,6 +5,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from halfbyte.fast.pairs import PairsAsTrees
 from halfbyte.trainer.base import Mixin
 
 
@@ -18,6 +19,16 @@ class PaddingFree(Mixin):
 
     unpads_batches: bool = False
     data_collator: Any
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Return the Trainer's own loader over padded batches: predictions are logits of whole sequences."""
+        kept = self.data_collator
+        if isinstance(kept, PairsAsTrees):
+            self.data_collator = kept.padded
+        try:
+            return super().get_test_dataloader(test_dataset)
+        finally:
+            self.data_collator = kept
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the Trainer's own loader, over a collator that packs the rows of a batch into one without padding."""
