@@ -6,6 +6,7 @@ from halfbyte.trainer.accumulation import AccumulateOnOutOfMemory
 from halfbyte.trainer.base import Conduct, Mixin
 from halfbyte.trainer.best_metric import BestMetric
 from halfbyte.trainer.changed_options import ChangedOptions
+from halfbyte.trainer.evaluation_losses import EvaluationLosses
 from halfbyte.trainer.exact_resume import ExactResume
 from halfbyte.trainer.finite import FiniteSteps
 from halfbyte.trainer.first_step import FirstStep
@@ -31,6 +32,7 @@ LIBRARY: tuple[type, ...] = (
     PrecomputedReferences,  # runs the model before training; nothing else does
     WeightedFigures,  # computes the loss and logs; the next does so for other trainers
     StoredFigures,
+    EvaluationLosses,  # below both, which say what a batch's loss weighs
     BestMetric,  # looks at options and the figures of evaluations
     WholeAdapters,  # writes what every save of a sharded run writes
     Float32Adapters,  # innermost: it restores what the constructor below it changed, before any other looks

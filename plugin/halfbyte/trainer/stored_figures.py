@@ -4,8 +4,9 @@ from typing import Any
 
 from halfbyte.data.preparation.sides import tokenizes_pairs
 from halfbyte.trainer.base import Mixin
+from halfbyte.trainer.means import means
 from halfbyte.trainer.upstream import on_this_rank
-from halfbyte.trainer.weighted_figures import means, own_rows, without
+from halfbyte.trainer.weighted_figures import own_rows, without
 
 
 class StoredFigures(Mixin):
@@ -17,14 +18,17 @@ class StoredFigures(Mixin):
     """
 
     _stored_metrics: dict[str, dict[str, list[float]]]
+    # Of EvaluationLosses, below.
+    _evaluation_losses: list[tuple[float, float]]
+    _weighs_losses: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # By mode and key, (value, weight) of each batch since the last row of the log.
         self._stored_figures: dict[str, dict[str, list[tuple[float, float]]]] = {"train": {}, "eval": {}}
-        self._stored_losses: list[tuple[float, float]] = []
         self._batch_weights: dict[str, float] = {}
         super().__init__(*args, **kwargs)
         self._stores_figures = tokenizes_pairs(self.recipe_class)
+        self._weighs_losses |= self._stores_figures
 
     def get_batch_loss_metrics(self, model: Any, batch: Any, train_eval: str = "train") -> Any:
         """Return the trainer's loss and this rank's figures; in an evaluation of its own rows only."""
@@ -37,7 +41,7 @@ class StoredFigures(Mixin):
         with on_this_rank(self.accelerator):
             loss, metrics = super().get_batch_loss_metrics(model, batch, train_eval)
         if train_eval == "eval":
-            self._stored_losses.append((loss.item(), self._batch_weights["rows"]))
+            self._evaluation_losses.append((loss.item(), self._batch_weights["rows"]))
         return loss, metrics
 
     def store_metrics(self, metrics: dict[str, float], train_eval: str = "train") -> None:
@@ -57,24 +61,6 @@ class StoredFigures(Mixin):
             self._stored_figures[mode] = {}
             self._stored_metrics[mode].update({key: [mean] for key, mean in found.items()})
         super().log(logs, *args, **kwargs)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """Return upstream's output, its loss weighted by rows."""
-        self._stored_losses.clear()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        if self._stores_figures:
-            found = means({"loss": self._stored_losses}, self.args.world_size)
-            output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in found.items()})
-        return output
 
     def _weights(self, batch: Any) -> dict[str, float]:
         """What the figures of a batch weigh: its rows, and the tokens of which it has a negative log-likelihood."""

@@ -4,20 +4,19 @@ TRL averages over batches as if all were of one size, and where the last batch i
 counts those again.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from transformers import Trainer
 from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
 from halfbyte.trainer.base import Mixin
+from halfbyte.trainer.means import means
 from halfbyte.trainer.upstream import on_this_rank
 
 _LAST = ("num_tokens",)  # not averaged: the last value stands
-_EXTREMES: Mapping[str, Callable[[Iterable[float]], float]] = {"min_reward": min, "max_reward": max}
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,16 @@ class WeightedFigures(Mixin):
 
     _metrics: dict[str, dict[str, list[float]]]
     _total_train_tokens: float
+    # Of EvaluationLosses, below.
+    _evaluation_losses: list[tuple[float, float]]
+    _outputs_are_used: bool
+    _weighs_losses: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._figure_weights: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
-        self._evaluation_losses: list[tuple[float, float]] = []
-        self._outputs_are_used = True
         super().__init__(*args, **kwargs)
         self._measure = _measure(self.recipe_class)
+        self._weighs_losses |= self._measure is not None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -101,25 +103,6 @@ class WeightedFigures(Mixin):
         super().log(logs, *args, **kwargs)
         self._figure_weights[mode].clear()
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """Return upstream's output, its loss weighted: upstream repeats each batch's mean for every row of it."""
-        self._evaluation_losses.clear()
-        self._outputs_are_used = not prediction_loss_only
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        if self._measure is not None:
-            found = means({"loss": self._evaluation_losses}, self.args.world_size)
-            output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in found.items()})
-        return output
-
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
@@ -133,15 +116,6 @@ class WeightedFigures(Mixin):
             own = torch.tensor(self._total_train_tokens - before, device=self.args.device)
             self._total_train_tokens = before + self.accelerator.reduce(own, "sum").item()
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-
-
-def means(own: Mapping[str, Iterable[tuple[float, float]]], world_size: int) -> dict[str, float]:
-    """What each series of (value, weight) comes to over all ranks, without those that weigh nothing."""
-    found = {key: _together(key, pairs) for key, pairs in own.items()}
-    ranks = gather_object([found]) if world_size > 1 else [found]
-    keys = dict.fromkeys(key for rank in ranks for key in rank)
-    totals = {key: _together(key, [rank[key] for rank in ranks if key in rank]) for key in keys}
-    return {key: value for key, (value, weight) in totals.items() if weight}
 
 
 def own_rows(trainer: Any, rows: int) -> tuple[int, int] | None:
@@ -168,17 +142,6 @@ def without(inputs: Any, repeated: tuple[int, int] | None) -> tuple[Any, bool]:
         return torch.cat([side[:kept] for side in value.split(rows)])
 
     return {key: part(value) for key, value in inputs.items()}, own == 0
-
-
-def _together(key: str, pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """The weighted mean of (value, weight), or the extreme of what is one, with the sum of the weights."""
-    weighing = [(value, weight) for value, weight in pairs if weight]
-    total = sum(weight for _, weight in weighing)
-    if not total:
-        return 0.0, 0.0
-    if (extreme := _EXTREMES.get(key)) is not None:
-        return extreme(value for value, _ in weighing), total
-    return sum(value * weight for value, weight in weighing) / total, total
 
 
 def _of_labels(inputs: Any) -> Weights:
