@@ -156,6 +156,7 @@ def test_the_options_we_add_are_a_frozen_list() -> None:
         "init_lora_weights",
         "lora_exclude_modules",
         "loraplus_lr_ratio",
+        "max_tokens_per_batch",
         "memory_budget",
     }
     assert {f.name for f in fields(RunArguments)} - {f.name for f in fields(ScriptArguments)} == {

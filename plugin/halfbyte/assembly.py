@@ -56,6 +56,7 @@ def assemble(
         loraplus_lr_ratio=options.loraplus_lr_ratio,
         fused=options.fast != "none",
         memory_budget=options.memory_budget,
+        token_budget=options.max_tokens_per_batch,
         save_level=decisions.save_level,
         processing_class=tokenizer,
         **kwargs,

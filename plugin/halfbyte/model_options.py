@@ -64,6 +64,13 @@ class ModelOptions(ModelConfig):
             "choices": ["auto", "none"],
         },
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Close a micro-batch at so many tokens (what a pair has in common counts once), or at "
+            "per_device_train_batch_size rows, whichever comes first; a longer row goes alone."
+        },
+    )
     memory_budget: str = field(
         default="auto",
         metadata={

@@ -101,7 +101,7 @@ class QLoRAPlugin(ModelOptions):
             loaded=loaded,
             **kwargs,
         )
-        say(trainer.report.fusion.line(), error=True)
+        say(*trainer.report.lines(), error=True)
         return trainer
 
     def optimizer(

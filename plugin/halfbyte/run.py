@@ -209,6 +209,7 @@ def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: 
             decisions.adapter, options.plugin.adapter_name_or_path or options.plugin.model_name_or_path
         ),
         "fast": trainer.report.fusion.as_dict(),
+        **({"batching": batching.as_dict()} if (batching := trainer.report.batching) is not None else {}),
         "strategy": {**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
     }
     if smaller := decisions.micro_batches:
@@ -224,7 +225,7 @@ def _found(options: Options, inputs: Inputs, trainer: Trainer) -> list[str]:
         for cls in type(trainer).recipe_class.__mro__
         if cls.__module__.startswith("trl.experimental.")
     ]
-    return [*coverage, *inputs.rows.report.lines(), trainer.report.fusion.line(), *experimental[:1]]
+    return [*coverage, *inputs.rows.report.lines(), *trainer.report.lines(), *experimental[:1]]
 
 
 @contextmanager
@@ -257,8 +258,9 @@ def _out_of_memory_advised(trainer: Trainer) -> Iterator[None]:
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        step = trainer.state.global_step + 1
-        raise torch.OutOfMemoryError(advice(trainer.args, step, str(error))) from error
+        batching, step = trainer.report.batching, trainer.state.global_step + 1
+        tokens = batching.tokens if batching is not None else None
+        raise torch.OutOfMemoryError(advice(trainer.args, step, str(error), tokens)) from error
 
 
 def _finish(trainer: Trainer, record: RunRecord) -> None:

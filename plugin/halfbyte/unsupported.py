@@ -6,6 +6,15 @@ from transformers.utils import is_liger_kernel_available
 
 from halfbyte.errors import UserError
 
+# Options that decide the rows of a micro-batch in another way than `max_tokens_per_batch`.
+_OTHER_BATCHES = {
+    "packing": "it fills every row to max_length, which is a token budget by itself",
+    "dataset_streaming": "a stream does not say how long its rows are",
+    "streaming": "a stream does not say how long its rows are",
+    "dataloader_drop_last": "it drops batches of fewer rows, and all of these have different numbers",
+    "auto_find_batch_size": "it looks for a number of rows",
+}
+
 
 def check(options: Any, device_type: str, processes: int) -> None:
     """Raise :class:`UserError` for what ``options``, a mapping, ask of ``processes`` ranks on such a device."""
@@ -36,10 +45,34 @@ def check(options: Any, device_type: str, processes: int) -> None:
             "TRL hands its samples to W&B or Comet only, and draws them on every rank; take it out",
             option="generate_during_eval",
         )
+    if options["max_tokens_per_batch"] is not None:
+        _check_token_budget(options)
     if "is_encoder_decoder" in options:  # of trainers over TRL's older preparation of pairs
         for key in ("is_encoder_decoder", "max_completion_length"):
             if options[key]:
                 raise UserError("only encoder-decoder models read it; take it out", option=key)
+
+
+def _check_token_budget(options: Any) -> None:
+    """Refuse what makes batches in another way than ``max_tokens_per_batch``."""
+    for key, reason in _OTHER_BATCHES.items():
+        if _is_on(options, key):
+            raise UserError(f"{reason}; take it or max_tokens_per_batch out", option=key)
+    if (order := _name(options["train_sampling_strategy"])) not in ("random", "sequential"):
+        raise UserError(
+            f"{order} makes batches of a number of rows; write random or sequential, or take max_tokens_per_batch out",
+            option="train_sampling_strategy",
+        )
+    if "on_oom" in options and options["on_oom"] == "accumulate":
+        raise UserError(
+            "accumulate divides the rows of a micro-batch, which max_tokens_per_batch does not fix; write `stop`, and "
+            "a smaller max_tokens_per_batch with more gradient_accumulation_steps",
+            option="on_oom",
+        )
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "value", value))
 
 
 def _is_on(options: Any, key: str) -> bool:

@@ -40,6 +40,7 @@ _EPOCH = (
 OVERRIDES = (
     Override("transformers.Trainer._determine_best_metric", "self metrics trial"),
     Override("transformers.Trainer._get_output_dir", "self trial"),
+    Override("transformers.Trainer._get_train_sampler", "self train_dataset"),
     Override(
         "transformers.Trainer._init_training_state",
         "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",

@@ -77,7 +77,6 @@ def test_the_prefix_is_there_once_and_its_last_token_has_a_label_a_branch() -> N
     assert batch["scored"].tolist() == [[2, 3, 4, 3]]
     assert batch["scored_ids"].tolist() == [[4, 5, 6, 7]]
     assert batch["places"].tolist() == [[0, 1, 2], [0, 3, 0]]
-    assert trees.tokens(row) == 7
 
 
 def test_reference_log_probabilities_travel_along() -> None:

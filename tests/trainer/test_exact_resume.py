@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed ends bit for bit as one that was not."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,9 @@ MORE_CELLS = {
     ),
     "stream of pairs": ("dpo", {**STREAM_OF_PAIRS, "max_steps": "10", "save_steps": "5"}),
 }
+# Of unequal micro-batches; step 3 is within the second epoch.
+BUDGET = {"max_tokens_per_batch": "90", "per_device_train_batch_size": "4", **SEVERAL_BATCHES, **EVALUATED}
+MORE_CELLS |= {"token budget": ("sft", BUDGET), "token budget of pairs": ("dpo", BUDGET)}
 WHERE = {
     "saved at the end of an epoch": 4,
     "stream, second pass": 5,
@@ -111,19 +115,32 @@ def test_a_finished_run_trains_no_step_more(model_dir: ModelDir, tmp_path: Path)
 def test_resumed_equals_uninterrupted_under_ddp(
     model_dir: ModelDir, tmp_path: Path, recipe: str, processes: int
 ) -> None:
-    rows = tiny.write_rows(tmp_path / "rows", ROWS[recipe](40))
-    whole = tmp_path / "whole"
     given = {**SEVERAL_BATCHES, **EVALUATED, "per_device_train_batch_size": "2" if recipe == "kto" else "1"}
-    done = accelerate(recipe, *options(model_dir("llama"), rows, whole, **given), processes=processes)
+    _check_under_ddp(model_dir, tmp_path, recipe, processes, given)
+
+
+@pytest.mark.distributed
+def test_resumed_equals_uninterrupted_in_a_later_epoch_under_ddp(model_dir: ModelDir, tmp_path: Path) -> None:
+    """Upstream does not tell the sampler of a resume which epoch it is in."""
+    _check_under_ddp(model_dir, tmp_path, "dpo", 2, BUDGET, rows=28)
+    state = json.loads((tmp_path / "whole" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert 1 < state["epoch"] < 2
+
+
+def _check_under_ddp(
+    model_dir: ModelDir, tmp_path: Path, recipe: str, processes: int, given: dict[str, str], rows: int = 40
+) -> None:
+    data, whole = tiny.write_rows(tmp_path / "rows", ROWS[recipe](rows)), tmp_path / "whole"
+    done = accelerate(recipe, *options(model_dir("llama"), data, whole, **given), processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
     parts = interrupted(whole, tmp_path / "parts")
-    again = [*options(model_dir("llama"), rows, parts, **given), "--resume_from_checkpoint", "auto"]
+    again = [*options(model_dir("llama"), data, parts, **given), "--resume_from_checkpoint", "auto"]
     done = accelerate(recipe, *again, processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
     assert_equal(whole, parts)
     if (recipe, processes) == ("sft", 3):
         cold = interrupted(whole, tmp_path / "cold")
-        again = [*options(model_dir("llama"), rows, cold, **given), "--resume_from_checkpoint", "auto"]
+        again = [*options(model_dir("llama"), data, cold, **given), "--resume_from_checkpoint", "auto"]
         done = accelerate(recipe, *again, processes=processes, module="tests.checkpoint.cold", cwd=ROOT)
         assert done.returncode == 0, done.stderr[-4000:]
         weights = [(output / "adapter_model.safetensors").read_bytes() for output in (whole, cold)]

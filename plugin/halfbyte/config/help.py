@@ -68,6 +68,7 @@ USED: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "speed and memory",
         (
             ("fast", "auto: the fused step; none: plain TRL"),
+            ("max_tokens_per_batch", "token budget of a micro-batch, beside its rows"),
             ("memory_budget", "auto, min (recompute everything) or a size"),
             ("gradient_checkpointing", "recompute activations in the backward"),
             ("on_oom", "out of memory: stop, or accumulate"),

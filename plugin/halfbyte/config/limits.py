@@ -26,7 +26,7 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
         "at least 1",
         lambda v: v >= 1,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
-        "lora_alpha max_length save_total_limit eval_accumulation_steps torch_empty_cache_steps "
+        "lora_alpha max_length max_tokens_per_batch save_total_limit eval_accumulation_steps torch_empty_cache_steps "
         "dataset_num_proc ddp_timeout dataloader_prefetch_factor pad_to_multiple_of "
         "precompute_ref_batch_size ref_model_sync_steps "
         "ddp_bucket_cap_mb num_generations num_iterations max_completion_length generation_batch_size "
@@ -73,6 +73,7 @@ _LARGEST = {
     "loraplus_lr_ratio": 1e6,
     "max_completion_length": 1e8,
     "max_length": 1e8,
+    "max_tokens_per_batch": 1e8,
     "num_train_epochs": 1e6,
     "pad_to_multiple_of": 65536,
     "per_device_eval_batch_size": 1e6,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig
 
-from halfbyte.data.longest import most_tokens
+from halfbyte.data.lengths import Lengths, most_tokens
 from halfbyte.fast import autocast, batches, budget, head, layer, linear
 from halfbyte.fast.report import ON, FusionReport
 from halfbyte.fast.scope import Scope
@@ -33,15 +33,17 @@ def fuse(
     scope: Scope | None = None,
     args: TrainingArguments | None = None,
     collator: Any = None,
-    rows: Any = None,
+    lengths: Lengths | None = None,
+    token_budget: int | None = None,
     checkpointing: bool = True,
     memory_budget: str = "auto",
     recorded_level: int | None = None,
 ) -> FusionReport:
     """Fuse what is covered in ``model``, as far as ``scope`` allows; the rest stays as it is.
 
-    Nothing is copied or renamed: parameters, adapters and hooks stay PEFT's. ``args``, ``collator`` and ``rows``, the
-    training dataset, are a trainer's; without ``args`` (a loop of one's own) nothing says how many tokens a step has.
+    Nothing is copied or renamed: parameters, adapters and hooks stay PEFT's. ``args``, ``collator`` and the ``lengths``
+    of the training rows are a trainer's, ``token_budget`` the most tokens of a micro-batch; without ``args`` (a loop of
+    one's own) nothing says how many tokens a step has.
     Fused layers keep all intermediates without ``checkpointing``; with it, what ``memory_budget`` allows
     (``recorded_level`` where a resumed run has decided already), and nothing but their input without ``args``.
 
@@ -65,11 +67,13 @@ def fuse(
         layers, apart = _fuse_layers(model, level, args)
     if layers and checkpointing and args is not None:
         free = unpadded == ON
-        size = args.per_device_train_batch_size
-        tokens = most_tokens(rows, size, args, padded=not free, shared=trees and free)
-        choice = budget.apply(
-            model, memory_budget, tokens or _tokens(args, base, scope.sides), recorded_level
-        )
+        if lengths is None:
+            tokens = _tokens(args, base, scope.sides)
+        else:
+            sizes = lengths.sizes(padded=not free, shared=trees and free)
+            size = args.per_device_train_batch_size
+            tokens = most_tokens(sizes, size, padded=not free, budget=token_budget)
+        choice = budget.apply(model, memory_budget, tokens, recorded_level)
         level = choice.level if choice is not None else level
     return FusionReport(
         layers=layers,

@@ -57,11 +57,6 @@ class PairsAsTrees:
         """The chosen and the rejected side of a tokenized row."""
         return self._side(example, "chosen_ids"), self._side(example, "rejected_ids")
 
-    def tokens(self, example: dict[str, Any]) -> int:
-        """The tokens that a row adds to the stream."""
-        chosen, rejected = self.sides(example)
-        return len(chosen.ids) + len(rejected.ids) - common_prefix(chosen.ids, rejected.ids)
-
     def _side(self, example: dict[str, Any], name: str) -> Side:
         ids, answer = example["prompt_ids"] + example[name], len(example["prompt_ids"])
         length = self.padded.max_length

@@ -13,11 +13,19 @@ def ran_out(error: BaseException) -> bool:
     return on_cpu or isinstance(error, torch.OutOfMemoryError)
 
 
-def advice(args: Any, step: int, reason: str) -> str:
-    """What ran out in ``step``, and what to change in ``args`` (TrainingArguments), in at most six lines."""
+def advice(args: Any, step: int, reason: str, tokens: int | None = None) -> str:
+    """What ran out in ``step``, and what to change in ``args`` (TrainingArguments), in at most six lines.
+
+    ``tokens`` is `max_tokens_per_batch`, where it makes the micro-batches.
+    """
     rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     lines = [f"out of memory in step {step}: {shorten(reason.partition(chr(10))[0], 300)}"]
-    if rows > 1:
+    if tokens is not None:
+        lines.append(
+            f"  the same rows in smaller micro-batches: `max_tokens_per_batch: {max(tokens // 2, 1)}` and "
+            f"`gradient_accumulation_steps: {accumulation * 2}`"
+        )
+    elif rows > 1:
         lines.append(
             f"  the same training in less: `per_device_train_batch_size: {-(-rows // 2)}` and "
             f"`gradient_accumulation_steps: {accumulation * 2}`, as `on_oom: accumulate` does by itself"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback
 
 from halfbyte.checkpoint.manifest import Manifest
+from halfbyte.data.batching import Batching
 from halfbyte.fast import FusionReport
 from halfbyte.quantization import Coverage
 
@@ -41,12 +42,18 @@ class Conduct:
 class BuildReport:
     """What building a trainer found: how much of the base is in four bits, and what of the step is fused.
 
-    ``precomputed`` is whether references are computed before training, where that was to be decided.
+    ``precomputed`` is whether references are computed before training, where that was to be decided; ``batching`` the
+    micro-batches of ``max_tokens_per_batch``.
     """
 
     coverage: Coverage = field(default_factory=Coverage)
     fusion: FusionReport = field(default_factory=FusionReport)
     precomputed: bool | None = None
+    batching: Batching | None = None
+
+    def lines(self) -> list[str]:
+        """What of the step is fused, and how its batches are made, to print before the first."""
+        return [self.fusion.line(), *(self.batching.lines() if self.batching is not None else [])]
 
     @property
     def decided(self) -> Mapping[str, Any]:

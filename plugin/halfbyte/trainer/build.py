@@ -13,11 +13,15 @@ from transformers import PreTrainedModel, Trainer
 from trl import DPOTrainer
 
 from halfbyte import adapters, fast, optimizers
+from halfbyte.data.batching import Batching
+from halfbyte.data.lengths import Lengths
+from halfbyte.errors import UserError
 from halfbyte.fast.pairs import PairsAsTrees
 from halfbyte.quantization import Coverage
 from halfbyte.trainer import trial
 from halfbyte.trainer.base import BuildReport, Conduct
 from halfbyte.trainer.compose import compose
+from halfbyte.trainer.token_budget import order_seed
 
 _EVA_BATCHES = 32
 
@@ -47,6 +51,7 @@ def build(
     loraplus_lr_ratio: float | None = None,
     fused: bool = True,
     memory_budget: str = "auto",
+    token_budget: int | None = None,
     save_level: int | None = None,
     parts: frozenset[str] | None = None,
     sides: int | None = None,
@@ -65,11 +70,14 @@ def build(
 
     def finish(trainer: Any) -> None:
         optimizers.check(args, model)
+        lengths = Lengths.of(trainer.train_dataset, args)
+        if token_budget is not None:
+            _check_token_budget(trainer, lengths)
         trial.check_loss(trainer, model)
         if fresh_adapter:
             adapters.drop_reference_copy(model)
             if initialization == "eva":
-                adapters.initialize_eva(model, _first_batches(trainer))
+                adapters.initialize_eva(model, _first_batches(trainer, lengths, token_budget))
         refusal = fast.refusal(args)
         if refusal is not None or not fused:
             fusion = fast.FusionReport(mode="none", reason=refusal or "as given")
@@ -79,7 +87,8 @@ def build(
                 scope=_scope(trainer_cls, _possible(trainer, parts), sides),
                 args=args,
                 collator=trainer.data_collator,
-                rows=trainer.train_dataset,
+                lengths=lengths,
+                token_budget=token_budget,
                 checkpointing=args.gradient_checkpointing,
                 memory_budget=memory_budget,
                 recorded_level=save_level,
@@ -88,7 +97,10 @@ def build(
         trainer.unpads_batches = fusion.padding_free
         if fusion.trees:
             trainer.data_collator = PairsAsTrees(trainer.data_collator)
-        trainer.report = BuildReport(coverage=coverage, fusion=fusion)
+        if token_budget is not None:
+            assert lengths is not None
+            trainer.batching = _batching(trainer, lengths, token_budget, fusion)
+        trainer.report = BuildReport(coverage=coverage, fusion=fusion, batching=trainer.batching)
 
     # Before the constructor returns: what it runs the model for must be computed as every step is.
     with _hidden(args, "model_init_kwargs", "chat_template_path"):
@@ -128,11 +140,40 @@ def _hidden(args: Any, *fields: str) -> Iterator[None]:
             setattr(args, name, value)
 
 
-def _first_batches(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
-    """The first collated training batches, the same on every rank and drawing no random numbers."""
-    loader = DataLoader(
-        trainer.train_dataset,
-        batch_size=trainer.args.per_device_train_batch_size,
-        collate_fn=trainer.data_collator,
+def _check_token_budget(trainer: Any, lengths: Lengths | None) -> None:
+    """Raise :class:`UserError` for a trainer whose micro-batches cannot be made by tokens."""
+    loading, reason = trainer.args.accelerator_config, None
+    if lengths is None:
+        reason = f"the rows of {type(trainer).__name__} do not say how many tokens they are"
+    elif loading.dispatch_batches or loading.split_batches:
+        reason = "dispatch_batches and split_batches split a batch by rows"
+    if reason is not None:
+        raise UserError(f"{reason}; take it out", option="max_tokens_per_batch")
+
+
+def _batching(trainer: Any, lengths: Lengths, tokens: int, fusion: fast.FusionReport) -> Batching:
+    """The micro-batches of ``tokens`` at most, counted as they are collated."""
+    padded = not (fusion.padding_free or fusion.trees or getattr(trainer, "padding_free", False))
+    return Batching.fill(
+        lengths.sizes(padded=padded, shared=fusion.trees),
+        rows=trainer.args.per_device_train_batch_size,
+        tokens=tokens,
+        padded=padded,
+        ranks=trainer.args.world_size,
+        seed=order_seed(trainer.args),
     )
+
+
+def _first_batches(
+    trainer: Trainer, lengths: Lengths | None, token_budget: int | None
+) -> list[dict[str, torch.Tensor]]:
+    """The first collated training batches, the same on every rank and drawing no random numbers."""
+    dataset: Any = trainer.train_dataset
+    rows, collate = trainer.args.per_device_train_batch_size, trainer.data_collator
+    if token_budget is None or lengths is None:
+        loader = DataLoader(dataset, batch_size=rows, collate_fn=collate)
+    else:
+        sizes = lengths.sizes(padded=True)
+        batching = Batching.fill(sizes, rows=rows, tokens=token_budget, padded=True)
+        loader = DataLoader(dataset, batch_sampler=batching, collate_fn=collate)
     return list(islice(loader, _EVA_BATCHES))

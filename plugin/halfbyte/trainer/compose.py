@@ -20,6 +20,7 @@ from halfbyte.trainer.run_directory import RunDirectory
 from halfbyte.trainer.saving import AtomicSaves
 from halfbyte.trainer.stopping import StopTogether
 from halfbyte.trainer.stored_figures import StoredFigures
+from halfbyte.trainer.token_budget import TokenBudget
 from halfbyte.trainer.weighted_figures import WeightedFigures
 from halfbyte.trainer.whole_adapters import WholeAdapters
 
@@ -29,6 +30,7 @@ LIBRARY: tuple[type, ...] = (
     HubPush,  # pushes what the saves above it and below it have written
     LoRAPlus,  # makes the optimizer; nothing else does
     PaddingFree,  # makes the training loader; nothing else does
+    TokenBudget,  # makes its sampler, and weighs the loss that the classes below compute
     PrecomputedReferences,  # runs the model before training; nothing else does
     WeightedFigures,  # computes the loss and logs; the next does so for other trainers
     StoredFigures,

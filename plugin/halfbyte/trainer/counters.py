@@ -14,13 +14,22 @@ COUNTERS = (
     "_total_train_tokens",
     "_figure_weights",
     "_stored_figures",
+    "_step_rows",
+)
+_OF_A_STEP = (
+    "_metrics",
+    "_figure_weights",
+    "_stored_figures",
+    "_total_train_tokens",
+    "_step",
+    "_step_rows",
+    "_session_rows",
 )
 
 
 def counters(trainer: Trainer) -> dict[str, Any]:
     """A copy of what a TRL trainer counts in each micro-batch."""
-    names = ("_metrics", "_figure_weights", "_stored_figures", "_total_train_tokens", "_step")
-    return {name: copy.deepcopy(getattr(trainer, name)) for name in names if hasattr(trainer, name)}
+    return {name: copy.deepcopy(getattr(trainer, name)) for name in _OF_A_STEP if hasattr(trainer, name)}
 
 
 def restore_counters(trainer: Trainer, kept: Mapping[str, Any]) -> None:

@@ -43,7 +43,9 @@ class ExactResume(Mixin):
     def write_beside_checkpoint(self, directory: Path) -> None:
         """Write what this rank has gathered since the last row of the log as progress_RANK.json."""
         super().write_beside_checkpoint(directory)
-        values: dict[str, Any] = {name: getattr(self, name) for name in COUNTERS if hasattr(self, name)}
+        values: dict[str, Any] = {
+            name: plain(getattr(self, name)) for name in COUNTERS if hasattr(self, name)
+        }
         values["_tr_loss"] = self._tr_loss.item()
         values["_pass"] = self._exact_epoch
         values["_steps"] = self.state.global_step - self._exact_steps_before

@@ -24,7 +24,7 @@ def sums(
     trainer: Any,
     model: Callable[[], Any],
     dataset: Any,
-    batch_size: int,
+    batch_sizes: Sequence[int],
     shards: Sequence[np.ndarray],
     description: Mapping[str, Any] | None,
     *,
@@ -35,7 +35,7 @@ def sums(
 
     ``shards`` are the rows that are computed and stored together. The first rank reads what the store has under
     ``description``; None leaves the store alone. All ranks compute the rest by ``model()``, in batches of
-    ``batch_size`` pairs whose rows do not depend on the number of ranks.
+    ``batch_sizes`` pairs, for each shard, whose rows do not depend on the number of ranks.
     """
     first, begun = trainer.args.process_index == 0, time.monotonic()
     what = f"reference log-probabilities ({name})"
@@ -52,7 +52,7 @@ def sums(
                 ) as progress,
             ):
                 for number in missing:
-                    shard = _compute(trainer, reference, dataset, shards[number], batch_size)
+                    shard = _compute(trainer, reference, dataset, shards[number], batch_sizes[number])
                     if first:
                         kept.add(number, shard)
                     progress.advance(len(shards[number]))

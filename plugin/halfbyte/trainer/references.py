@@ -12,6 +12,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from halfbyte import distributed, parts, store
+from halfbyte.data.batching import Batching
 from halfbyte.errors import UserError
 from halfbyte.files import digest_of
 from halfbyte.terminal.wording import plural, say
@@ -36,6 +37,7 @@ class PrecomputedReferences(Mixin):
 
     train_dataset: Any
     eval_dataset: Any
+    batching: Batching | None  # of TokenBudget
     _precompute_model_hash: str
     _precompute_engine: Any
     _named_by_forward: bool = False
@@ -63,7 +65,7 @@ class PrecomputedReferences(Mixin):
         """Give every set of pairs its references, if they are ``wanted``, or cost less than in every step."""
         sets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         if wanted is None:
-            ahead, why = _decide(self.args, sets, self.conduct)
+            ahead, why = _decide(self.args, sets, self.conduct, self.batching)
             if ahead is None and self._is_cached(self.train_dataset):
                 ahead, why = True, "cached"
             wanted = bool(ahead)
@@ -99,12 +101,18 @@ class PrecomputedReferences(Mixin):
             return self._named_precompute(dataset, name, batch_size)
         _require_rows({"train_dataset": dataset})
         dataset = dataset.remove_columns([each for each in _COLUMNS if each in dataset.column_names])
-        description, shards = self._describe(dataset)
+        description, lengths = self._describe(dataset)
+        shards = reference_shard.split(lengths)
+        batch_sizes = [batch_size] * len(shards)
+        if self.batching is not None and name == "train":
+            # A shard's first pair is its longest.
+            most = [max(self.batching.tokens // int(lengths[shard[0]]), 1) for shard in shards]
+            batch_sizes = [min(each) for each in zip(batch_sizes, most, strict=True)]
         sides = reference_pass.sums(
             self,
             self._running_reference,
             dataset.with_format(None),
-            batch_size,
+            batch_sizes,
             shards,
             description,
             name=name,
@@ -122,16 +130,15 @@ class PrecomputedReferences(Mixin):
             self._precompute_model_hash = digest_of([self._precompute_model_hash, *made_by])
         return super()._precompute_ref_logps(*args)
 
-    def _describe(self, dataset: Any) -> tuple[dict[str, Any] | None, list[np.ndarray]]:
-        """Return what decides the references of ``dataset``, on the first rank, and their shards.
+    def _describe(self, dataset: Any) -> tuple[dict[str, Any] | None, np.ndarray]:
+        """Return what decides the references of ``dataset``, on the first rank, and the tokens of each pair.
 
         None for a collator whose settings are unknown: what it makes of the rows is not decided by what is hashed.
         """
         pairs, lengths = reference_identity.pairs(dataset, self.args)
-        shards = reference_shard.split(lengths)
         collator = getattr(self.data_collator, "padded", self.data_collator)
         if type(collator) is not DataCollatorForPreference:
-            return None, shards
+            return None, lengths
         model = self._reference
         if self._reference_weights is None:  # neither the base nor the reference adapter is trained
             self._reference_weights = reference_identity.weights(model)
@@ -143,16 +150,17 @@ class PrecomputedReferences(Mixin):
             "weights": base,
             "adapter": adapter,
             "forward": reference_identity.forward(self, model),
-        }, shards
+        }, lengths
 
     def _is_cached(self, dataset: Any) -> bool:
         """Return whether all references of ``dataset`` are in the store; the weights are hashed if any may be."""
         pairs, _ = reference_identity.pairs(dataset, self.args)
         if not distributed.agree(parts.holds(store.REFERENCES, pairs=pairs)):
             return False
-        description, shards = self._describe(dataset)
+        description, lengths = self._describe(dataset)
         stored = set() if description is None else parts.names_of(store.REFERENCES, description)
-        return distributed.agree({reference_shard.name(i) for i in range(len(shards))} <= stored)
+        wanted = {reference_shard.name(number) for number in range(len(reference_shard.split(lengths)))}
+        return distributed.agree(wanted <= stored)
 
     @property
     def _reference(self) -> Any:
@@ -205,7 +213,9 @@ def _obstacle(sets: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _decide(args: Any, sets: Mapping[str, Any], conduct: Conduct | None) -> tuple[bool | None, str]:
+def _decide(
+    args: Any, sets: Mapping[str, Any], conduct: Conduct | None, batching: Batching | None = None
+) -> tuple[bool | None, str]:
     """Return whether a pass ahead of training costs less than the reference of every step, and why.
 
     None: it costs the same, unless it is cached. A resumed run keeps what it began with.
@@ -219,8 +229,9 @@ def _decide(args: Any, sets: Mapping[str, Any], conduct: Conduct | None) -> tupl
         return False, "the reference changes"
     epochs = args.num_train_epochs
     if args.max_steps > 0:
-        rows = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
-        epochs = rows * args.world_size / max(len(sets["train_dataset"]), 1)
+        batches = args.max_steps * args.gradient_accumulation_steps * args.world_size
+        alike = max(len(sets["train_dataset"]), 1) / args.per_device_train_batch_size
+        epochs = batches / (alike if batching is None else len(batching))
     if epochs > 1:
         return True, f"{epochs:.3g} epochs"
     return None, "one epoch at most, and not cached"

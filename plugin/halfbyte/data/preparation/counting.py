@@ -51,7 +51,7 @@ def recognise(columns: Collection[str], among: Iterable[Prepared]) -> Prepared |
     return next((prepared for prepared in among if set(prepared.columns) <= set(columns)), None)
 
 
-def _columns(dataset: Any, *names: str) -> Iterator[dict[str, pa.Array]]:
+def list_batches(dataset: Any, *names: str) -> Iterator[dict[str, pa.Array]]:
     """Batches of list columns as arrow arrays."""
     with Pass("counting tokens", len(dataset)) as progress:
         for table in dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=1000):
@@ -59,11 +59,13 @@ def _columns(dataset: Any, *names: str) -> Iterator[dict[str, pa.Array]]:
             progress.advance(len(table))
 
 
-def _lengths(column: pa.Array) -> np.ndarray:
+def list_lengths(column: pa.Array) -> np.ndarray:
+    """The length of each list of ``column``, ``[rows]``."""
     return column.value_lengths().to_numpy(zero_copy_only=False)
 
 
-def _values(column: pa.Array) -> np.ndarray:
+def list_values(column: pa.Array) -> np.ndarray:
+    """The values of all lists of ``column``, one after the other."""
     return column.flatten().to_numpy(zero_copy_only=False)
 
 
@@ -86,9 +88,9 @@ def _count_sequences(dataset: Any, args: Any) -> Counts:
     limit, keep_end = _limits(args)
     tokens = truncated = rows = 0
     unlabelled: list[int] = []
-    for batch in _columns(dataset, "input_ids", "labels"):
-        lengths = _lengths(batch["input_ids"])
-        labels = _values(batch["labels"]) != IGNORED
+    for batch in list_batches(dataset, "input_ids", "labels"):
+        lengths = list_lengths(batch["input_ids"])
+        labels = list_values(batch["labels"]) != IGNORED
         kept = lengths if limit is None else np.minimum(lengths, limit)
         row = np.repeat(np.arange(len(lengths)), lengths)
         place = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -113,10 +115,10 @@ def unlabelled_packs(dataset: Any) -> list[int]:
     """The places, from 0, of packed sequences that hold pieces of rows without any label."""
     found: list[int] = []
     rows = 0
-    for batch in _columns(dataset, "labels"):
-        lengths = _lengths(batch["labels"])
+    for batch in list_batches(dataset, "labels"):
+        lengths = list_lengths(batch["labels"])
         row = np.repeat(np.arange(len(lengths)), lengths)
-        trained = np.bincount(row[_values(batch["labels"]) != IGNORED], minlength=len(lengths)) > 0
+        trained = np.bincount(row[list_values(batch["labels"]) != IGNORED], minlength=len(lengths)) > 0
         found += (np.flatnonzero(~trained) + rows).tolist()
         rows += len(lengths)
     return found
@@ -125,9 +127,9 @@ def unlabelled_packs(dataset: Any) -> list[int]:
 def _trained_labels(dataset: Any, args: Any) -> Iterator[np.ndarray]:
     """The labels under the loss, by batches of rows: not ignored, not at the start of a sequence."""
     packed = "seq_lengths" in dataset.column_names
-    for batch in _columns(dataset, "labels", *(["seq_lengths"] if packed else [])):
-        labels = _values(batch["labels"])
-        lengths = _values(batch["seq_lengths"]) if packed else _lengths(batch["labels"])
+    for batch in list_batches(dataset, "labels", *(["seq_lengths"] if packed else [])):
+        labels = list_values(batch["labels"])
+        lengths = list_values(batch["seq_lengths"]) if packed else list_lengths(batch["labels"])
         trained = labels != IGNORED
         # Nothing predicts a first token; it would pass for an end token where bos and eos are one.
         trained[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
@@ -141,8 +143,8 @@ def _counter(*sides: tuple[str, ...]) -> Callable[[Any, Any], Counts]:
     def count(dataset: Any, args: Any) -> Counts:
         limit = args.max_length
         tokens = truncated = 0
-        for batch in _columns(dataset, *names):
-            lengths = {name: _lengths(batch[name]) for name in names}
+        for batch in list_batches(dataset, *names):
+            lengths = {name: list_lengths(batch[name]) for name in names}
             whole = np.stack([sum(lengths[name] for name in side) for side in sides])  # [side, row]
             kept = whole if limit is None else np.minimum(whole, limit)
             tokens += int(kept.sum())
@@ -157,7 +159,7 @@ def _completions(column: str) -> Callable[[Any, Any], Iterator[np.ndarray]]:
 
     def trained(dataset: Any, args: Any) -> Iterator[np.ndarray]:
         limit, keep_start = args.max_length, getattr(args, "truncation_mode", "keep_start") == "keep_start"
-        for batch in _columns(dataset, "prompt_ids", column):
+        for batch in list_batches(dataset, "prompt_ids", column):
             rows = zip(batch["prompt_ids"].to_pylist(), batch[column].to_pylist(), strict=True)
             for prompt, completion in rows:
                 start = 0 if prompt else 1  # nothing predicts the first token of a sequence
@@ -199,8 +201,8 @@ def _equal(*sides: tuple[str, ...]) -> Callable[[Any, Any], list[int]]:
 
     def equal(dataset: Any, args: Any) -> list[int]:
         limit, found, rows = args.max_length, [], 0
-        for batch in _columns(dataset, *names):
-            one, other = (sum(_lengths(batch[name]) for name in side) for side in sides)
+        for batch in list_batches(dataset, *names):
+            one, other = (sum(list_lengths(batch[name]) for name in side) for side in sides)
             if limit is not None:
                 one, other = np.minimum(one, limit), np.minimum(other, limit)
             places = np.flatnonzero(one == other)
