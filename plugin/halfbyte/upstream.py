@@ -54,6 +54,7 @@ OVERRIDES = (
     ),
     Override("transformers.Trainer._run_epoch", _EPOCH),
     Override("transformers.Trainer._save_checkpoint", "self model trial"),
+    Override("transformers.Trainer._track_num_input_tokens", "self inputs"),
     Override(
         "transformers.Trainer.create_model_card",
         "self language license tags model_name finetuned_from tasks dataset_tags dataset dataset_args",
@@ -65,6 +66,7 @@ OVERRIDES = (
         "transformers.Trainer.evaluation_loop",
         "self dataloader description prediction_loss_only ignore_keys metric_key_prefix",
     ),
+    Override("transformers.Trainer.floating_point_ops", "self inputs"),
     Override("transformers.Trainer.get_batch_samples", "self epoch_iterator num_batches device"),
     Override("transformers.Trainer.get_test_dataloader", "self test_dataset"),
     Override("transformers.Trainer.get_train_dataloader", "self"),

@@ -1,4 +1,4 @@
-"""Padding-free training batches, made by TRL's own collator."""
+"""Padding-free training batches, made by TRL's own collator, and what the Trainer counts of pairs as trees."""
 
 from typing import Any
 
@@ -15,6 +15,9 @@ class PaddingFree(Mixin):
     :func:`halfbyte.fast.fuse` decides it (``FusionReport.padding_free``), for SFT trainers with TRL's text collator.
     Evaluation keeps padded batches: the Trainer weights each batch by its rows, and a padding-free one has one row.
     (``padding_free`` itself is an attribute of TRL's SFTTrainer, which says what the options request.)
+
+    Of pairs as trees, `total_flos` and `include_num_input_tokens_seen: all` count the tokens that the forward computes:
+    a prefix once. `non_padding` counts those of both sides, as TRL does.
     """
 
     unpads_batches: bool = False
@@ -42,3 +45,15 @@ class PaddingFree(Mixin):
             return super().get_train_dataloader()
         finally:
             self.data_collator = padded
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return the Trainer's own estimate, of the tokens that the forward computes."""
+        return super().floating_point_ops(_computed(inputs))
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        super()._track_num_input_tokens(_computed(inputs))
+
+
+def _computed(inputs: Any) -> Any:
+    """``inputs`` with the tokens of the forward as ``input_ids``: those of pairs as trees hold the answers alone."""
+    return {**inputs, "input_ids": inputs["stream_ids"]} if "stream_ids" in inputs else inputs
