@@ -86,7 +86,7 @@ PRIVATE = (
     Private("torch._foreach_norm", "trainer/finite.py"),
     *(
         Private("transformers.PreTrainedConfig._attn_implementation", place)
-        for place in ("fast/batches.py", "fast/family.py", "trainer/reference_identity.py")
+        for place in ("fast/batches.py", "fast/family.py", "fast/fusion.py", "trainer/reference_identity.py")
     ),
     Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
     Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),

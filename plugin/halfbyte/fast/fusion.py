@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig
 
+from halfbyte import distributed
 from halfbyte.data.lengths import Lengths, most_tokens
 from halfbyte.fast import autocast, batches, budget, head, layer, linear
 from halfbyte.fast.report import ON, FusionReport
@@ -46,6 +47,7 @@ def fuse(
     one's own) nothing says how many tokens a step has.
     Fused layers keep all intermediates without ``checkpointing``; with it, what ``memory_budget`` allows
     (``recorded_level`` where a resumed run has decided already), and nothing but their input without ``args``.
+    With ``args`` it is a collective: batches are padding-free on all ranks or on none.
 
     Raises :class:`UserError` for an invalid ``memory_budget``.
     """
@@ -53,12 +55,15 @@ def fuse(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     chunked = (head.install(base, _told(args)) or ON) if "head" in scope.parts else None
     trees = scope.sides == 2 and chunked == ON  # the head scores them
-    unpadded = None
+    unpadded, attention = None, base.config._attn_implementation
     # Before the layers: a fused one no longer shows what attention receives.
     if "padding_free" in scope.parts and (scope.sides == 1 or trees):
         assert args is not None
         prepare = batches.prepare_pairs if trees else batches.prepare_rows
         unpadded = prepare(base, args, collator) or ON
+    if args is not None and (agreed := _agreed(unpadded)) != unpadded:
+        base.set_attn_implementation(attention)
+        unpadded = agreed
     linears, plain = _fuse_linears(base) if "linears" in scope.parts else (0, {})
     layers, level, choice = 0, None, None
     apart: dict[str, int] = {}
@@ -97,6 +102,11 @@ def unfuse(model: PreTrainedModel | PeftModel) -> None:
         linear.unfuse(module)
         if isinstance(module, GradientCheckpointingLayer):
             layer.unfuse(module)
+
+
+def _agreed(state: str | None) -> str | None:
+    """``state`` where it is that of all ranks, else what is not :data:`ON` on the first rank that has it."""
+    return next((each for each in distributed.gather(state) if each != ON), ON)
 
 
 def _told(args: Any) -> tuple[str, ...]:
