@@ -16,20 +16,30 @@ from halfbyte import QLoRAPlugin
 from halfbyte.fast import batches
 from halfbyte.fast.forest import ROOT, Forest
 from halfbyte.fast.pairs import PairsAsTrees
-from halfbyte.trainer.build import _possible
 from tests import architectures, plain_trl, tiny
 
 
-def dpo(base: str, output: Path, *, lora_dropout: float = 0.0, options: Any = None, **given: Any) -> Any:
+def dpo(
+    base: str,
+    output: Path,
+    *,
+    lora_dropout: float = 0.0,
+    load_in_4bit: bool = True,
+    options: Any = None,
+    **given: Any,
+) -> Any:
     args = plain_trl.arguments(DPOConfig, output, max_steps=1, **(options or {}))
     rows = Dataset.from_list(tiny.preferences(8))
-    plugin = QLoRAPlugin(dtype="float32", lora_dropout=lora_dropout)
+    plugin = QLoRAPlugin(dtype="float32", lora_dropout=lora_dropout, load_in_4bit=load_in_4bit)
     return plugin.trainer(DPOTrainer, model=base, args=args, train_dataset=rows, eval_dataset=rows, **given)
 
 
 def test_metrics_of_logits_get_whole_sequences(model_dir: Callable[..., Path], tmp_path: Path) -> None:
     trainer = dpo(str(model_dir("llama")), tmp_path, compute_metrics=lambda prediction: {"seen": 1.0})
     assert isinstance(trainer.data_collator, DataCollatorForPreference)
+    assert (
+        "not padding-free (compute_metrics gets the logits of padded batches)" in trainer.report.fusion.line()
+    )
     assert trainer.evaluate()["eval_seen"] == 1.0
 
 
@@ -51,12 +61,15 @@ def test_dropout_that_is_on_draws_a_mask_a_side(model_dir: Callable[..., Path], 
     trainer.train()
 
 
-def test_a_router_loss_is_left_to_trl() -> None:
-    trainer = object.__new__(DPOTrainer)
-    trainer.aux_loss_enabled, trainer.compute_metrics = True, None
-    assert _possible(trainer, None) == {"linears", "layers"}
-    trainer.aux_loss_enabled = False
-    assert _possible(trainer, None) is None
+def test_a_router_loss_is_left_to_trl(tmp_path: Path) -> None:
+    base = architectures.save(tmp_path / "base", "qwen2_moe")
+    fusion = dpo(base, tmp_path, load_in_4bit=False).report.fusion
+    assert (
+        "not chunked LM head (the model has a router loss), not padding-free (pairs require the chunked LM head)"
+        in fusion.line()
+    )
+    without = dpo(base, tmp_path, load_in_4bit=False, options={"router_aux_loss_coef": 0.0}).report.fusion
+    assert without.trees
 
 
 def test_a_layer_without_a_window_among_such_with_one() -> None:

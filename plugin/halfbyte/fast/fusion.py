@@ -53,14 +53,19 @@ def fuse(
     """
     scope = Scope() if scope is None else scope
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    chunked = (head.install(base, _told(args)) or ON) if "head" in scope.parts else None
+    chunked = unpadded = None
+    if "head" in scope.parts:
+        chunked = scope.ruled_out.get("head") or head.install(base, _told(args)) or ON
     trees = scope.sides == 2 and chunked == ON  # the head scores them
-    unpadded, attention = None, base.config._attn_implementation
+    attention = base.config._attn_implementation
     # Before the layers: a fused one no longer shows what attention receives.
-    if "padding_free" in scope.parts and (scope.sides == 1 or trees):
+    if "padding_free" in scope.parts:
         assert args is not None
+        unpadded = scope.ruled_out.get("padding_free")
+        if unpadded is None and scope.sides == 2 and not trees:
+            unpadded = "pairs require the chunked LM head"
         prepare = batches.prepare_pairs if trees else batches.prepare_rows
-        unpadded = prepare(base, args, collator) or ON
+        unpadded = unpadded or prepare(base, args, collator) or ON
     if args is not None and (agreed := _agreed(unpadded)) != unpadded:
         base.set_attn_implementation(attention)
         unpadded = agreed

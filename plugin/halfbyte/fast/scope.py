@@ -1,6 +1,7 @@
 """Which parts of the fast step a trainer may use: decided once, from its class."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
@@ -15,11 +16,13 @@ class Scope:
     """What of a training step may be fused.
 
     ``parts`` is a subset of :data:`PARTS`; the default are the parts that no trainer needs to know of. ``sides`` is
-    the number of sequences that one row brings to one forward: 1 for SFT, 2 for preference pairs.
+    the number of sequences that one row brings to one forward: 1 for SFT, 2 for preference pairs. ``ruled_out`` says
+    of ``parts`` why a trainer's options rule them out.
     """
 
     parts: frozenset[str] = _MODEL_PARTS
     sides: int = 1
+    ruled_out: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.parts <= PARTS, self.parts - PARTS

@@ -84,7 +84,7 @@ def build(
         else:
             fusion = fast.fuse(
                 model,
-                scope=_scope(trainer_cls, _possible(trainer, parts), sides),
+                scope=_scope(trainer, trainer_cls, parts, sides),
                 args=args,
                 collator=trainer.data_collator,
                 lengths=lengths,
@@ -107,24 +107,18 @@ def build(
         return composed(model=model, args=args, conduct=conduct, ready=finish, **kwargs)
 
 
-def _possible(trainer: Any, parts: frozenset[str] | None) -> frozenset[str] | None:
-    """``parts`` without those that a DPO trainer's options rule out.
-
-    The chunked head computes no router loss, and the logits that ``compute_metrics`` gets are of a padded batch.
-    """
-    ruled_out: set[str] = set()
-    if isinstance(trainer, DPOTrainer):
-        if getattr(trainer, "aux_loss_enabled", False):
-            ruled_out |= {"head", "padding_free"}
-        if trainer.compute_metrics is not None:
-            ruled_out |= {"padding_free"}
-    return parts if not ruled_out else (fast.PARTS if parts is None else parts) - ruled_out
-
-
-def _scope(trainer_cls: type[Trainer], parts: frozenset[str] | None, sides: int | None) -> fast.Scope:
+def _scope(
+    trainer: Any, trainer_cls: type[Trainer], parts: frozenset[str] | None, sides: int | None
+) -> fast.Scope:
     """What of a step may be fused: as the class allows, narrowed by ``parts``, with the ``sides`` that are known."""
     scope = fast.scope(trainer_cls)
-    return fast.Scope(scope.parts if parts is None else scope.parts & parts, sides or scope.sides)
+    ruled_out = {}
+    if isinstance(trainer, DPOTrainer):
+        if getattr(trainer, "aux_loss_enabled", False):
+            ruled_out["head"] = "the model has a router loss"
+        if trainer.compute_metrics is not None:
+            ruled_out["padding_free"] = "compute_metrics gets the logits of padded batches"
+    return fast.Scope(scope.parts if parts is None else scope.parts & parts, sides or scope.sides, ruled_out)
 
 
 @contextmanager
