@@ -33,7 +33,7 @@ from halfbyte.errors import Halted, Stopped, UserError
 from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe, recipes_for
-from halfbyte.resilience.memory import advice, ran_out
+from halfbyte.resilience.memory import advice, advised
 from halfbyte.resilience.signals import Signals, stops_raised
 from halfbyte.resilience.watch import watch
 from halfbyte.resolve import Decisions
@@ -115,7 +115,7 @@ def train(name: str, recipe: Recipe, argv: list[str], settings: Settings) -> Non
         *_found(options, inputs, trainer),
     )
 
-    with signals, _ending_together(), tracker, _out_of_memory_advised(trainer):
+    with signals, _ending_together(), tracker, advised(lambda reason: _advice(trainer, reason)):
         watch(trainer, options.args.ddp_timeout, on_failure=tracker.fail)
         trainer.train(resume_from_checkpoint=resume.path)
         _finish(trainer, tracker.record)
@@ -250,17 +250,11 @@ def _full_disk_explained(output_dir: str) -> Iterator[None]:
         raise Halted(told) from error
 
 
-@contextmanager
-def _out_of_memory_advised(trainer: Trainer) -> Iterator[None]:
-    """Add to an out-of-memory error the step, the batch and what to change; the run still ends by it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not ran_out(error):
-            raise
-        batching, step = trainer.report.batching, trainer.state.global_step + 1
-        tokens = batching.tokens if batching is not None else None
-        raise torch.OutOfMemoryError(advice(trainer.args, step, str(error), tokens)) from error
+def _advice(trainer: Trainer, reason: str) -> str:
+    """What ran out in the step that ``trainer`` is in, and what to change."""
+    batching = trainer.report.batching
+    tokens = batching.tokens if batching is not None else None
+    return advice(trainer.args, trainer.state.global_step + 1, reason, tokens)
 
 
 def _finish(trainer: Trainer, record: RunRecord) -> None:

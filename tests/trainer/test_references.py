@@ -14,6 +14,7 @@ from halfbyte import QLoRAPlugin, store
 from halfbyte.checkpoint import manifest
 from halfbyte.cli import main
 from halfbyte.errors import UserError
+from halfbyte.resilience.memory import advised
 from halfbyte_recipes.dpo import DPOArguments
 from tests import tiny
 from tests.checkpoint.runs import assert_equal, interrupted, options, run
@@ -217,26 +218,62 @@ def test_all_weights_are_trained_against_what_they_were(
         assert "computed once, before training (2 epochs)" in capsys.readouterr().err
 
 
-def test_kto_computes_its_own_by_the_forward_that_trains(model_dir: ModelDir, tmp_path: Path) -> None:
+def kto(model_dir: ModelDir, tmp_path: Path, fast: str) -> Trainer:
+    """A trainer whose references are computed ahead, over rows on disk, which TRL requires."""
     rows = [
         {"prompt": each["prompt"], "completion": each[side], "label": side == "chosen"}
         for each in tiny.preferences(4)
         for side in ("chosen", "rejected")
     ]
-    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    Dataset.from_list(rows).save_to_disk(tmp_path / fast)
+    args = KTOConfig(
+        str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=1,
+        disable_tqdm=True, precompute_ref_log_probs=True, per_device_train_batch_size=4,
+    )  # fmt: skip
+    return QLoRAPlugin(dtype="float32", fast=fast).trainer(
+        KTOTrainer,
+        model=str(model_dir("llama")),
+        args=args,
+        train_dataset=load_from_disk(str(tmp_path / fast)),
+    )
+
+
+def test_kto_computes_its_own_by_the_forward_that_trains(model_dir: ModelDir, tmp_path: Path) -> None:
     hashes = set()
     for fast in ("auto", "none"):
-        args = KTOConfig(
-            str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=1,
-            disable_tqdm=True, precompute_ref_log_probs=True, per_device_train_batch_size=4,
-        )  # fmt: skip
-        trainer = QLoRAPlugin(dtype="float32", fast=fast).trainer(
-            KTOTrainer,
-            model=str(model_dir("llama")),
-            args=args,
-            train_dataset=load_from_disk(str(tmp_path / "rows")),
-        )
+        trainer = kto(model_dir, tmp_path, fast)
         assert "ref_logps" in trainer.train_dataset.column_names
         trainer.train()
         hashes.add(trainer._precompute_model_hash)
     assert len(hashes) == 2
+
+
+def test_a_pass_that_runs_out_of_memory_ends_with_advice(
+    dpo: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a set which comes while the trainer is in a step says the same."""
+
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    trainer = dpo(per_device_eval_batch_size=4, max_length=64)
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", run_out)
+    told = "out of memory in the reference pass: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        dpo(per_device_train_batch_size=6, rows=PAIRS[:-1], max_length=64)
+    smaller = (
+        "  the same pass in less: `precompute_ref_batch_size: {}`\n  or shorter rows: `max_length` is 64"
+    )
+    assert str(error.value) == told + smaller.format(3)
+    with pytest.raises(torch.OutOfMemoryError) as error, advised(lambda reason: f"in a step: {reason}"):
+        trainer.evaluate(Dataset.from_list(tiny.preferences(30)[24:]))
+    assert str(error.value) == told + smaller.format(2)
+
+
+def test_so_does_kto_s(model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(KTOTrainer, "compute_ref_log_probs", run_out)
+    with pytest.raises(torch.OutOfMemoryError, match=r"reference pass.*\n.*precompute_ref_batch_size: 2`"):
+        kto(model_dir, tmp_path, "auto")

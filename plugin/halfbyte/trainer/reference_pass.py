@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from accelerate.utils import send_to_device
 from halfbyte import distributed, store
 from halfbyte.checkpoint.generators import generators_kept
 from halfbyte.parts import Parts
+from halfbyte.resilience.memory import advised, reference_advice
 from halfbyte.terminal import passes
 from halfbyte.terminal.wording import plural, say
 from halfbyte.trainer import reference_shard
@@ -52,10 +54,12 @@ def sums(
                 ) as progress,
             ):
                 for number in missing:
-                    shard = _compute(trainer, reference, dataset, shards[number], batch_sizes[number])
+                    rows, size = shards[number], min(batch_sizes[number], len(shards[number]))
+                    with advised(partial(reference_advice, trainer.args, size)):
+                        shard = _compute(trainer, reference, dataset, rows, size)
                     if first:
                         kept.add(number, shard)
-                    progress.advance(len(shards[number]))
+                    progress.advance(len(rows))
         own = kept.columns()
         if first:
             seconds = time.monotonic() - begun

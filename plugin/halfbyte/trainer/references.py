@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from halfbyte import distributed, parts, store
 from halfbyte.data.batching import Batching
 from halfbyte.errors import UserError
 from halfbyte.files import digest_of
+from halfbyte.resilience.memory import advised, reference_advice
 from halfbyte.terminal.wording import plural, say
 from halfbyte.trainer import reference_identity, reference_pass, reference_shard
 from halfbyte.trainer.base import Conduct, Mixin
@@ -98,7 +100,8 @@ class PrecomputedReferences(Mixin):
         """Return ``dataset`` with the columns that TRL's loss reads; a collective."""
         self._make_ready_once()
         if not _is_dpo(self.recipe_class):
-            return self._named_precompute(dataset, name, batch_size)
+            with advised(partial(reference_advice, self.args, batch_size)):
+                return self._named_precompute(dataset, name, batch_size)
         _require_rows({"train_dataset": dataset})
         dataset = dataset.remove_columns([each for each in _COLUMNS if each in dataset.column_names])
         description, lengths = self._describe(dataset)
