@@ -110,7 +110,7 @@ def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
         (["sft", "--seed=3", "a run.yml"], "write --config 'a run.yml'"),
         (["report", "x", "--json"], "`halfbyte report` is reserved for future releases"),
         (["--config", "x.yaml"], "the recipe comes first"),
-        (["merge"], "reserved for future releases"),
+        (["merge"], "halfbyte merge: the following arguments are required: ADAPTER, --output_dir"),
         (["cache", "clear"], "invalid choice: 'clear' (choose from 'ls', 'rm')"),
         (["sft", "--config", "no-such.yaml"], "no-such.yaml"),
     ],

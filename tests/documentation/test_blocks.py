@@ -74,9 +74,13 @@ def _halfbyte(words: list[str]) -> None:
     name, options = words[0], words[1:]
     if name in table.TABLE:
         assert not table.TABLE[name].reserved
-        assert {"recipes": [[], ["--json"]], "demo": [[]], "doctor": [["--launch", "launch/ddp.yaml"]]}[
-            name
-        ].count(options)
+        assert {
+            "recipes": [[], ["--json"]],
+            "demo": [[]],
+            "doctor": [["--launch", "launch/ddp.yaml"]],
+            "merge": [["runs/my-dpo", "--output_dir", "models/my-chat"]],
+            "quantize": [["models/my-base", "--output_dir", "models/my-base-nf4"]],
+        }[name].count(options)
     elif options[0] == "--help":
         assert options[1:] in ([], ["all"])
         recipes.load(name)

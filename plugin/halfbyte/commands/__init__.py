@@ -42,10 +42,10 @@ TABLE = {
         Command("cache", "list or remove what is cached on disk", "ls | rm KEY... | rm --all"),
         Command("verify", "check a run or a checkpoint against its manifest", "DIR"),
         Command("demo", "the offline quick start: base, sft, dpo", "[--output_dir DIR]"),
-        Command("merge", "write a model that plain transformers loads", reserved=True),
+        Command("merge", "write a model that plain transformers loads", "ADAPTER... --output_dir DIR"),
         Command("plan", "predict memory and time of a run", reserved=True),
         Command("plot", "redraw the plots of runs", reserved=True),
-        Command("quantize", "write a pre-quantized checkpoint", reserved=True),
+        Command("quantize", "write a pre-quantized checkpoint", "MODEL --output_dir DIR"),
         Command("report", "compare quantization schemes on a model", reserved=True),
         Command("runs", "compare runs", reserved=True),
     )

@@ -6,13 +6,14 @@ Only this package touches bitsandbytes' weights.
 from halfbyte.quantization.checkpoint import fingerprint, require
 from halfbyte.quantization.coverage import Coverage, measure_coverage
 from halfbyte.quantization.dtype import choose_compute_dtype
-from halfbyte.quantization.load import load_base
+from halfbyte.quantization.load import compute_in_float32, load_base
 from halfbyte.quantization.shape import Shape, shape_of
 
 __all__ = [
     "Coverage",
     "Shape",
     "choose_compute_dtype",
+    "compute_in_float32",
     "fingerprint",
     "load_base",
     "measure_coverage",

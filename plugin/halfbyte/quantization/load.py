@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
@@ -223,6 +224,14 @@ def _check_own_quantization(
                 f"write `{option}: {str(own.get(key)).lower()}`, or name the 16-bit checkpoint",
                 option=option,
             )
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Have ``model`` compute in float32 with the weights that it has."""
+    model.float()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = torch.float32
 
 
 def _prepare_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:

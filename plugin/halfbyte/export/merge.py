@@ -1,0 +1,298 @@
+"""Merge adapters into the base that they were trained on, and measure what that costs."""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCardData
+from peft import PeftModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from halfbyte import adapters, files
+from halfbyte.errors import Halted, UserError
+from halfbyte.export import held_out, measure, merging
+from halfbyte.export.deltas import Deltas
+from halfbyte.export.held_out import HeldOut
+from halfbyte.export.measure import Measured
+from halfbyte.export.origin import Origin, origin_of
+from halfbyte.export.published import published
+from halfbyte.plugin import QLoRAPlugin
+from halfbyte.quantization import compute_in_float32
+from halfbyte.quantization.streamed import own_quantization
+from halfbyte.task import SEQUENCE_CLASSIFICATION
+from halfbyte.terminal.wording import say
+
+NAME = "merge.json"
+TRAINED, MERGED, ORIGINAL, REQUANTIZED = (
+    "as trained",
+    "this merge",
+    "adapter on the 16-bit base",
+    "merge in 4 bits again",
+)
+# How far a merge may be from the model as trained, as a share of the adapter's effect on the logits. 16 bits round the
+# whole weight, so that a small update loses more of itself: the bound is for an update of 4% of the weights' norm.
+_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+_SMALL = 0.04
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is merged and how; spelt as on the command line."""
+
+    adapters: Sequence[Path]
+    output_dir: Path
+    weights: Sequence[float] | None = None
+    combination_type: str = "cat"
+    into: str = "trained"
+    dtype: torch.dtype | None = None
+    data: str | None = None
+    recipe: str | None = None
+    model: str | None = None
+    measure: str = "all"
+    max_shard_size: int = 5 * 10**9
+    force: bool = False
+
+
+@dataclass
+class Result:
+    """What was written, and how each way to use the adapter scores on ``source``; ``bound`` is the merge's."""
+
+    written: merging.Merged
+    dtype: torch.dtype
+    bound: float
+    source: str = ""
+    measured: dict[str, Measured] = field(default_factory=dict)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the merge is within its bound, as far as it was measured."""
+        error = self.measured[MERGED].error if MERGED in self.measured else None
+        return error is None or error <= self.bound
+
+    def lines(self) -> list[str]:
+        """What to print of it."""
+        found = [
+            f"update: {self.written.update:.2%} of the weights' norm; the cast to {_name(self.dtype)} changes "
+            f"{self.written.rounding:.2%} of it"
+        ]
+        if self.measured:
+            found += [f"measured on {self.source}:", *(f"  {line}" for line in measure.table(self.measured))]
+        return found
+
+
+def merge(options: Options) -> Result:
+    """Write ``options.output_dir``: a model that plain transformers loads, with neither PEFT nor bitsandbytes.
+
+    Raises :class:`UserError` for adapters that do not fit each other or their base, and :class:`Halted` for a merge
+    that is further from the model as trained than its bound: nothing is kept then, unless forced.
+    """
+    origin = _common_origin(options)
+    dtype = options.dtype or (origin.dtype if origin.dtype == torch.float16 else torch.bfloat16)
+    deltas = Deltas(options.adapters, options.weights, options.combination_type)
+    tokenizer = _tokenizer(options.adapters[-1], origin)
+    with published(options.output_dir, merging.bytes_of(origin, dtype)) as directory:
+        written = merging.write(
+            origin,
+            deltas,
+            directory,
+            dtype=dtype,
+            most=options.max_shard_size,
+            into_original=options.into == "original",
+            vocabulary=len(tokenizer),
+        )
+        tokenizer.save_pretrained(directory)
+        result = Result(written, dtype, _BOUNDS[dtype] * max(1.0, _SMALL / (written.update or math.inf)))
+        if len(options.adapters) == 1 and options.measure != "none":
+            _measure(result, options, origin, directory, tokenizer)
+        if not result.is_sound and not options.force:
+            raise Halted("\n".join([_unsound(result), *result.lines()]))
+        _record(result, options, origin, directory)
+    return result
+
+
+def _common_origin(options: Options) -> Origin:
+    """The one base of all adapters. Raises :class:`UserError` for several, and for an adapter on its own ancestor."""
+    origins = [origin_of(path, model=options.model) for path in options.adapters]
+    first = origins[0]
+    for path, other in zip(options.adapters[1:], origins[1:], strict=True):
+        one, two = (
+            (each.directory.resolve(), each.task, each.quantization is None) for each in (first, other)
+        )
+        if one != two:
+            raise UserError(
+                f"{path} was trained on {other.name}, and {options.adapters[0]} on {first.name}; adapters of one base "
+                "are merged"
+            )
+    if options.weights is not None and len(options.weights) != len(options.adapters):
+        raise UserError(
+            f"{len(options.weights)} weights for {len(options.adapters)} adapters; write one for each",
+            option="--weights",
+        )
+    chains = [adapters.chain(str(path), str(path)) for path in options.adapters]
+    for path, chain in zip(options.adapters, chains, strict=True):
+        before = {entry["adapter_sha256"] for entry in chain[:-1]}
+        for ancestor, its in zip(options.adapters, chains, strict=True):
+            if its and its[-1]["adapter_sha256"] in before - {None}:
+                raise UserError(f"{path} was trained from {ancestor} and contains it; merge {path} alone")
+    if options.into == "original" and own_quantization(first.directory) is not None:
+        raise UserError(f"{first.name} is quantized, and not the original of 16 bits", option="--into")
+    return first
+
+
+def _tokenizer(adapter: Path, origin: Origin) -> Any:
+    own = (adapter / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(adapter if own else origin.directory)
+
+
+def _measure(result: Result, options: Options, origin: Origin, directory: Path, tokenizer: Any) -> None:
+    """Score the model as trained, the merge, and what else could be made of the adapter, one after the other."""
+    adapter = options.adapters[0]
+    scorer = origin.task == SEQUENCE_CLASSIFICATION
+    with tempfile.TemporaryDirectory(prefix="halfbyte-merge-") as scratch:
+        plugin, trained = _load_as_trained(origin, adapter, tokenizer)
+        rows = _rows(options, origin, adapter, plugin, trained, Path(scratch), tokenizer)
+        result.source = rows.source
+        reference, result.measured[TRAINED] = measure.as_trained(trained, rows, Path(scratch), scorer=scorer)
+        del trained
+        for name, load in _candidates(options, origin, adapter, directory).items():
+            result.measured[name] = measure.compare(load(), reference, name)
+
+
+def _load_as_trained(origin: Origin, adapter: Path, tokenizer: Any) -> tuple[QLoRAPlugin, PeftModel]:
+    """The weights of training in float32 arithmetic: what a merge is held against."""
+    quantization = origin.quantization
+    plugin = QLoRAPlugin(
+        model_name_or_path=str(origin.directory),
+        adapter_name_or_path=str(adapter),
+        dtype=_name(origin.dtype),
+        fast="none",
+        load_in_4bit=quantization is not None,
+        lora_task_type=origin.task.peft_type,
+        **(
+            {}
+            if quantization is None
+            else {
+                "bnb_4bit_quant_type": quantization.bnb_4bit_quant_type,
+                "use_bnb_nested_quant": quantization.bnb_4bit_use_double_quant,
+            }
+        ),
+    )
+    model = plugin.load(tokenizer=tokenizer, gradient_checkpointing=False)
+    assert isinstance(model, PeftModel)
+    compute_in_float32(model)
+    return plugin, model
+
+
+def _rows(
+    options: Options,
+    origin: Origin,
+    adapter: Path,
+    plugin: QLoRAPlugin,
+    model: PeftModel,
+    scratch: Path,
+    tokenizer: Any,
+) -> HeldOut:
+    try:
+        found = held_out.rows_of(
+            origin, adapter, plugin, model, scratch, given=options.data, name=options.recipe
+        )
+    except UserError as error:
+        if options.data is not None:
+            raise
+        say(f"the rows that the run evaluated on cannot be read: {error.what}", error=True)
+        found = None
+    if found is None or not found.sequences:
+        say(
+            "no held-out rows: a fixed text shows errors of the weights only; `--data ROWS` measures more",
+            error=True,
+        )
+        found = held_out.fixed_text(tokenizer)
+    return found
+
+
+def _candidates(
+    options: Options, origin: Origin, adapter: Path, directory: Path
+) -> dict[str, Callable[[], Any]]:
+    """What is compared with the model as trained, each loaded when it is its turn."""
+    auto: Any = getattr(transformers, origin.task.auto_class)
+
+    def load(path: Path, **more: Any) -> PreTrainedModel:
+        model: PreTrainedModel = auto.from_pretrained(path, dtype=torch.float32, **more)
+        return model
+
+    found: dict[str, Callable[[], Any]] = {MERGED: lambda: load(directory)}
+    if options.measure == "all" and origin.quantization is not None:
+        settings = {**origin.quantization.to_dict(), "bnb_4bit_compute_dtype": torch.float32}
+        found[REQUANTIZED] = lambda: load(
+            directory, quantization_config=BitsAndBytesConfig(**settings), device_map={"": "cpu"}
+        )
+        if own_quantization(origin.directory) is None and origin.task != SEQUENCE_CLASSIFICATION:
+            found[ORIGINAL] = lambda: PeftModel.from_pretrained(load(origin.directory), adapter)
+    return found
+
+
+def _unsound(result: Result) -> str:
+    error = result.measured[MERGED].error or math.nan
+    return (
+        f"the merge differs from the model as trained by {error:.2%} of the adapter's effect, more than "
+        f"{result.bound:.2%}; nothing is kept (`--dtype float32` is exact, `--force` keeps it)"
+    )
+
+
+def _record(result: Result, options: Options, origin: Origin, directory: Path) -> None:
+    """Write merge.json and the model card."""
+    weights = options.weights or [1.0] * len(options.adapters)
+    chain = [adapters.chain(str(path), path.name) for path in options.adapters]
+    content = {
+        "format": 1,
+        "adapters": [
+            {"name": path.name, "weight": weight, "lineage": runs}
+            for path, weight, runs in zip(options.adapters, weights, chain, strict=True)
+        ],
+        "combination_type": options.combination_type if len(options.adapters) > 1 else None,
+        "base": {"name": origin.name, "revision": origin.revision},
+        "into": options.into,
+        "dtype": _name(result.dtype),
+        "update": result.written.update,
+        "rounding": result.written.rounding,
+        "untied": result.written.untied,
+        "bound": result.bound,
+        "measured_on": result.source or None,
+        "measured": {name: each.as_dict() for name, each in result.measured.items()},
+        "versions": {
+            name: version(name) for name in ("halfbyte", "torch", "transformers", "peft", "bitsandbytes")
+        },
+    }
+    (directory / "README.md").write_text(_card(result, options, origin), encoding="utf-8")
+    listing = {path.name: files.entry(path, durable=True) for path in sorted(directory.iterdir())}
+    text = json.dumps({**content, "files": listing}, indent=2)
+    files.write_file(directory / NAME, f"{text}\n".encode())
+
+
+def _card(result: Result, options: Options, origin: Origin) -> str:
+    base = None if Path(origin.name).is_absolute() or Path(origin.name).exists() else origin.name
+    data = ModelCardData(base_model=base, library_name="transformers", tags=["halfbyte", "merged"])
+    shown = base or Path(origin.name).name
+    how = "the 16-bit base" if options.into == "original" else "the base as it was trained on, dequantized"
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {options.output_dir.name}",
+        f"`{shown}` with {', '.join(f'`{path.name}`' for path in options.adapters)} merged into {how}, in "
+        f"{_name(result.dtype)}, by halfbyte. `{NAME}` has the details.",
+        "```\n" + "\n".join(result.lines()) + "\n```",
+        f"```python\nfrom transformers import AutoTokenizer, {origin.task.auto_class}\n\n"
+        f'model = {origin.task.auto_class}.from_pretrained(".", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

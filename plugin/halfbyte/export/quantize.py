@@ -1,0 +1,96 @@
+"""A checkpoint in four bits, written parameter by parameter: the bytes that training would load."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+from halfbyte import quantization
+from halfbyte.errors import UserError
+from halfbyte.export.merging import write_configuration
+from halfbyte.export.published import published
+from halfbyte.export.shards import Shards
+from halfbyte.quantization import load_base, packed, streamed
+from halfbyte.quantization.checkpoint import directory_of
+from halfbyte.quantization.stored import download
+from halfbyte.task import CAUSAL_LM
+from halfbyte.terminal.passes import Pass
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was written: its bytes and parameters, and those of the layers in four bits alone."""
+
+    total: int
+    parameters: int
+    packed_bytes: int
+    packed_parameters: int
+
+    def line(self) -> str:
+        """What was written, in one line."""
+        bits = 8 * self.packed_bytes / max(self.packed_parameters, 1)
+        return (
+            f"{self.total / 1e6:,.1f} MB, {8 * self.total / self.parameters:.2f} bits a parameter; "
+            f"{self.packed_parameters / self.parameters:.1%} of them in {bits:.3f} bits"
+        )
+
+
+def quantize(
+    name: str,
+    output: Path,
+    *,
+    revision: str = "main",
+    dtype: torch.dtype = torch.bfloat16,
+    quant_type: str = "nf4",
+    double: bool = True,
+    most: int = 5 * 10**9,
+) -> Quantized:
+    """Write the base ``name`` in four bits to the new directory ``output``, the rest of it in ``dtype``.
+
+    It trains here and in plain TRL as the 16-bit checkpoint does with the same options. Raises :class:`UserError` for
+    a checkpoint that is not there, or is quantized already.
+    """
+    quantization.require(name, revision)
+    download(name, revision)
+    directory = directory_of(name, revision)
+    if directory is None:
+        raise UserError(f"{name!r} ({revision}) is not on this machine, and cannot be downloaded")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    plain = streamed.skeleton(directory, quantization=None, dtype=dtype, task=CAUSAL_LM)
+    if streamed.own_quantization(directory) is not None:
+        raise UserError(f"{name!r} is quantized already; name its 16-bit checkpoint")
+    expected = sum(weight.numel() * weight.element_size() for weight in plain.parameters())
+    with published(output, expected // 2) as aside:
+        source, model = _source(directory, settings, dtype)
+        shards, counted = Shards(aside, most), [0, 0]
+        known = {key: weight.numel() for key, weight in plain.state_dict().items()}
+        with Pass("quantizing", len(known), unit="tensors", summed_up=False) as progress:
+            for key, parts in source.parameters():
+                if key in plain.all_tied_weights_keys:
+                    continue
+                shards.add({f"{key}{suffix}": tensor for suffix, tensor in parts.items()})
+                if packed.is_packed(parts):
+                    counted[0] += sum(part.numel() * part.element_size() for part in parts.values())
+                    counted[1] += known[key]
+                progress.advance(1)
+        shards.finish()
+        write_configuration(model, directory, aside)
+        AutoTokenizer.from_pretrained(directory).save_pretrained(aside)
+    tied = sum(known[key] for key in plain.all_tied_weights_keys)
+    return Quantized(shards.total, sum(known.values()) - tied, *counted)
+
+
+def _source(directory: Path, settings: BitsAndBytesConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The parameters of the base, and the model whose configuration they have."""
+    found = streamed.stream(directory, quantization=settings, dtype=dtype, task=CAUSAL_LM)
+    if found is not None:
+        return found, found.skeleton
+    model = load_base(str(directory), quantization=settings, dtype=dtype, device=torch.device("cpu"))
+    return streamed.Whole(model), model

@@ -1,0 +1,141 @@
+"""A base one parameter at a time, as loading it would make it: the model itself is never in memory."""
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
+
+from halfbyte.quantization import packed
+from halfbyte.quantization.checkpoint import weight_files
+from halfbyte.task import Task
+
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The parameters of the checkpoint in ``directory`` under the names that ``skeleton``, a model on meta, has.
+
+    Linear layers that ``skeleton`` has in four bits are quantized as they are read, unless the files hold them packed.
+    """
+
+    directory: Path
+    skeleton: PreTrainedModel
+
+    def parameters(self) -> Iterator[tuple[str, Parts]]:
+        """Each parameter with its tensors: "" alone, or what :func:`halfbyte.quantization.packed.pack` returns."""
+        known = self.skeleton.state_dict()
+        for path in weight_files(self.directory):
+            with safe_open(path, framework="pt") as file:
+                names = sorted(file.keys())
+                grouped: dict[str, list[str]] = {}
+                for name in names:
+                    grouped.setdefault(packed.parameter_of(name), []).append(name)
+                for parameter, held in grouped.items():
+                    if parameter in known:
+                        parts = {name.removeprefix(parameter): file.get_tensor(name) for name in held}
+                        yield parameter, self._as_loaded(parameter, parts, known[parameter])
+
+    def _as_loaded(self, name: str, parts: Parts, like: Tensor) -> Parts:
+        if packed.is_packed(parts):
+            return parts
+        value = parts[""]
+        module = self.skeleton.get_submodule(name.rpartition(".")[0])
+        template = getattr(module, "weight", None)
+        if name.endswith(".weight") and hasattr(template, "quant_type"):
+            value = value.to(self.skeleton.dtype)
+            return packed.pack(value.T if issubclass(module.source_cls, Conv1D) else value, template)
+        return {"": value.to(like.dtype) if value.is_floating_point() else value}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The parameters of a loaded model, as :class:`Streamed` gives them: for files that hold them otherwise."""
+
+    model: PreTrainedModel
+
+    def parameters(self) -> Iterator[tuple[str, Parts]]:
+        """Each parameter with its tensors, and each buffer that is saved."""
+        state = self.model.state_dict()
+        grouped: dict[str, Parts] = {}
+        for name, tensor in state.items():
+            parameter = packed.parameter_of(name)
+            grouped.setdefault(parameter, {})[name.removeprefix(parameter)] = tensor
+        yield from grouped.items()
+
+
+def stream(
+    directory: Path,
+    *,
+    quantization: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    task: Task,
+    new: Collection[str] = (),
+    **origin: Any,
+) -> Streamed | None:
+    """Return the parameters of the checkpoint in ``directory`` as they are loaded in ``dtype``, quantized so.
+
+    Parameters that are ``new`` are in none of the files, and left out. None where the files do not hold the model's
+    parameters as they are: under other names, merged or split, in other formats than safetensors, or kept in float32
+    by the architecture.
+    """
+    model = skeleton(directory, quantization=quantization, dtype=dtype, task=task, **origin)
+    files = weight_files(directory)
+    if not files or any(path.suffix != ".safetensors" for path in files):
+        return None
+    if get_model_conversion_mapping(model, add_legacy=False) or _kept_in_float32(model):
+        return None
+    held: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            held |= {packed.parameter_of(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    tied = set(model.all_tied_weights_keys)
+    if set(model.state_dict()) - held - tied - set(new):
+        return None
+    return Streamed(directory, model)
+
+
+def skeleton(
+    directory: Path,
+    *,
+    quantization: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    task: Task,
+    **origin: Any,
+) -> PreTrainedModel:
+    """Return the model of ``directory`` without weights, on meta, its linear layers as ``quantization`` makes them."""
+    config = transformers.AutoConfig.from_pretrained(directory, **origin)
+    if (own := own_quantization(directory)) is not None:
+        quantization = BitsAndBytesConfig.from_dict(own)
+        del config.quantization_config
+    for name, value in task.model_kwargs.items():
+        setattr(config, name, value)
+    auto = getattr(transformers, task.auto_class)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, **origin)
+    if quantization is not None and quantization.load_in_4bit:
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+        config.quantization_config = quantizer.quantization_config
+    return model
+
+
+def own_quantization(directory: Path) -> dict[str, Any] | None:
+    """How the checkpoint in ``directory`` is quantized already, as its config.json says; None for one that is not."""
+    found = json.loads((directory / "config.json").read_bytes()).get("quantization_config")
+    return found if isinstance(found, dict) else None
+
+
+def _kept_in_float32(model: nn.Module) -> bool:
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return any(getattr(module, name, None) for module in model.modules() for name in names)

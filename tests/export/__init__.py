@@ -1,0 +1,1 @@
+"""What is made of runs: merged models, and checkpoints in four bits."""
