@@ -1,6 +1,6 @@
 """Which parts of the fast step a trainer may use: decided once, from its class."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from transformers import Trainer
@@ -38,8 +38,11 @@ def scope(trainer_cls: type[Trainer]) -> Scope:
     """
     if issubclass(trainer_cls, SFTTrainer):
         return Scope(PARTS)
-    if issubclass(trainer_cls, DPOTrainer) and all(
-        getattr(trainer_cls, name) is getattr(DPOTrainer, name) for name in _DPO_STEP
-    ):
+    if keeps(trainer_cls, DPOTrainer, _DPO_STEP):
         return Scope(PARTS, sides=2)
     return Scope(sides=2)
+
+
+def keeps(cls: type, base: type, methods: Iterable[str]) -> bool:
+    """Whether ``cls`` is a ``base`` that has replaced none of these ``methods``."""
+    return issubclass(cls, base) and all(getattr(cls, name) is getattr(base, name) for name in methods)

@@ -18,6 +18,7 @@ from transformers.trainer_utils import has_length
 from halfbyte import distributed
 from halfbyte.checkpoint.generators import generators, restore_generators
 from halfbyte.errors import Halted, UserError
+from halfbyte.fast.scope import keeps
 from halfbyte.resilience.memory import advice, ran_out
 from halfbyte.terminal.wording import first_line, say
 from halfbyte.trainer.base import Mixin
@@ -132,7 +133,7 @@ class AccumulateOnOutOfMemory(Mixin):
         args, reason = self.args, None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             reason = "ranks that gather a sharded base in the forward cannot leave it alone; launch with DDP"
-        elif any(getattr(self.recipe_class, name) is not getattr(Trainer, name) for name in _STOCK):
+        elif not keeps(self.recipe_class, Trainer, _STOCK):
             reason = f"{self.recipe_class.__name__} makes its batches itself, and they cannot be split"
         elif getattr(self, "calculate_KL", False):
             reason = "KTO estimates its KL term within a micro-batch, and smaller ones change the loss"

@@ -15,6 +15,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from halfbyte import distributed, parts, store
 from halfbyte.data.batching import Batching
 from halfbyte.errors import UserError
+from halfbyte.fast.scope import keeps
 from halfbyte.files import digest_of
 from halfbyte.resilience.memory import advised, reference_advice
 from halfbyte.terminal.wording import plural, say
@@ -188,10 +189,7 @@ class PrecomputedReferences(Mixin):
 
 def _is_dpo(trainer_cls: type) -> bool:
     """Whether ``trainer_cls`` computes its references as TRL's DPO trainer does."""
-    names = ("_precompute_ref_logps", "compute_ref_log_probs")
-    return issubclass(trainer_cls, DPOTrainer) and all(
-        getattr(trainer_cls, name) is getattr(DPOTrainer, name) for name in names
-    )
+    return keeps(trainer_cls, DPOTrainer, ("_precompute_ref_logps", "compute_ref_log_probs"))
 
 
 def _require_rows(sets: Mapping[str, Any]) -> None:
