@@ -16,10 +16,10 @@ from accelerate import PartialState
 from torch import nn
 
 from halfbyte import distributed
+from halfbyte.data.preparation.counting import PAIRS, list_batches, list_lengths, list_values
 from halfbyte.files import digest_of
 
 FORMAT = 1
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE = "ref"  # TRL's name of the adapter that is the reference
 BASE = "base"  # the reference is the base with its adapter off
 _VERSIONS = ("halfbyte", "torch", "transformers", "bitsandbytes")
@@ -36,15 +36,12 @@ def pairs(dataset: Any, args: Any) -> tuple[str, np.ndarray]:
     """Return a sha256 of tokenized pairs as ``args`` truncate them, and the tokens of each, int64 ``[n]``."""
     sha = hashlib.sha256(f"{args.max_length} {args.truncation_mode}\n".encode())
     tokens = [np.empty(0, dtype=np.int64)]
-    for table in dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(batch_size=1000):
-        lengths = {}
-        for name in COLUMNS:
-            column = table[name].combine_chunks()
-            lengths[name] = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-            ids = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-            sha.update(lengths[name].tobytes())
-            sha.update(ids.tobytes())
-        sides = [lengths["prompt_ids"] + lengths[name] for name in COLUMNS[1:]]
+    for batch in list_batches(dataset, *PAIRS.columns):
+        prompt, *answers = (list_lengths(column).astype(np.int64) for column in batch.values())
+        for length, column in zip((prompt, *answers), batch.values(), strict=True):
+            sha.update(length.tobytes())
+            sha.update(list_values(column).astype(np.int64).tobytes())
+        sides = [prompt + answer for answer in answers]
         tokens.append(np.sum([np.minimum(side, args.max_length or side) for side in sides], axis=0))
     return sha.hexdigest(), np.concatenate(tokens)
 
