@@ -1,5 +1,7 @@
 """Padding-free training batches, made by TRL's own collator, and what the Trainer counts of pairs as trees."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -25,26 +27,26 @@ class PaddingFree(Mixin):
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Return the Trainer's own loader over padded batches: predictions are logits of whole sequences."""
-        kept = self.data_collator
-        if isinstance(kept, PairsAsTrees):
-            self.data_collator = kept.padded
-        try:
+        own = self.data_collator
+        with self._collating(own.padded if isinstance(own, PairsAsTrees) else own):
             return super().get_test_dataloader(test_dataset)
-        finally:
-            self.data_collator = kept
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the Trainer's own loader, over a collator that packs the rows of a batch into one without padding."""
         padded = self.data_collator
         if not self.unpads_batches or padded.padding_free:
             return super().get_train_dataloader()
-        self.data_collator = DataCollatorForLanguageModeling(
-            pad_token_id=padded.pad_token_id, padding_free=True
-        )
-        try:
+        packed = DataCollatorForLanguageModeling(pad_token_id=padded.pad_token_id, padding_free=True)
+        with self._collating(packed):
             return super().get_train_dataloader()
+
+    @contextmanager
+    def _collating(self, collator: Any) -> Iterator[None]:
+        kept, self.data_collator = self.data_collator, collator
+        try:
+            yield
         finally:
-            self.data_collator = padded
+            self.data_collator = kept
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return the Trainer's own estimate, of the tokens that the forward computes."""
