@@ -167,7 +167,7 @@ class CpuAttention:
     def _span_mask(self, q: Tensor, k: Tensor) -> Tensor | None:
         if self.mask is not None:
             return self.mask
-        return path_mask(q.shape[1], ((0, k.shape[1]),), self.window, q.dtype)
+        return path_mask(q.shape[1], k.shape[1], self.window, q.dtype)
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,9 @@ class GraphAttention:
         parts = []
         for segment in self.forest.segments:
             start, end = self.forest.spans[segment]
-            keys = self.forest.keys(segment)
-            mask = path_mask(end - start, keys, self.window, q.dtype, q.device)
-            parts.append(self._attend_rows(q[:, start:end], gather(k, keys), gather(v, keys), mask))
+            key, value = (gather(x, self.forest.keys(segment)) for x in (k, v))
+            mask = path_mask(end - start, key.shape[1], self.window, q.dtype, q.device)
+            parts.append(self._attend_rows(q[:, start:end], key, value, mask))
         return torch.cat(parts, dim=1)
 
     def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:

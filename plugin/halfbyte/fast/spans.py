@@ -25,15 +25,14 @@ def scatter_add(total: Tensor, part: Tensor, spans: Spans) -> None:
 
 
 def path_mask(
-    queries: int, keys: Spans, window: int | None, dtype: torch.dtype, device: Any = None
+    queries: int, keys: int, window: int | None, dtype: torch.dtype, device: Any = None
 ) -> Tensor | None:
     """Return the mask ``[1, 1, queries, keys]`` of the last tokens of a path; None where causality suffices."""
-    count = sum(end - start for start, end in keys)
-    if count == queries and (window is None or window >= count):
+    if keys == queries and (window is None or window >= keys):
         return None
-    query = torch.arange(count - queries, count, device=device).unsqueeze(1)
-    key = torch.arange(count, device=device)
+    query = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
+    key = torch.arange(keys, device=device)
     hidden = key > query
     if window is not None:
         hidden |= key <= query - window
-    return torch.zeros(1, 1, queries, count, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(1, 1, queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
