@@ -17,6 +17,7 @@ from halfbyte.data.lengths import Lengths, most_tokens
 from halfbyte.fast import autocast, batches, budget, head, layer, linear
 from halfbyte.fast.report import ON, FusionReport
 from halfbyte.fast.scope import Scope
+from halfbyte.fast.scores import USUAL
 
 
 def refusal(args: TrainingArguments) -> str | None:
@@ -117,8 +118,8 @@ def _agreed(state: str | None) -> str | None:
 def _told(args: Any) -> tuple[str, ...]:
     """What TRL's loss reads of the head beside log-probabilities, for its figures and weights."""
     if not isinstance(args, DPOConfig):
-        return ("entropy", "is_top1")
-    return ("entropy", "is_top1", "mean_logits", *(("log_sum_sq_probs",) if args.use_weighting else ()))
+        return USUAL
+    return (*USUAL, "mean_logits", *(("log_sum_sq_probs",) if args.use_weighting else ()))
 
 
 def _tokens(args: Any, base: PreTrainedModel, sides: int) -> int:

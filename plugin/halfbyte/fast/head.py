@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-from halfbyte.fast.scores import OUTPUTS, Scores, scores
+from halfbyte.fast.scores import OUTPUTS, USUAL, Scores, scores
 
 # Configuration fields by which some architectures scale their logits; TRL's head supports them all.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
-def install(model: PreTrainedModel, outputs: tuple[str, ...] = ("entropy", "is_top1")) -> str | None:
+def install(model: PreTrainedModel, outputs: tuple[str, ...] = USUAL) -> str | None:
     """Replace the fused head that TRL installed on ``model``; return why not, if it is not covered.
 
     ``model(..., labels=labels, fused_lm_head=True)``, with ``labels`` int64 ``[B, T]``, then returns ``log_probs`` and

@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from halfbyte.fast.device import kernels
 
-# What can be told of a scored token beside its log-probability, under TRL's names.
-OUTPUTS = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
+# What can be told of a scored token beside its log-probability, under TRL's names; every loss reads the first two.
+USUAL = ("entropy", "is_top1")
+OUTPUTS = (*USUAL, "mean_logits", "log_sum_sq_probs")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def scores(
     targets: Tensor,
     index: Tensor | None,
     *,
-    outputs: tuple[str, ...] = ("entropy", "is_top1"),
+    outputs: tuple[str, ...] = USUAL,
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> Scores:
@@ -134,7 +135,7 @@ def _score(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Score a chunk by a kernel, where there is one that tells all ``outputs``, or by torch operations."""
     fused = kernels(logits)
-    if fused is None or not set(outputs) <= {"entropy", "is_top1"}:
+    if fused is None or not set(outputs) <= set(USUAL):
         return score(logits.float(), targets, softcap, needs_gradient, outputs)
     log_probs, entropy, top1, dlogits = fused.score(logits, targets, softcap, needs_gradient)
     told = {"entropy": entropy, "is_top1": top1}
@@ -146,7 +147,7 @@ def score(
     targets: Tensor,
     softcap: float | None,
     needs_gradient: bool,
-    outputs: tuple[str, ...] = ("entropy", "is_top1"),
+    outputs: tuple[str, ...] = USUAL,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return log-probabilities and ``outputs`` of a chunk, and d(-log-probability)/d(logits); overwrites ``logits``.
 
