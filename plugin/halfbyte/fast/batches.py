@@ -134,7 +134,10 @@ def _arrives(model: PreTrainedModel, forest: Forest) -> bool:
 
 
 def _computes_pairs(model: PreTrainedModel) -> bool:
-    """Whether the sides of a pair are computed on a tree as they are alone: positions and windows arrive as well."""
+    """Whether the sides of a pair are computed on a tree as they are alone: positions arrive as well.
+
+    So does a window, where it is shorter than the pair's sides; a longer one changes nothing here.
+    """
     embedding = model.get_input_embeddings().weight
     device, within = embedding.device, 1e-3 if embedding.dtype == torch.float32 else 0.1
     pair = Forest.of_lengths([3, 24, 5], PAIR.parents)  # far enough apart for a position of its own to show

@@ -20,7 +20,7 @@ OUTPUTS = (*USUAL, "mean_logits", "log_sum_sq_probs")
 
 @dataclass(frozen=True)
 class Scores:
-    """What is told of scored tokens, float32 ``[tokens]`` each (``is_top1`` bool); None was not asked for.
+    """What is told of scored tokens, float32 ``[tokens]`` each (``is_top1`` bool); None was not requested.
 
     ``entropy`` (nats) is that of the token's distribution, ``is_top1`` says whether the token is its likeliest one,
     ``mean_logits`` is the mean over the vocabulary, ``log_sum_sq_probs`` the logarithm of the sum of squared

@@ -98,9 +98,7 @@ def _load(
     auto = getattr(transformers, task.auto_class)
 
     def load(source: str | Path, *, to: torch.device = device, **more: Any) -> PreTrainedModel:
-        with (
-            suppress_seqcls_warning()
-        ):  # a new head in the place of the language model's is what was asked for
+        with suppress_seqcls_warning():  # a new head in the place of the language model's was requested
             return auto.from_pretrained(
                 source,
                 dtype=dtype,

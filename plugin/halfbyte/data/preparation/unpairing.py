@@ -30,16 +30,14 @@ from halfbyte.data.preparation.tables import (
 
 KL = "KL_completion_ids"
 _OF_THE_PAIR = {
-    *(
-        "prompt",
-        "chosen",
-        "rejected",
-        "label",
-        "prompt_ids",
-        "chosen_ids",
-        "rejected_prompt_ids",
-        "rejected_ids",
-    ),
+    "prompt",
+    "chosen",
+    "rejected",
+    "label",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_prompt_ids",
+    "rejected_ids",
 }
 # A sorted file changes its label this much less often than a shuffled one would, where it is noticed.
 _SORTED = 0.1
