@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,26 @@ from halfbyte.demo.tokenizer import train_tokenizer
 
 STEPS = 200  # of the base
 Pairs = list[corpus.Pair]
+
+
+def arguments(config: type, output: Path, **given: Any) -> Any:
+    """Training arguments of class ``config`` for a base this small."""
+    return config(
+        output_dir=str(output),
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=32,
+        max_length=128,
+        gradient_checkpointing=False,
+        optim="adamw_torch",
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        seed=0,
+        **given,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from trl import DPOConfig, DPOTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.demo import corpus
+from tests.demo.conftest import arguments
 
 ROWS, HELD_OUT = 384, 128
 
@@ -17,27 +18,10 @@ def held_out_accuracy(
     base: Path, rows: Callable[..., list[dict[str, Any]]], sides: Any, output: Path
 ) -> float:
     train, test = sides
-    arguments = DPOConfig(
-        output_dir=str(output),
-        max_steps=24,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=32,
-        learning_rate=2e-3,
-        max_length=128,
-        gradient_checkpointing=False,
-        optim="adamw_torch",
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        seed=0,
-    )
     trainer = QLoRAPlugin(dtype="float32").trainer(
         DPOTrainer,
         model=str(base),
-        args=arguments,
+        args=arguments(DPOConfig, output, max_steps=24, learning_rate=2e-3),
         train_dataset=Dataset.from_list(rows(train[:ROWS])),
         eval_dataset=Dataset.from_list(rows(test[:HELD_OUT])),
     )

@@ -11,6 +11,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.demo import corpus
+from tests.demo.conftest import arguments
 from tests.demo.test_control import HELD_OUT, ROWS
 
 pytestmark = pytest.mark.faults
@@ -33,15 +34,10 @@ def evaluations(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Of held-out pairs, before and after training."""
     (trained, held_out), (trainer_cls, config, given) = sides, CLASSES[recipe]
-    args = config(
-        str(output), max_steps=STEPS, per_device_train_batch_size=16, per_device_eval_batch_size=32,
-        learning_rate=2e-3, max_length=128, gradient_checkpointing=False, optim="adamw_torch", logging_steps=20,
-        save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, seed=0, **given,
-    )  # fmt: skip
     trainer = QLoRAPlugin(dtype="float32").trainer(
         trainer_cls,
         model=str(base),
-        args=args,
+        args=arguments(config, output, max_steps=STEPS, learning_rate=2e-3, **given),
         train_dataset=Dataset.from_list(rows(trained[:ROWS])),
         eval_dataset=Dataset.from_list(rows(held_out[:HELD_OUT])),
     )

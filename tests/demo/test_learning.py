@@ -13,30 +13,11 @@ from trl import KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.demo import corpus
-from tests.demo.conftest import Pairs
+from tests.demo.conftest import Pairs, arguments
 
 ROWS, HELD_OUT = 768, 128
 Sides = tuple[Pairs, Pairs]
 pytestmark = pytest.mark.faults
-
-
-def arguments(config: type, output: Path, **given: Any) -> Any:
-    return config(
-        output_dir=str(output),
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=32,
-        max_length=128,
-        gradient_checkpointing=False,
-        optim="adamw_torch",
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        seed=0,
-        **given,
-    )
 
 
 def kto(base: Path, preferences: Callable[..., list[dict[str, Any]]], sides: Sides, output: Path) -> Trainer:
