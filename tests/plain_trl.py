@@ -1,9 +1,12 @@
 """Plain TRL, PEFT and bitsandbytes: what halfbyte is held against, and what of its steps is compared."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -12,6 +15,8 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+
+from halfbyte import QLoRAPlugin
 
 
 def base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -58,6 +63,24 @@ def arguments(cls: type, output: Path, **options: Any) -> Any:
             **options,
         },
     )
+
+
+def save_start(model: PeftModel, output: Path) -> Path:
+    """Save ``model`` with an adapter that is not trivial, of values that bfloat16 holds: TRL rounds it to those."""
+    generator = torch.Generator().manual_seed(0)  # loading draws from the global one, more or less
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            value = torch.randn(parameter.shape, generator=generator)
+            parameter.data = value.mul_(0.02 if "lora_B" in name else 0.1).bfloat16().float()
+    model.save_pretrained(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def adapter(model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The start of both, and the reference of both."""
+    model = QLoRAPlugin(dtype="float32").load(str(model_dir("llama")))
+    return save_start(model, tmp_path_factory.mktemp("adapter"))
 
 
 def keep_adapter_in_float32(trainer: Trainer) -> None:

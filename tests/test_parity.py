@@ -21,7 +21,9 @@ from trl import (
 
 from halfbyte import QLoRAPlugin
 from tests import plain_trl, tiny
-from tests.plain_trl import Steps
+from tests.plain_trl import Steps, adapter
+
+__all__ = ["adapter"]
 
 STEPS = 10
 ROWS = {
@@ -32,24 +34,6 @@ ROWS = {
 }
 
 
-@pytest.fixture(scope="module")
-def adapter(model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that is not trivial, with values that bfloat16 holds exactly (TRL rounds it to bfloat16)."""
-    torch.manual_seed(0)
-    model = QLoRAPlugin(dtype="float32").load(str(model_dir("llama")))
-    return save_start(model, tmp_path_factory.mktemp("adapter"))
-
-
-def save_start(model: PeftModel, output: Path) -> Path:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-            parameter.data = parameter.data.bfloat16().float()
-    model.save_pretrained(output)
-    return output
-
-
 @pytest.mark.parametrize("options", [{}, {"center_rewards_coefficient": 0.01}], ids=["", "centered"])
 def test_ten_steps_of_a_reward_model_equal_plain_trl(
     model_dir: Callable[..., Path], tmp_path: Path, options: dict
@@ -58,8 +42,7 @@ def test_ten_steps_of_a_reward_model_equal_plain_trl(
     rows = [{**row, "margin": n % 3 / 2} for n, row in enumerate(tiny.preferences(48))]
     base, start = model_dir("llama"), tmp_path / "start"
     plugin = QLoRAPlugin(dtype="float32", lora_task_type="SEQ_CLS")
-    torch.manual_seed(0)
-    save_start(plugin.load(str(base)), start)
+    plain_trl.save_start(plugin.load(str(base)), start)
     model = PeftModel.from_pretrained(plain_trl.scoring_base(base), start, is_trainable=True)
 
     def args(name: str):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, TrainerCallback
@@ -15,7 +14,9 @@ from trl import DPOConfig, DPOTrainer
 from halfbyte import QLoRAPlugin
 from halfbyte.fast.pairs import PairsAsTrees
 from tests import plain_trl, tiny
-from tests.plain_trl import Steps
+from tests.plain_trl import Steps, adapter
+
+__all__ = ["adapter"]
 
 LOSSES: dict[str, dict[str, Any]] = {
     "sigmoid": {},
@@ -51,20 +52,6 @@ class Figures(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         self.rows.append({k: v for k, v in logs.items() if "/" in k or k in ("entropy", "num_tokens")})
-
-
-@pytest.fixture(scope="module")
-def adapter(model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that is not trivial, of values that bfloat16 holds exactly: start and reference."""
-    output = tmp_path_factory.mktemp("adapter")
-    model = QLoRAPlugin(dtype="float32").load(str(model_dir("llama")))
-    generator = torch.Generator().manual_seed(0)  # loading draws from the global one, more or less
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad:
-            value = torch.randn(parameter.shape, generator=generator)
-            parameter.data = value.mul_(0.02 if "lora_B" in name else 0.1).bfloat16().float()
-    model.save_pretrained(output)
-    return output
 
 
 def pairs() -> Dataset:
