@@ -9,16 +9,20 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from halfbyte import QLoRAPlugin
 from halfbyte.errors import UserError
+from halfbyte.fast import batches
+from halfbyte.fast.forest import Forest
 from tests import tiny
 
 _LARGEST = 20_000_000  # weights; a shape that stays larger is not walked
@@ -76,16 +80,40 @@ def config(name: str, **more: Any) -> PretrainedConfig:
     return _shrunk(CONFIG_MAPPING[name], **{**_MORE.get(name, {}), **more})
 
 
+def model(name: str, **more: Any) -> PreTrainedModel:
+    """A random model of the architecture ``name`` in float32, the same each time."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(name, **more), dtype=torch.float32)
+
+
+def prepare_pairs(model: PreTrainedModel) -> str | None:
+    """Why ``model`` keeps padded pairs under a trainer's defaults, or None."""
+    loading = SimpleNamespace(dispatch_batches=None, split_batches=False)
+    args: Any = SimpleNamespace(neftune_noise_alpha=None, accelerator_config=loading)
+    return batches.prepare_pairs(model, args, DataCollatorForPreference(pad_token_id=3))
+
+
+@torch.no_grad()
+def assert_computes_trees(model: PreTrainedModel, lengths: list[int], parents: list[int]) -> None:
+    """Each leaf of the forest has the logits on it that its path has alone."""
+    assert batches.use_forests(model, batches.PAIR) is None
+    forest = Forest.of_lengths(lengths, parents)
+    ids = torch.randint(4, tiny.VOCABULARY, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    given: Any = {"position_ids": forest.positions(), "attention_mask": forest.tensor(), "use_cache": False}
+    found = model.eval()(input_ids=ids, **given).logits[0]
+    for leaf in set(range(len(parents))) - set(parents):
+        at = torch.cat([torch.arange(*forest.spans[segment]) for segment in forest.path(leaf)])
+        alone = model(input_ids=ids[:, at], use_cache=False).logits[0]
+        assert (found[at] - alone).norm() <= 1e-5 * alone.norm()
+
+
 def save(directory: Path, name: str, **more: Any) -> str:
     """Write a random base of the architecture ``name`` with its tokenizer, and return the directory."""
-    found = config(name, **more)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(found, dtype=torch.float32)
+        empty = model(name, **more)
     if (weights := sum(parameter.numel() for parameter in empty.parameters())) > _LARGEST:
         raise ValueError(f"{weights:,} weights")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(found, dtype=torch.float32)
-    model.save_pretrained(directory)
+    model(name, **more).save_pretrained(directory)
     tiny.tokenizer().save_pretrained(directory)
     return str(directory)
 

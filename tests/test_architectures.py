@@ -1,19 +1,16 @@
 """Architectures beyond the Llama family: each trains what text reaches, or is refused in a sentence."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3Config, PretrainedConfig
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from transformers import Gemma3Config, PretrainedConfig
 
 from halfbyte import QLoRAPlugin
 from halfbyte.errors import UserError
-from halfbyte.fast import batches
-from halfbyte.fast.forest import ROOT, Forest
-from tests import architectures, tiny
+from halfbyte.fast.forest import ROOT
+from tests import architectures
 
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -178,44 +175,22 @@ def test_layers_that_peft_refuses_are_named(base) -> None:
 )
 def test_a_pair_on_a_tree_computes_what_its_sides_do(name: str) -> None:
     """Windows (64 tokens) are shorter than the second pair's sides."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(architectures.config(name), dtype=torch.float32).eval()
-    assert batches.use_forests(model, batches.PAIR) is None
-    forest = Forest.of_lengths([9, 4, 6, 70, 8, 5], [ROOT, 0, 0, ROOT, 3, 3])
-    ids = torch.randint(4, tiny.VOCABULARY, (1, forest.ends[-1]), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        found = model(
-            input_ids=ids, position_ids=forest.positions(), attention_mask=forest.tensor(), use_cache=False
-        ).logits[0]
-        for side in (1, 2, 4, 5):
-            at = torch.cat([torch.arange(*forest.spans[segment]) for segment in forest.path(side)])
-            alone = model(input_ids=ids[:, at], use_cache=False).logits[0]
-            assert (found[at] - alone).norm() <= 1e-5 * alone.norm()
+    model, lengths = architectures.model(name), [9, 4, 6, 70, 8, 5]
+    architectures.assert_computes_trees(model, lengths, [ROOT, 0, 0, ROOT, 3, 3])
 
 
 @pytest.mark.parametrize("name", ["bert", "mamba", "qwen3_next", "bloom"])
 def test_what_cannot_hold_a_tree_keeps_padded_pairs(name: str) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(architectures.config(name), dtype=torch.float32)
-    args = SimpleNamespace(
-        neftune_noise_alpha=None,
-        accelerator_config=SimpleNamespace(dispatch_batches=None, split_batches=False),
-    )
+    model = architectures.model(name)
     before = model.config._attn_implementation
-    assert batches.prepare_pairs(model, args, DataCollatorForPreference(pad_token_id=3)) is not None
+    assert architectures.prepare_pairs(model) is not None
     assert model.config._attn_implementation == before
 
 
 def test_a_model_that_numbers_tokens_itself_keeps_padded_pairs(monkeypatch) -> None:
     """Positions of its own would put a branch behind its sibling, and nothing would fail."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(architectures.config("llama"), dtype=torch.float32)
+    model = architectures.model("llama")
     inner = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda position_ids=None, **kwargs: inner(**kwargs))
-    args = SimpleNamespace(
-        neftune_noise_alpha=None,
-        accelerator_config=SimpleNamespace(dispatch_batches=None, split_batches=False),
-    )
-    reason = batches.prepare_pairs(model, args, DataCollatorForPreference(pad_token_id=3))
-    assert "computes other values" in (reason or "")
+    assert "computes other values" in (architectures.prepare_pairs(model) or "")
     assert model.config._attn_implementation == "sdpa"

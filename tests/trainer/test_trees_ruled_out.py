@@ -2,19 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from halfbyte import QLoRAPlugin
-from halfbyte.fast import batches
-from halfbyte.fast.forest import ROOT, Forest
+from halfbyte.fast.forest import ROOT
 from halfbyte.fast.pairs import PairsAsTrees
 from tests import architectures, plain_trl, tiny
 
@@ -74,20 +70,9 @@ def test_a_router_loss_is_left_to_trl(tmp_path: Path) -> None:
 
 def test_a_layer_without_a_window_among_such_with_one() -> None:
     """Qwen2-MoE names the kinds in its configuration alone."""
-    torch.manual_seed(0)
     kinds = ["sliding_attention", "full_attention"]
-    config = architectures.config("qwen2_moe", use_sliding_window=True, sliding_window=20, layer_types=kinds)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    assert batches.use_forests(model, batches.PAIR) is None
-    forest = Forest.of_lengths([50, 30, 9], [ROOT, 0, 0])
-    ids = torch.randint(4, tiny.VOCABULARY, (1, 89), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        given = {"position_ids": forest.positions(), "attention_mask": forest.tensor(), "use_cache": False}
-        found = model(input_ids=ids, **given).logits[0]
-        for side in (1, 2):
-            at = torch.cat([torch.arange(*forest.spans[segment]) for segment in forest.path(side)])
-            alone = model(input_ids=ids[:, at], use_cache=False).logits[0]
-            assert (found[at] - alone).norm() <= 1e-5 * alone.norm()
+    model = architectures.model("qwen2_moe", use_sliding_window=True, sliding_window=20, layer_types=kinds)
+    architectures.assert_computes_trees(model, [50, 30, 9], [ROOT, 0, 0])
 
 
 def test_an_unknown_truncation_is_an_error_as_in_trl() -> None:
@@ -100,9 +85,4 @@ def test_an_unknown_truncation_is_an_error_as_in_trl() -> None:
 
 
 def test_a_small_vocabulary_is_probed_with_its_own_tokens() -> None:
-    torch.manual_seed(0)
-    config = architectures.config("llama", vocab_size=20)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    loading = SimpleNamespace(dispatch_batches=None, split_batches=False)
-    args: Any = SimpleNamespace(neftune_noise_alpha=None, accelerator_config=loading)
-    assert batches.prepare_pairs(model, args, DataCollatorForPreference(pad_token_id=3)) is None
+    assert architectures.prepare_pairs(architectures.model("llama", vocab_size=20)) is None
