@@ -108,7 +108,7 @@ def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
         (["it's.yaml"], "the recipe comes first: halfbyte RECIPE --config 'it'\"'\"'s.yaml'"),
         (["sft", "run.yaml"], "'run.yaml': belongs to no option; write --config run.yaml"),
         (["sft", "--seed=3", "a run.yml"], "write --config 'a run.yml'"),
-        (["report", "x", "--json"], "`halfbyte report` is reserved for future releases"),
+        (["plan", "x", "--json"], "`halfbyte plan` is reserved for future releases"),
         (["--config", "x.yaml"], "the recipe comes first"),
         (["merge"], "halfbyte merge: the following arguments are required: ADAPTER, --output_dir"),
         (["cache", "clear"], "invalid choice: 'clear' (choose from 'ls', 'rm')"),

@@ -80,6 +80,7 @@ def _halfbyte(words: list[str]) -> None:
             "doctor": [["--launch", "launch/ddp.yaml"]],
             "merge": [["runs/my-dpo", "--output_dir", "models/my-chat"]],
             "quantize": [["models/my-base", "--output_dir", "models/my-base-nf4"]],
+            "report": [["models/my-base", "--data", "data/chat", "--recipe", "sft"]],
         }[name].count(options)
     elif options[0] == "--help":
         assert options[1:] in ([], ["all"])

@@ -114,7 +114,7 @@ def test_other_rows_and_an_adapter_without_a_run(runs: Path, tmp_path: Path, cap
     words[3] = str(tmp_path / "b")
     data = str(runs / "rows-sft")
     assert main([*words, "--data", data]) == 2
-    assert "--recipe: no run.json says which recipe reads these rows" in capsys.readouterr().err
+    assert "--recipe: nothing says which recipe reads these rows" in capsys.readouterr().err
     assert main([*words, "--data", data, "--recipe", "sft"]) == 0
     assert told(tmp_path / "b")["measured_on"] == f"{data}, split test"
 

@@ -74,28 +74,51 @@ def rows_of(
     wanted: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
     if given is None and wanted.get("eval_strategy", "no") == "no":
         return None
-    name = name or origin.run.get("recipe")
+    tokenizer = AutoTokenizer.from_pretrained(
+        adapter if (adapter / "tokenizer_config.json").is_file() else origin.directory
+    )
+    found, _ = _read(name or origin.run.get("recipe"), wanted, scratch, given, tokenizer, plugin, model)
+    return found
+
+
+def rows_at(given: str, name: str | None, directory: Path, scratch: Path) -> tuple[HeldOut, Any]:
+    """The rows at ``given``, as the recipe ``name`` reads them for the model in ``directory``, and that model.
+
+    The model is in float32, with all of its weights as they are. Raises :class:`UserError` as :func:`rows_of` does.
+    """
+    plugin = QLoRAPlugin(load_in_4bit=False, use_peft=False, fast="none")
+    return _read(name, {}, scratch, given, AutoTokenizer.from_pretrained(directory), plugin, str(directory))
+
+
+def _read(
+    name: str | None,
+    wanted: Mapping[str, Any],
+    scratch: Path,
+    given: str | None,
+    tokenizer: Any,
+    plugin: QLoRAPlugin,
+    model: Any,
+) -> tuple[HeldOut, Any]:
+    """The rows and the trainer's model; ``model`` may be a name."""
     if name is None:
-        raise UserError("no run.json says which recipe reads these rows; name it", option="--recipe")
+        raise UserError("nothing says which recipe reads these rows; name it", option="--recipe")
     found = recipe.load(str(name))
     if found.trainer is None:
         raise UserError(
             f"the recipe {name} builds its own trainer; its rows are not read here", option="--recipe"
         )
-    script, args, mixture = _options(name, found, wanted, scratch, given, model.device.type)
-    tokenizer = AutoTokenizer.from_pretrained(
-        adapter if (adapter / "tokenizer_config.json").is_file() else origin.directory
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    script, args, mixture = _options(str(name), found, wanted, scratch, given, device)
     script.dataset_train_split = script.dataset_test_split
     rows = data.load(script, mixture, args, found.data, tokenizer)
     trainer_cls = data.counted(found.trainer, rows.report)
-    trainer = plugin.trainer(
+    trainer: Any = plugin.trainer(
         trainer_cls, model=model, args=args, train_dataset=rows.train, processing_class=tokenizer
     )
     source = (
         f"{given or wanted.get('dataset_name') or 'its evaluation rows'}, split {script.dataset_test_split}"
     )
-    return HeldOut(source, list(_sequences(trainer)))
+    return HeldOut(source, list(_sequences(trainer))), trainer.model
 
 
 def _options(

@@ -79,7 +79,7 @@ def as_trained(model: Any, held_out: HeldOut, directory: Path, *, scorer: bool) 
             found.keep(number, logits)
             effect += (logits - without).square().sum().item()
     found.effect = math.sqrt(effect)
-    return found, _measured(scores, found)
+    return found, _measured(scores, held_out, found.base, scorer)
 
 
 @torch.no_grad()
@@ -100,30 +100,58 @@ def compare(model: Any, trained: AsTrained, what: str) -> Measured:
         same += int((logits.argmax(-1) == theirs.argmax(-1)).sum())
         tokens += len(logits)
     error = math.sqrt(squares) / trained.effect if trained.effect else None
-    if trained.scorer or not tokens:
-        return _measured(scores, trained, error=error)
-    return _measured(scores, trained, error=error, kl=divergence / tokens, top1=same / tokens)
+    found: dict[str, Any] = {"error": error}
+    if not trained.scorer and tokens:
+        found |= {"kl": divergence / tokens, "top1": same / tokens}
+    return _measured(scores, trained.held_out, trained.base, trained.scorer, **found)
 
 
-def _measured(scores: Sequence[Tensor], trained: AsTrained, **more: Any) -> Measured:
-    rejected = _rejected(trained.held_out.sequences)
+@torch.no_grad()
+def losses(model: Any, held_out: HeldOut, what: str) -> Tensor:
+    """Score ``model``, which is ``what``, by itself: nats and tokens of each sequence, float64 ``[sequences, 2]``.
+
+    Of pairs, the chosen sides.
+    """
+    rejected = _rejected(held_out.sequences)
+    found = []
+    for number, sequence in _shown(held_out, f"scoring {what}"):
+        if number not in rejected and sequence.scored.any():
+            score = _scores(_logits(model, sequence), sequence, False)
+            found.append([-score.sum().item(), len(score)])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def mean_and_error(sums: Tensor) -> tuple[float, float]:
+    """The mean a token of ``sums`` ``[sequences, 2]``, of a value and its tokens, and its standard error.
+
+    That of a ratio of sums over sequences, which are drawn independently (Cochran, Sampling Techniques, chapter 6).
+    """
+    tokens = sums[:, 1].sum().item()
+    mean = sums[:, 0].sum().item() / tokens
+    squares = (sums[:, 0] - mean * sums[:, 1]).square().sum().item()
+    return mean, math.sqrt(squares * len(sums) / max(len(sums) - 1, 1)) / tokens
+
+
+def _measured(
+    scores: Sequence[Tensor], held_out: HeldOut, base: Sequence[Tensor], scorer: bool, **more: Any
+) -> Measured:
+    """``base`` are the scores without an adapter, which those of pairs are held against."""
+    rejected = _rejected(held_out.sequences)
     gains = [
-        (score.sum() - (0.0 if trained.scorer else before.sum())).item()
-        for score, before in zip(scores, trained.base, strict=True)
+        (score.sum() - (0.0 if scorer else before.sum())).item()
+        for score, before in zip(scores, base, strict=True)
     ]
     margins = torch.tensor([gains[number - 1] - gains[number] for number in rejected], dtype=torch.float64)
     accuracy = (margins > 0).double().mean().item() if rejected else None
-    if trained.scorer:
-        losses = [-logsigmoid(margin)[None] for margin in margins]
+    if scorer:
+        told = [-logsigmoid(margin)[None] for margin in margins]
     else:  # of pairs, the chosen side
-        losses = [-score for number, score in enumerate(scores) if number not in rejected and len(score)]
-    if not losses:
+        told = [-score for number, score in enumerate(scores) if number not in rejected and len(score)]
+    if not told:
         return Measured(accuracy=accuracy, **more)
-    tokens = sum(map(len, losses))
-    mean = sum(loss.sum().item() for loss in losses) / tokens
-    # The standard error of a ratio of sums over sequences.
-    squares = sum((loss.sum().item() - mean * len(loss)) ** 2 for loss in losses)
-    spread = math.sqrt(squares * len(losses) / max(len(losses) - 1, 1)) / tokens
+    mean, spread = mean_and_error(
+        torch.tensor([[each.sum().item(), len(each)] for each in told], dtype=torch.float64)
+    )
     return Measured(mean, spread, accuracy=accuracy, **more)
 
 
