@@ -119,9 +119,9 @@ def _losses(
     directory: Path, data: str, recipe: str | None, every: Sequence[Scheme]
 ) -> tuple[str, dict[str, Tensor]]:
     """The loss on rows of the model with each scheme's weights in turn, everything else as it is."""
-    with tempfile.TemporaryDirectory(prefix="halfbyte-report-") as scratch:
-        with torch.enable_grad():  # the trainer compares a loss and its gradient
-            rows, model = held_out.rows_at(data, recipe, directory, Path(scratch))
+    # The trainer compares a loss and its gradient.
+    with tempfile.TemporaryDirectory(prefix="halfbyte-report-") as scratch, torch.enable_grad():
+        rows, model = held_out.rows_at(data, recipe, directory, Path(scratch))
     wanted = set(_packed_names(directory))
     weights = {name: weight for name, weight in model.named_parameters() if name in wanted}
     kept = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
