@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from halfbyte import demo
+from halfbyte.cli import main
 from halfbyte.commands import demo as command
 from halfbyte.demo import base, corpus, stages, summary
 from halfbyte.errors import UserError
+from halfbyte.export import merge
 
 SMALL = stages.Size(base_steps=12, sft_steps=6, dpo_steps=4, held_out_rows=32)
 
@@ -49,6 +51,19 @@ def test_small_demo_trains_three_times_on_two_processes(
         assert f"-m halfbyte {recipe} --config {directory / name}.yaml" in printed
     (entry,) = base.cache_directory().iterdir()
     assert base.restore(entry, tmp_path / "again")
+    for name in ("sft", "dpo"):
+        assert_merge_is_the_best(directory / name, tmp_path / f"merged-{name}")
+
+
+def assert_merge_is_the_best(run: Path, output: Path) -> None:
+    """Merged, a run is no worse than any alternative on the rows that it evaluated on, but for a standard error."""
+    assert main(["merge", str(run), "--output_dir", str(output)]) == 0
+    measured = json.loads((output / merge.NAME).read_text())["measured"]
+    merged, others = measured[merge.MERGED], (measured[merge.REQUANTIZED], measured[merge.ORIGINAL])
+    assert merged["nll"] <= min(other["nll"] for other in others) + merged["nll_error"]
+    assert merged["error"] < min(other["error"] for other in others)
+    assert merged["kl"] < min(other["kl"] for other in others)
+    assert merged["top1"] >= max(other["top1"] for other in others)
 
 
 @pytest.fixture

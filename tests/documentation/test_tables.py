@@ -96,7 +96,19 @@ def test_every_option_in_code_marks_exists() -> None:
     launcher = {action.dest for action in launch_command_parser()._actions}
     assert len(named & known) > 10
     # `--key=value` is any option, and these are not options of a configuration.
-    others = {"all", "config", "data", "debug", "env", "help", "key", "launch", "json", "output_dir", "recipe"}
+    others = {
+        "all",
+        "config",
+        "data",
+        "debug",
+        "env",
+        "help",
+        "key",
+        "launch",
+        "json",
+        "output_dir",
+        "recipe",
+    }
     assert named - known - launcher <= others
 
 
