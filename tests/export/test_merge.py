@@ -96,6 +96,7 @@ def test_a_reward_model_keeps_its_head(runs: Path, tmp_path: Path) -> None:
         output, dtype=torch.float32, output_loading_info=True
     )
     assert not any(info.values()), info
+    assert merged.config.pad_token_id == AutoTokenizer.from_pretrained(output).pad_token_id
     head = load_file(runs / "reward" / "adapter_model.safetensors")["base_model.model.score.weight"]
     assert torch.equal(merged.score.weight, head)
     found = told(output)["measured"]

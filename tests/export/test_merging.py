@@ -73,7 +73,7 @@ def write(
     adapters: list[Path], output: Path, *, weights: list[float] | None = None, **given: Any
 ) -> merging.Merged:
     output.mkdir()
-    options = {"dtype": torch.float32, "most": 10**5, **given}
+    options = {"dtype": torch.float32, "most": 10**5, "tokenizer": tiny.tokenizer(), **given}
     return merging.write(origin_of(adapters[0]), Deltas(adapters, weights), output, **options)
 
 
@@ -94,7 +94,7 @@ def reloaded(directory: Path) -> Any:
 def test_the_merge_computes_what_was_trained(model_dir: ModelDir, tmp_path: Path, cell: str) -> None:
     arch, options = CELLS[cell]
     model, tokenizer = trained(model_dir(arch), tmp_path / "adapter", options)
-    written = write([tmp_path / "adapter"], tmp_path / "merged", vocabulary=len(tokenizer))
+    written = write([tmp_path / "adapter"], tmp_path / "merged", tokenizer=tokenizer)
     merged = reloaded(tmp_path / "merged")
     ids = torch.cat([IDS, torch.arange(len(tokenizer) - 4, len(tokenizer))[None]], dim=1)
     wanted = logits(model, ids)

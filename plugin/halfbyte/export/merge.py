@@ -104,8 +104,8 @@ def merge(options: Options) -> Result:
             directory,
             dtype=dtype,
             most=options.max_shard_size,
+            tokenizer=tokenizer,
             into_original=options.into == "original",
-            vocabulary=len(tokenizer),
         )
         tokenizer.save_pretrained(directory)
         result = Result(written, dtype, _BOUNDS[dtype] * max(1.0, _SMALL / (written.update or math.inf)))

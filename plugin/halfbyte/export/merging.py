@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from halfbyte.export.deltas import Deltas
 from halfbyte.export.origin import Origin
 from halfbyte.export.shards import Shards
 from halfbyte.quantization import load_base, packed, streamed
+from halfbyte.task import SEQUENCE_CLASSIFICATION
 from halfbyte.terminal.passes import Pass
 
 
@@ -60,26 +62,26 @@ def write(
     *,
     dtype: torch.dtype,
     most: int,
+    tokenizer: Any,
     into_original: bool = False,
-    vocabulary: int = 0,
 ) -> Merged:
     """Write the base of ``origin`` with ``deltas`` merged into ``directory`` in ``dtype``, in files of ``most`` bytes.
 
     The weights are those of training, dequantized from four bits to float32, or with ``into_original`` the
-    checkpoint's own. An embedding of fewer than ``vocabulary`` rows grows, as it did for training. Raises
+    checkpoint's own. An embedding of fewer rows than ``tokenizer`` has tokens grows, as it did for training. Raises
     :class:`UserError` where a tensor of an adapter fits nothing in the base.
     """
     plain = streamed.skeleton(origin.directory, quantization=None, dtype=dtype, task=origin.task)
     new = [name for name in plain.state_dict() if deltas.of(name)]
     source = _source(origin, new, into_original=into_original)
     shards, untied, norms = Shards(directory, most), False, _Norms()
-    for name, tensor in _merged(source, plain, deltas, vocabulary, norms):
+    for name, tensor in _merged(source, plain, deltas, len(tokenizer), norms):
         shards.add({name: tensor.to(dtype) if tensor.is_floating_point() else tensor})
         untied |= name in plain.all_tied_weights_keys
     if deltas.unused:
         raise UserError(f"{deltas.unused[0]}: nothing in the base {origin.name} has this name")
     files = shards.finish()
-    _configure(plain, directory, origin, vocabulary, untied)
+    _configure(plain, directory, origin, tokenizer, untied)
     update, lost = (math.sqrt(each) for each in (norms.update, norms.rounding))
     return Merged(
         files,
@@ -169,12 +171,12 @@ def _names_of(model: nn.Module, modules: tuple[nn.Module | None, ...]) -> set[st
     return {f"{name}.weight" for name, module in model.named_modules() if id(module) in wanted}
 
 
-def _configure(
-    plain: PreTrainedModel, directory: Path, origin: Origin, vocabulary: int, untied: bool
-) -> None:
+def _configure(plain: PreTrainedModel, directory: Path, origin: Origin, tokenizer: Any, untied: bool) -> None:
     config = plain.config
     text = config.get_text_config()
-    text.vocab_size = max(text.vocab_size, vocabulary)
+    text.vocab_size = max(text.vocab_size, len(tokenizer))
+    if origin.task == SEQUENCE_CLASSIFICATION:  # a sequence is scored at its last token before the padding
+        text.pad_token_id = tokenizer.pad_token_id
     if untied:
         config.tie_word_embeddings = text.tie_word_embeddings = False
     write_configuration(plain, origin.directory, directory)

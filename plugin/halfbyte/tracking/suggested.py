@@ -18,6 +18,11 @@ def again_command(name: str, argv: list[str]) -> str:
     return _command(name, argv, "--overwrite_output_dir")
 
 
+def merge_command(output_dir: str) -> str:
+    """The command that merges the adapter in ``output_dir`` into its base."""
+    return shlex.join(["halfbyte", "merge", output_dir, "--output_dir", f"{output_dir.rstrip('/')}-merged"])
+
+
 def _command(name: str, argv: list[str], *more: str) -> str:
     kept: list[str] = []
     option = ""

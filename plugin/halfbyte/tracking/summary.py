@@ -13,6 +13,7 @@ from rich.text import Text
 from halfbyte.terminal.streams import printable
 from halfbyte.terminal.wording import count, memory, say
 from halfbyte.tracking.figures import Figures, are_ties
+from halfbyte.tracking.suggested import merge_command
 
 
 def show(
@@ -39,7 +40,10 @@ def show(
     rows.append(("output", os.fspath(output_dir)))
     if plots:
         rows.append(("plots", os.fspath(plots[0].parent / "*.png")))
-    commands = [("wandb", wandb), ("next", record["next"])]
+    config = record["config"]
+    merged = record["status"] == "completed" and config.get("use_peft") and not config.get("load_in_8bit")
+    merge = merge_command(os.fspath(output_dir)) if merged else None
+    commands = [("wandb", wandb), ("merge", merge), ("next", record["next"])]
     print_summary(rows, [(label, line) for label, line in commands if line])
 
 
