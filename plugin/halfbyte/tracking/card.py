@@ -145,8 +145,8 @@ def _use(values: Mapping[str, Any], base: str, adapter: bool, where: str | None)
         )
     if adapter and not config.get("load_in_8bit"):
         lines.append(
-            "`halfbyte merge` makes a model of it that needs no PEFT, in the base as it was trained on. Merged into the "
-            "16-bit base it is another one.\n"
+            "`halfbyte merge` makes a model of it that needs no PEFT, in the base as it was trained on. Merged into "
+            "the 16-bit base it is another one.\n"
         )
     code = _usage(f"path/to/{_public(base)}" if _is_path(base) else base, where, config, adapter)
     return ["\n".join([*lines, f"```python\n{code}\n```"])]
