@@ -87,6 +87,12 @@ def test_a_run_is_merged_and_measured(
     }
     assert set(found["files"]) == {path.name for path in output.iterdir()} - {"merge.json"}
     assert not [path for path in tmp_path.iterdir() if path != output]
+    assert main(["verify", str(output)]) == 0
+    assert capsys.readouterr().out == "merged model: ok\n"
+    weights = output / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert main(["verify", str(output)]) == 1
+    assert "model.safetensors" in capsys.readouterr().out
 
 
 def test_a_reward_model_keeps_its_head(runs: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ TABLE = {
         Command("recipes", "list the installed recipes", "[--json]"),
         Command("doctor", "check this machine, and what a launch file would run", "[--launch FILE] [--json]"),
         Command("cache", "list or remove what is cached on disk", "ls | rm KEY... | rm --all"),
-        Command("verify", "check a run or a checkpoint against its manifest", "DIR"),
+        Command("verify", "check a run, a checkpoint or a merged model", "DIR"),
         Command("demo", "the offline quick start: base, sft, dpo", "[--output_dir DIR]"),
         Command("merge", "write a model that plain transformers loads", "ADAPTER... --output_dir DIR"),
         Command("plan", "predict memory and time of a run", reserved=True),

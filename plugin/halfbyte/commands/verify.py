@@ -1,4 +1,4 @@
-"""``halfbyte verify DIR``: check a run, or one checkpoint, against what was recorded when it was written."""
+"""``halfbyte verify DIR``: check a run, a checkpoint or a merged model against what was recorded of it."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,17 @@ from halfbyte.files import read
 from halfbyte.terminal.wording import say, shorten
 
 _MOST = 1 << 26  # bytes of run.json that are read
+_MERGED = "merge.json"
 
 
 def main(arguments: list[str]) -> int:
     """Print which parts of DIR are intact; return 1 if one is damaged."""
     parser = Parser("verify")
     parser.add_argument(
-        "directory", type=Path, metavar="DIR", help="a run's output_dir or a checkpoint of it"
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="a run's output_dir, a checkpoint of it, or a merged model",
     )
     directory: Path = parser.parse(arguments).directory
     try:
@@ -29,12 +33,14 @@ def main(arguments: list[str]) -> int:
         ) from error
     if step_of(directory) is not None or (directory / manifest.NAME).exists():
         return 0 if _checkpoint(directory)[0] else 1
+    if (listed := _listed(directory / _MERGED)) is not None:
+        return 0 if _print_result("merged model", _problems(directory, listed)) else 1
     return _run(directory)
 
 
 def _run(directory: Path) -> int:
     present = checkpoints(directory)
-    listed = _final(directory)
+    listed = _listed(directory / "run.json")
     if not present and listed is None:
         raise UserError(
             f"{directory} is neither a checkpoint (no {manifest.NAME}) nor a run that has saved "
@@ -44,12 +50,7 @@ def _run(directory: Path) -> int:
     results = [(path, *_checkpoint(path)) for path in present]
     final = True
     if listed is not None:
-        problems = [
-            f"{name} {problem}"
-            for name, entry in listed.items()
-            if (problem := manifest.deviation(directory / name, entry)) is not None
-        ]
-        final = _print_result("final weights", problems)
+        final = _print_result("final weights", _problems(directory, listed))
     newest = next((path for path, sound, resumable in results if sound and resumable), None)
     if newest is not None:
         say(f"a resume starts from {newest.name}")
@@ -58,17 +59,26 @@ def _run(directory: Path) -> int:
     return 0 if final and all(sound for _, sound, _ in results) else 1
 
 
-def _final(directory: Path) -> manifest.Listing | None:
-    """Return the files that the finished run listed in run.json, or None if it lists none."""
+def _problems(directory: Path, listed: manifest.Listing) -> list[str]:
+    """What of the listed files is not as it was written."""
+    return [
+        f"{name} {problem}"
+        for name, entry in listed.items()
+        if (problem := manifest.deviation(directory / name, entry)) is not None
+    ]
+
+
+def _listed(path: Path) -> manifest.Listing | None:
+    """Return the files that were listed in ``path``, run.json or merge.json, or None if there are none."""
     try:
-        listed = json.loads(read(directory / "run.json", _MOST))["files"]
+        listed = json.loads(read(path, _MOST))["files"]
         assert all(Path(name).name == name and {"size", "sha256"} <= listed[name].keys() for name in listed)
     except FileNotFoundError:
         return None
     except KeyError:
         return None
     except (OSError, ValueError, TypeError, AttributeError, AssertionError, RecursionError):
-        raise UserError(f"{directory / 'run.json'} is damaged", option="halfbyte verify") from None
+        raise UserError(f"{path} is damaged", option="halfbyte verify") from None
     return dict(listed) or None
 
 
