@@ -2,7 +2,7 @@
 
 Private names that are read or called are in :mod:`halfbyte.upstream_private`. ``tests/test_upstream.py`` compares both
 lists with the installed libraries and with halfbyte's own code. Signatures are parameter names; they are equal in
-transformers 5.17, 5.23 and 5.24, and in the pinned versions of the others.
+transformers 5.23 and 5.24, and in the pinned versions of the others.
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from tests.fast import models
 from tests.fast.test_layer import fuse_all
 
 IDS = torch.randint(1, 96, (2, 7), generator=torch.Generator().manual_seed(3))
-# Upstream's cache argument: `past_key_values` up to transformers 5.23, `cache` from 5.24.
+# Upstream's cache argument: `past_key_values` in transformers 5.23, `cache` from 5.24.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 GENERATION = [("llama", {}), ("llama", {"num_beams": 2}), ("mistral", {}), ("qwen2", {}), ("qwen3", {})]
 

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BloomConfig, BloomForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+)
+from transformers.masking_utils import create_chunked_causal_mask
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -93,6 +101,15 @@ def test_the_mask_is_a_forest_and_not_a_square() -> None:
     model.model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
     model(input_ids=torch.full((1, sum(LENGTHS)), 9), position_ids=positions, use_cache=False)
     assert Forest.of_tensor(seen[0]) == Forest.of_lengths(LENGTHS)
+
+
+def test_chunks_of_attention_begin_again_with_each_sequence() -> None:
+    batches.register()
+    config = LlamaConfig(attn_implementation=batches.IMPLEMENTATION, attention_chunk_size=8)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    mask = create_chunked_causal_mask(config, torch.zeros(1, sum(LENGTHS), 4), None, None, positions)
+    assert mask is not None
+    assert Forest.of_tensor(mask) == Forest.of_lengths([8, 5, 5, 8, 8, 5, 1, 8])
 
 
 def test_one_sequence_has_no_mask() -> None:

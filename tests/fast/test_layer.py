@@ -10,6 +10,7 @@ from torch import Tensor
 from halfbyte import fast
 from halfbyte.fast import batches, layer
 from halfbyte.fast.attention import GraphAttention
+from halfbyte.fast.layer_call import LayerCall
 from tests.fast import models
 
 FAMILY = list(models.CONFIGS)
@@ -109,12 +110,15 @@ def test_attention_with_a_graph_of_its_own(
 
 
 @pytest.mark.parametrize("level", layer.LEVELS)
-def test_checkpointing_changes_nothing(references: dict, level: int) -> None:
+def test_checkpointing_changes_nothing(references: dict, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fuse_all(models.make("llama"), level)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
+    apply, calls = LayerCall.apply, []
+    monkeypatch.setattr(LayerCall, "apply", lambda *given: calls.append(given) or apply(*given))
     assert_same(step(model, BATCHES["causal"]), references["llama", "causal"])
     assert layer.fell_back(model) == {}
+    assert len(calls) == models.SHAPE["num_hidden_layers"]  # none is computed again in the backward
 
 
 @pytest.mark.parametrize("level", layer.LEVELS)

@@ -163,7 +163,7 @@ def _one_spelling(settings: Settings) -> tuple[Settings, list[str]]:
     """Move a value from upstream's newer spelling to the older one, which has TRL's defaults."""
     mistakes = []
     for old, new in ALIASES:
-        if old not in settings or new not in settings.given or settings[new] is None:
+        if new not in settings.given or settings[new] is None:
             continue
         if old in settings.given and settings[old] != settings[new]:
             mistakes.append(

@@ -103,7 +103,7 @@ class Settings:
 
     def _mirrored(self) -> dict[str, Any]:
         values = dict(self._values)
-        values.update({new: values[old] for old, new in ALIASES if old in values and new in values})
+        values.update({new: values[old] for old, new in ALIASES if old in values})
         return values
 
     def _construct(self, owner: type) -> Any:

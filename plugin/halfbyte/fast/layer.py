@@ -33,7 +33,7 @@ WITHOUT_EFFECT = frozenset(
         "use_cache",
     }
 )
-# A KV cache, as transformers calls it up to 5.23 and from 5.24.
+# A KV cache, as transformers calls it in 5.23 and from 5.24.
 _CACHES = ("past_key_values", "cache")
 
 
@@ -43,8 +43,8 @@ def fuse(layer: nn.Module, adapter: str = "default", level: int = 0) -> str | No
     Only the instance's ``forward`` changes: modules, parameters and their names stay PEFT's, and gradients go to the
     PEFT parameters. A call that the fused form does not cover (a KV cache, several active adapters, an argument that
     it does not know) runs the original ``forward``, with activation checkpointing if the model has it on. Transformers
-    checkpoints inside a layer class's ``forward``, so the fused form does not see that switch: it does its own
-    recomputation.
+    checkpoints inside a layer class's ``forward`` (from 5.23), so the fused form does not see that switch: it does its
+    own recomputation.
     """
     assert level in LEVELS, level
     try:
