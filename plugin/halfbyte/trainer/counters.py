@@ -42,7 +42,7 @@ def plain(value: Any) -> Any:
     """``value`` in JSON's types, numbers exactly; TypeError for what has none."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
