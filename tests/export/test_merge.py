@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from halfbyte.cli import main
-from halfbyte.export import merge as merging
+from halfbyte.export import compared
 from tests import launch, plain_trl, tiny
 from tests.checkpoint.runs import options
 
@@ -48,20 +48,20 @@ def test_a_run_is_merged_and_measured(
     assert main(["merge", str(runs / recipe), "--output_dir", str(output), "--dtype", "float32"]) == 0
     printed, found = capsys.readouterr().out, told(output)
     measured = found["measured"]
-    assert list(measured) == [merging.TRAINED, merging.MERGED, merging.REQUANTIZED, merging.ORIGINAL]
-    assert measured[merging.MERGED]["error"] < 1e-4
-    assert measured[merging.MERGED]["kl"] < 1e-9
-    assert measured[merging.MERGED]["top1"] == 1.0
-    assert measured[merging.MERGED]["nll"] == pytest.approx(measured[merging.TRAINED]["nll"], abs=1e-6)
-    for worse in (merging.REQUANTIZED, merging.ORIGINAL):
-        assert measured[worse]["error"] > 10 * measured[merging.MERGED]["error"]
-    assert ("accuracy" in measured[merging.MERGED]) == (recipe == "dpo")
+    assert list(measured) == [compared.TRAINED, compared.MERGED, compared.REQUANTIZED, compared.ORIGINAL]
+    assert measured[compared.MERGED]["error"] < 1e-4
+    assert measured[compared.MERGED]["kl"] < 1e-9
+    assert measured[compared.MERGED]["top1"] == 1.0
+    assert measured[compared.MERGED]["nll"] == pytest.approx(measured[compared.TRAINED]["nll"], abs=1e-6)
+    for worse in (compared.REQUANTIZED, compared.ORIGINAL):
+        assert measured[worse]["error"] > 10 * measured[compared.MERGED]["error"]
+    assert ("accuracy" in measured[compared.MERGED]) == (recipe == "dpo")
     assert "split test" in found["measured_on"]
     assert f"merged: {output}" in printed
     # The figure is that of the run, and the model that of the adapter.
     if recipe == "sft":
         evaluated = json.loads((runs / "sft" / "run.json").read_text())["metrics"]["eval"]["eval_loss"]
-        assert measured[merging.TRAINED]["nll"] == pytest.approx(evaluated, abs=1e-4)
+        assert measured[compared.TRAINED]["nll"] == pytest.approx(evaluated, abs=1e-4)
     base = json.loads((runs / "sft" / "run.json").read_text())["base"]["name"]
     trained = PeftModel.from_pretrained(plain_trl.base(Path(base)), runs / recipe)
     merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
@@ -87,6 +87,7 @@ def test_a_run_is_merged_and_measured(
     }
     assert set(found["files"]) == {path.name for path in output.iterdir()} - {"merge.json"}
     assert not [path for path in tmp_path.iterdir() if path != output]
+    assert str(runs) not in (output / "README.md").read_text()
     assert main(["verify", str(output)]) == 0
     assert capsys.readouterr().out == "merged model: ok\n"
     weights = output / "model.safetensors"
@@ -107,8 +108,8 @@ def test_a_reward_model_keeps_its_head(runs: Path, tmp_path: Path) -> None:
     assert torch.equal(merged.score.weight, head)
     found = told(output)["measured"]
     evaluated = json.loads((runs / "reward" / "run.json").read_text())["metrics"]["eval"]
-    assert found[merging.MERGED]["accuracy"] == pytest.approx(evaluated["eval_accuracy"])
-    assert found[merging.MERGED]["nll"] == pytest.approx(evaluated["eval_loss"], abs=1e-4)
+    assert found[compared.MERGED]["accuracy"] == pytest.approx(evaluated["eval_accuracy"])
+    assert found[compared.MERGED]["nll"] == pytest.approx(evaluated["eval_loss"], abs=1e-4)
 
 
 def test_other_rows_and_an_adapter_without_a_run(runs: Path, tmp_path: Path, capsys) -> None:
@@ -123,7 +124,7 @@ def test_other_rows_and_an_adapter_without_a_run(runs: Path, tmp_path: Path, cap
     assert main([*words, "--data", data]) == 2
     assert "--recipe: nothing says which recipe reads these rows" in capsys.readouterr().err
     assert main([*words, "--data", data, "--recipe", "sft"]) == 0
-    assert told(tmp_path / "b")["measured_on"] == f"{data}, split test"
+    assert told(tmp_path / "b")["measured_on"] == "rows-sft, split test"
 
 
 def test_a_merge_beyond_its_bound_is_kept_by_force_alone(

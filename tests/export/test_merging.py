@@ -144,6 +144,16 @@ def test_several_adapters_are_added_by_weight(model_dir: ModelDir, tmp_path: Pat
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+def test_one_adapter_by_a_weight(model_dir: ModelDir, tmp_path: Path) -> None:
+    trained(model_dir("llama"), tmp_path / "a", {})
+    for name, weights in (("none", [0.0]), ("half", [0.5]), ("whole", None)):
+        write([tmp_path / "a"], tmp_path / name, weights=weights)
+    none, half, whole = (reloaded(tmp_path / name).state_dict() for name in ("none", "half", "whole"))
+    for name, weight in half.items():
+        assert torch.allclose(weight, (none[name] + whole[name]) / 2, atol=1e-6)
+    assert any(not torch.equal(none[name], whole[name]) for name in whole)
+
+
 def test_an_adapter_on_a_tied_embedding_unties_the_head(model_dir: ModelDir, tmp_path: Path) -> None:
     """PEFT changes what the embedding gives, and the head stays: merged into both, it would be another model."""
     base = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"), dtype=torch.float32)

@@ -46,7 +46,7 @@ TABLE = {
         Command("plan", "predict memory and time of a run", reserved=True),
         Command("plot", "redraw the plots of runs", reserved=True),
         Command("quantize", "write a pre-quantized checkpoint", "MODEL --output_dir DIR"),
-        Command("report", "compare quantization schemes on a model", "MODEL [--data ROWS --recipe NAME]"),
+        Command("report", "compare quantization schemes on a model", "MODEL [--data ROWS]"),
         Command("runs", "compare runs", reserved=True),
     )
 }

@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
+    from halfbyte.export.allocator import return_freed_memory
     from halfbyte.export.merge import Options, merge
     from halfbyte.export.shards import size_in_bytes
 
@@ -59,6 +60,7 @@ def main(arguments: list[str]) -> int:
         most = size_in_bytes(given.max_shard_size)
     except ValueError as error:
         raise UserError(str(error), option="--max_shard_size") from error
+    return_freed_memory()
     with passes.shown(bar=True):
         result = merge(
             Options(

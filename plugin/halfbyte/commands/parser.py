@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NoReturn
 
 from halfbyte.commands import TABLE
@@ -23,13 +24,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse ``arguments``; raises UserError for what the command does not take, SystemExit(0) after its help."""
+        # Before argparse looks for what is missing; behind `--` stand no options.
+        for word in takewhile(lambda word: word != "--", arguments):
+            if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                self._unknown(word)
         options, unknown = self.parse_known_args(arguments)
         if unknown:
-            word = unknown[0].partition("=")[0]
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            near = suggestion(word, known) if word.startswith("-") else ""
-            self.error(f"unknown {'option' if word.startswith('-') else 'argument'} {shorten(word)}{near}")
+            self._unknown(unknown[0])
         return options
+
+    def _unknown(self, word: str) -> NoReturn:
+        word = word.partition("=")[0]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        near = suggestion(word, known) if word.startswith("-") else ""
+        self.error(f"unknown {'option' if word.startswith('-') else 'argument'} {shorten(word)}{near}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}\nusage: {self.usage}", option=self.prog)

@@ -33,8 +33,15 @@ class Deltas:
         self._adapters = [_Saved(path) for path in directories]
         self._weights = list(weights) if weights is not None else [1.0] * len(self._adapters)
         self._combination = combination
-        if len(self._adapters) > 1 and any(each.config.use_dora for each in self._adapters):
-            raise UserError("DoRA adapters change the norm of a weight, and cannot be added; merge one")
+        if self.combines and any(each.config.use_dora for each in self._adapters):
+            raise UserError(
+                "DoRA adapters change the norm of a weight, and cannot be weighed or added; merge one"
+            )
+
+    @property
+    def combines(self) -> bool:
+        """Whether this is another update than that of one adapter as it was trained."""
+        return self._weights != [1.0]
 
     @property
     def unused(self) -> list[str]:
@@ -98,7 +105,7 @@ class Deltas:
             set_peft_model_state_dict(peft, tensors, adapter_name=name)
         assert peft is not None
         names = list(factors)
-        if len(self._adapters) > 1:
+        if self.combines:
             weights = [self._weights[int(name)] for name in names]
             lora: Any = peft.base_model
             lora.add_weighted_adapter(names, weights, "merged", combination_type=self._combination)

@@ -115,9 +115,9 @@ def _read(
     trainer: Any = plugin.trainer(
         trainer_cls, model=model, args=args, train_dataset=rows.train, processing_class=tokenizer
     )
-    source = (
-        f"{given or wanted.get('dataset_name') or 'its evaluation rows'}, split {script.dataset_test_split}"
-    )
+    named = str(given or wanted.get("dataset_name") or "its evaluation rows")
+    # The card says it too, which has no path of this machine.
+    source = f"{Path(named).name if Path(named).exists() else named}, split {script.dataset_test_split}"
     return HeldOut(source, list(_sequences(trainer))), trainer.model
 
 

@@ -2,40 +2,27 @@
 
 import json
 import math
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import ModelCardData
-from peft import PeftModel
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer
 
 from halfbyte import adapters, files
 from halfbyte.errors import Halted, UserError
-from halfbyte.export import held_out, measure, merging
+from halfbyte.export import compared, measure, merging
+from halfbyte.export.compared import MERGED, dtype_name
 from halfbyte.export.deltas import Deltas
-from halfbyte.export.held_out import HeldOut
 from halfbyte.export.measure import Measured
 from halfbyte.export.origin import Origin, origin_of
 from halfbyte.export.published import published
-from halfbyte.plugin import QLoRAPlugin
-from halfbyte.quantization import compute_in_float32
 from halfbyte.quantization.streamed import own_quantization
-from halfbyte.task import SEQUENCE_CLASSIFICATION
-from halfbyte.terminal.wording import say
 
 NAME = "merge.json"
-TRAINED, MERGED, ORIGINAL, REQUANTIZED = (
-    "as trained",
-    "this merge",
-    "adapter on the 16-bit base",
-    "merge in 4 bits again",
-)
 # How far a merge may be from the model as trained, as a share of the adapter's effect on the logits. 16 bits round the
 # whole weight, so that a small update loses more of itself: the bound is for an update of 4% of the weights' norm.
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -79,7 +66,7 @@ class Result:
     def lines(self) -> list[str]:
         """What to print of it."""
         found = [
-            f"update: {self.written.update:.2%} of the weights' norm; the cast to {_name(self.dtype)} changes "
+            f"update: {self.written.update:.2%} of the weights' norm; the cast to {dtype_name(self.dtype)} changes "
             f"{self.written.rounding:.2%} of it"
         ]
         if self.measured:
@@ -109,8 +96,16 @@ def merge(options: Options) -> Result:
         )
         tokenizer.save_pretrained(directory)
         result = Result(written, dtype, _BOUNDS[dtype] * max(1.0, _SMALL / (written.update or math.inf)))
-        if len(options.adapters) == 1 and options.measure != "none":
-            _measure(result, options, origin, directory, tokenizer)
+        if options.measure != "none" and not deltas.combines:
+            result.source, result.measured = compared.measure_all(
+                origin,
+                options.adapters[0],
+                directory,
+                tokenizer,
+                alternatives=options.measure == "all",
+                data=options.data,
+                recipe=options.recipe,
+            )
         if not result.is_sound and not options.force:
             raise Halted("\n".join([_unsound(result), *result.lines()]))
         _record(result, options, origin, directory)
@@ -151,93 +146,6 @@ def _tokenizer(adapter: Path, origin: Origin) -> Any:
     return AutoTokenizer.from_pretrained(adapter if own else origin.directory)
 
 
-def _measure(result: Result, options: Options, origin: Origin, directory: Path, tokenizer: Any) -> None:
-    """Score the model as trained, the merge, and what else could be made of the adapter, one after the other."""
-    adapter = options.adapters[0]
-    scorer = origin.task == SEQUENCE_CLASSIFICATION
-    with tempfile.TemporaryDirectory(prefix="halfbyte-merge-") as scratch:
-        plugin, trained = _load_as_trained(origin, adapter, tokenizer)
-        rows = _rows(options, origin, adapter, plugin, trained, Path(scratch), tokenizer)
-        result.source = rows.source
-        reference, result.measured[TRAINED] = measure.as_trained(trained, rows, Path(scratch), scorer=scorer)
-        del trained
-        for name, load in _candidates(options, origin, adapter, directory).items():
-            result.measured[name] = measure.compare(load(), reference, name)
-
-
-def _load_as_trained(origin: Origin, adapter: Path, tokenizer: Any) -> tuple[QLoRAPlugin, PeftModel]:
-    """The weights of training in float32 arithmetic: what a merge is held against."""
-    quantization = origin.quantization
-    plugin = QLoRAPlugin(
-        model_name_or_path=str(origin.directory),
-        adapter_name_or_path=str(adapter),
-        dtype=_name(origin.dtype),
-        fast="none",
-        load_in_4bit=quantization is not None,
-        lora_task_type=origin.task.peft_type,
-        **(
-            {}
-            if quantization is None
-            else {
-                "bnb_4bit_quant_type": quantization.bnb_4bit_quant_type,
-                "use_bnb_nested_quant": quantization.bnb_4bit_use_double_quant,
-            }
-        ),
-    )
-    model = plugin.load(tokenizer=tokenizer, gradient_checkpointing=False)
-    assert isinstance(model, PeftModel)
-    compute_in_float32(model)
-    return plugin, model
-
-
-def _rows(
-    options: Options,
-    origin: Origin,
-    adapter: Path,
-    plugin: QLoRAPlugin,
-    model: PeftModel,
-    scratch: Path,
-    tokenizer: Any,
-) -> HeldOut:
-    try:
-        found = held_out.rows_of(
-            origin, adapter, plugin, model, scratch, given=options.data, name=options.recipe
-        )
-    except UserError as error:
-        if options.data is not None:
-            raise
-        say(f"the rows that the run evaluated on cannot be read: {error.what}", error=True)
-        found = None
-    if found is None or not found.sequences:
-        say(
-            "no held-out rows: a fixed text shows errors of the weights only; `--data ROWS` measures more",
-            error=True,
-        )
-        found = held_out.fixed_text(tokenizer)
-    return found
-
-
-def _candidates(
-    options: Options, origin: Origin, adapter: Path, directory: Path
-) -> dict[str, Callable[[], Any]]:
-    """What is compared with the model as trained, each loaded when it is its turn."""
-    auto: Any = getattr(transformers, origin.task.auto_class)
-
-    def load(path: Path, **more: Any) -> PreTrainedModel:
-        model: PreTrainedModel = auto.from_pretrained(path, dtype=torch.float32, **more)
-        return model
-
-    found: dict[str, Callable[[], Any]] = {MERGED: lambda: load(directory)}
-    if options.measure == "all" and origin.quantization is not None:
-        settings = {**origin.quantization.to_dict(), "bnb_4bit_compute_dtype": torch.float32}
-        found[REQUANTIZED] = lambda: load(
-            directory, quantization_config=BitsAndBytesConfig(**settings), device_map={"": "cpu"}
-        )
-        if own_quantization(origin.directory) is None and origin.task != SEQUENCE_CLASSIFICATION:
-            found[ORIGINAL] = lambda: PeftModel.from_pretrained(load(origin.directory), adapter)
-    return found
-
-
 def _unsound(result: Result) -> str:
     error = result.measured[MERGED].error or math.nan
     return (
@@ -259,7 +167,7 @@ def _record(result: Result, options: Options, origin: Origin, directory: Path) -
         "combination_type": options.combination_type if len(options.adapters) > 1 else None,
         "base": {"name": origin.name, "revision": origin.revision},
         "into": options.into,
-        "dtype": _name(result.dtype),
+        "dtype": dtype_name(result.dtype),
         "update": result.written.update,
         "rounding": result.written.rounding,
         "untied": result.written.untied,
@@ -285,14 +193,10 @@ def _card(result: Result, options: Options, origin: Origin) -> str:
         f"---\n{data.to_yaml()}\n---",
         f"# {options.output_dir.name}",
         f"`{shown}` with {', '.join(f'`{path.name}`' for path in options.adapters)} merged into {how}, in "
-        f"{_name(result.dtype)}, by halfbyte. `{NAME}` has the details.",
+        f"{dtype_name(result.dtype)}, by halfbyte. `{NAME}` has the details.",
         "```\n" + "\n".join(result.lines()) + "\n```",
         f"```python\nfrom transformers import AutoTokenizer, {origin.task.auto_class}\n\n"
         f'model = {origin.task.auto_class}.from_pretrained(".", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
