@@ -212,7 +212,9 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize(
+    "at", [pytest.param(0, marks=pytest.mark.faults), 1, pytest.param(3, marks=pytest.mark.faults)]
+)
 def test_a_kill_leaves_nothing_under_the_name(runs: Path, tmp_path: Path, at: int) -> None:
     """After a file, or after the last; a second start begins again and removes what was left."""
     output = tmp_path / "merged"

@@ -34,19 +34,24 @@ def bases(model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Call
     return get
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "opt", "gemma", "gpt2"])
 @pytest.mark.parametrize(
-    ("words", "settings", "dtype"),
+    ("arch", "words", "settings", "dtype"),
     [
-        ([], {}, torch.bfloat16),
+        *((arch, [], {}, torch.bfloat16) for arch in ("llama", "qwen3", "opt", "gemma", "gpt2")),
         (
+            "llama",
             ["--bnb_4bit_quant_type", "fp4", "--dtype", "float32"],
             {"bnb_4bit_quant_type": "fp4"},
             torch.float32,
         ),
-        (["--no_double_quant", "--dtype", "float16"], {"bnb_4bit_use_double_quant": False}, torch.float16),
+        (
+            "gpt2",
+            ["--no_double_quant", "--dtype", "float16"],
+            {"bnb_4bit_use_double_quant": False},
+            torch.float16,
+        ),
     ],
-    ids=["defaults", "fp4", "no double quantization"],
+    ids=["llama", "qwen3", "opt", "gemma", "gpt2", "llama fp4", "gpt2 no double quantization"],
 )
 def test_the_bytes_are_those_of_training(
     bases: Callable[[str], Path],

@@ -108,17 +108,16 @@ def _candidates(
 ) -> dict[str, Callable[[], Any]]:
     """What is compared with the model as trained, each loaded when it is its turn."""
     auto: Any = getattr(transformers, origin.task.auto_class)
+    place = {"": 0 if torch.cuda.is_available() else "cpu"}
 
     def load(path: Path, **more: Any) -> PreTrainedModel:
-        model: PreTrainedModel = auto.from_pretrained(path, dtype=torch.float32, **more)
+        model: PreTrainedModel = auto.from_pretrained(path, dtype=torch.float32, device_map=place, **more)
         return model
 
     found: dict[str, Callable[[], Any]] = {MERGED: lambda: load(directory)}
     if alternatives and origin.quantization is not None:
         settings = {**origin.quantization.to_dict(), "bnb_4bit_compute_dtype": torch.float32}
-        found[REQUANTIZED] = lambda: load(
-            directory, quantization_config=BitsAndBytesConfig(**settings), device_map={"": "cpu"}
-        )
+        found[REQUANTIZED] = lambda: load(directory, quantization_config=BitsAndBytesConfig(**settings))
         if own_quantization(origin.directory) is None and origin.task != SEQUENCE_CLASSIFICATION:
             found[ORIGINAL] = lambda: PeftModel.from_pretrained(load(origin.directory), adapter)
     return found
