@@ -42,7 +42,7 @@ def measure_all(
     """
     scorer = origin.task == SEQUENCE_CLASSIFICATION
     with tempfile.TemporaryDirectory(prefix="halfbyte-merge-") as scratch:
-        plugin, trained = _load_as_trained(origin, adapter, tokenizer)
+        plugin, trained = load_as_trained(origin, adapter, tokenizer)
         rows = _rows(origin, adapter, plugin, trained, Path(scratch), tokenizer, data, recipe)
         reference, scored = measure.as_trained(trained, rows, Path(scratch), scorer=scorer)
         found = {TRAINED: scored}
@@ -52,7 +52,7 @@ def measure_all(
     return rows.source, found
 
 
-def _load_as_trained(origin: Origin, adapter: Path, tokenizer: Any) -> tuple[QLoRAPlugin, PeftModel]:
+def load_as_trained(origin: Origin, adapter: Path, tokenizer: Any) -> tuple[QLoRAPlugin, PeftModel]:
     """The weights of training in float32 arithmetic: what a merge is held against."""
     quantization = origin.quantization
     plugin = QLoRAPlugin(

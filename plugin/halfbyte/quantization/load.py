@@ -226,7 +226,9 @@ def _check_own_quantization(
 
 def compute_in_float32(model: nn.Module) -> None:
     """Have ``model`` compute in float32 with the weights that it has."""
-    model.float()
+    nn.Module.float(
+        model
+    )  # transformers refuses it for a quantized model, whose packed weights it leaves alone
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = torch.float32
