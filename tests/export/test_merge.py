@@ -183,6 +183,23 @@ def test_a_damaged_adapter_leaves_nothing(runs: Path, tmp_path: Path, capsys) ->
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("cut", "is damaged"), ("none", "holds no adapter weights"), ("bin", "own format")]
+)
+def test_weights_that_cannot_be_read(runs: Path, tmp_path: Path, kind: str, reason: str, capsys) -> None:
+    adapter = shutil.copytree(runs / "sft", tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:-10])
+    else:
+        file.unlink()
+    if kind == "bin":
+        (adapter / "adapter_model.bin").write_bytes(b"x")
+    assert main(["merge", str(adapter), "--output_dir", str(tmp_path / "out")]) == 2
+    assert reason in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_too_little_space_is_said_before(runs: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

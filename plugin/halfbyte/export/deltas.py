@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.adapters import REFUSED_INITIALIZATIONS
 from halfbyte.adapters import config as saved
+from halfbyte.adapters.tensors import check_tensors
 from halfbyte.errors import UserError
 
 _PREFIX = "base_model.model."
@@ -120,7 +121,12 @@ class _Saved:
     """One adapter's configuration, and its tensors that have not been taken yet."""
 
     def __init__(self, directory: Path) -> None:
-        saved.read(str(directory))
+        check_tensors(str(directory), saved.read(str(directory)))
+        self._file = directory / SAFETENSORS_WEIGHTS_NAME
+        if not self._file.is_file():
+            raise UserError(
+                f"{directory} has its weights in PyTorch's own format; save the adapter again with PEFT"
+            )
         config = PeftConfig.from_pretrained(str(directory))
         if not isinstance(config, LoraConfig):
             raise UserError(
@@ -132,7 +138,6 @@ class _Saved:
                 f"{directory} began with {begun!r}, which changes the base; merge it where it was trained"
             )
         self.directory, self.config = directory, config
-        self._file = directory / SAFETENSORS_WEIGHTS_NAME
         with safe_open(self._file, framework="pt") as file:
             self.left = set(file.keys())
 
