@@ -31,7 +31,8 @@ def ours(origin: Origin, adapter: Path, scratch: Path) -> Any:
     output = scratch / "merged"
     output.mkdir()
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    merging.write(origin, Deltas([adapter]), output, dtype=torch.bfloat16, most=MOST, tokenizer=tokenizer)
+    plain = merging.skeleton(origin, torch.bfloat16)
+    merging.write(origin, Deltas([adapter]), plain, output, most=MOST, tokenizer=tokenizer)
     return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
 
 
@@ -77,7 +78,7 @@ def compare(adapter: Path) -> tuple[str, dict[str, Measured]]:
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     with scratch() as directory:
         plugin, trained = compared.load_as_trained(origin, adapter, tokenizer)
-        rows = held_out.rows_of(origin, adapter, plugin, trained, directory)
+        rows = held_out.rows_of(origin, plugin, trained, tokenizer, directory)
         assert rows is not None, f"{adapter} has evaluated on nothing"
         reference, scored = measure.as_trained(trained, rows, directory, scorer=False)
         found = {compared.TRAINED: scored}

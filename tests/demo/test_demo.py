@@ -11,8 +11,7 @@ from halfbyte.cli import main
 from halfbyte.commands import demo as command
 from halfbyte.demo import base, corpus, stages, summary
 from halfbyte.errors import UserError
-from halfbyte.export import compared
-from halfbyte.export.merge import NAME
+from halfbyte.export import MERGE_RECORD, compared
 
 SMALL = stages.Size(base_steps=12, sft_steps=6, dpo_steps=4, held_out_rows=32)
 
@@ -59,7 +58,7 @@ def test_small_demo_trains_three_times_on_two_processes(
 def assert_merge_is_the_best(run: Path, output: Path) -> None:
     """Merged, a run is no worse than any alternative on the rows that it evaluated on, but for a standard error."""
     assert main(["merge", str(run), "--output_dir", str(output)]) == 0
-    measured = json.loads((output / NAME).read_text())["measured"]
+    measured = json.loads((output / MERGE_RECORD).read_text())["measured"]
     merged, others = measured[compared.MERGED], (measured[compared.REQUANTIZED], measured[compared.ORIGINAL])
     assert merged["nll"] <= min(other["nll"] for other in others) + merged["nll_error"]
     assert merged["error"] < min(other["error"] for other in others)

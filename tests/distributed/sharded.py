@@ -35,6 +35,17 @@ EVALUATED = {"sft": ["eval_loss"], "dpo": ["eval_logps/chosen", "eval_logps/reje
 TRAINERS: dict[str, tuple[type, type]] = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
 
 
+# One step of plain descent with a learning rate of one moves every adapter by its gradient.
+ONE_DESCENT: dict[str, Any] = {
+    "eval_strategy": "no",
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": 1,
+}
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a finished run left in its directory."""

@@ -35,12 +35,7 @@ def step(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., Path
         options = {
             "model_name_or_path": str(model_dir("llama")),
             "dataset_name": tiny.write_rows(root / "unequal", [*unequal(recipe), *unequal(recipe)[:4]]),
-            "eval_strategy": "no",
-            "optim": "sgd",
-            "learning_rate": 1.0,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "max_steps": 1,
+            **sharded.ONE_DESCENT,
             **given,
         }
         return sharded.train(root, recipe, strategy, processes, options)

@@ -35,12 +35,7 @@ def step(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., Path
             "dataset_name": tiny.write_rows(root / "unequal", [*rows, *rows], held_out=len(rows)),
             "per_device_train_batch_size": len(rows) // processes,
             "train_sampling_strategy": "sequential",
-            "eval_strategy": "no",
-            "optim": "sgd",
-            "learning_rate": 1.0,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "max_steps": 1,
+            **sharded.ONE_DESCENT,
         }
         return sharded.train(root, "sft", strategy, processes, options).adapter
 

@@ -73,8 +73,9 @@ def write(
     adapters: list[Path], output: Path, *, weights: list[float] | None = None, **given: Any
 ) -> merging.Merged:
     output.mkdir()
-    options = {"dtype": torch.float32, "most": 10**5, "tokenizer": tiny.tokenizer(), **given}
-    return merging.write(origin_of(adapters[0]), Deltas(adapters, weights), output, **options)
+    origin, options = origin_of(adapters[0]), {"most": 10**5, "tokenizer": tiny.tokenizer(), **given}
+    plain = merging.skeleton(origin, options.pop("dtype", torch.float32))
+    return merging.write(origin, Deltas(adapters, weights), plain, output, **options)
 
 
 @torch.no_grad()

@@ -100,20 +100,12 @@ def test_bits_of_double_quantization(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert 4.127 <= bits < 4.16
 
 
+def packed(base: Path, output: Path) -> None:
+    assert main(["quantize", str(base), "--output_dir", str(output), "--dtype", "float32"]) == 0
+
+
 def test_it_trains_here_as_its_original_does(model_dir: ModelDir, tmp_path: Path) -> None:
-    assert (
-        main(
-            [
-                "quantize",
-                str(model_dir("llama")),
-                "--output_dir",
-                str(tmp_path / "base"),
-                "--dtype",
-                "float32",
-            ]
-        )
-        == 0
-    )
+    packed(model_dir("llama"), tmp_path / "base")
     data = tiny.write_rows(tmp_path / "rows", tiny.conversations(12))
     for name, base in (("packed", tmp_path / "base"), ("original", model_dir("llama"))):
         given = {"max_steps": "2", "save_strategy": "no"}
@@ -127,19 +119,7 @@ def test_it_trains_here_as_its_original_does(model_dir: ModelDir, tmp_path: Path
 
 
 def test_it_loads_in_plain_transformers_and_peft(model_dir: ModelDir, tmp_path: Path) -> None:
-    assert (
-        main(
-            [
-                "quantize",
-                str(model_dir("llama")),
-                "--output_dir",
-                str(tmp_path / "base"),
-                "--dtype",
-                "float32",
-            ]
-        )
-        == 0
-    )
+    packed(model_dir("llama"), tmp_path / "base")
     ids = torch.arange(20)[None]
     ours = QLoRAPlugin(dtype="float32").load(str(tmp_path / "base"))
     plain = AutoModelForCausalLM.from_pretrained(

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from halfbyte.commands.parser import Parser
-from halfbyte.errors import UserError
 from halfbyte.terminal import passes
 from halfbyte.terminal.wording import say
 
@@ -56,10 +55,7 @@ def main(arguments: list[str]) -> int:
     from halfbyte.export.merge import Options, merge
     from halfbyte.export.shards import size_in_bytes
 
-    try:
-        most = size_in_bytes(given.max_shard_size)
-    except ValueError as error:
-        raise UserError(str(error), option="--max_shard_size") from error
+    most = size_in_bytes(given.max_shard_size)
     return_freed_memory()
     with passes.shown(bar=True):
         result = merge(

@@ -7,11 +7,11 @@ from halfbyte.checkpoint import manifest, usable
 from halfbyte.checkpoint.history import checkpoints, step_of
 from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
+from halfbyte.export import MERGE_RECORD
 from halfbyte.files import read
 from halfbyte.terminal.wording import say, shorten
 
 _MOST = 1 << 26  # bytes of run.json that are read
-_MERGED = "merge.json"
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         ) from error
     if step_of(directory) is not None or (directory / manifest.NAME).exists():
         return 0 if _checkpoint(directory)[0] else 1
-    if (listed := _listed(directory / _MERGED)) is not None:
+    if (listed := _listed(directory / MERGE_RECORD)) is not None:
         return 0 if _print_result("merged model", _problems(directory, listed)) else 1
     return _run(directory)
 

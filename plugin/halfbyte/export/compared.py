@@ -43,7 +43,7 @@ def measure_all(
     scorer = origin.task == SEQUENCE_CLASSIFICATION
     with tempfile.TemporaryDirectory(prefix="halfbyte-merge-") as scratch:
         plugin, trained = load_as_trained(origin, adapter, tokenizer)
-        rows = _rows(origin, adapter, plugin, trained, Path(scratch), tokenizer, data, recipe)
+        rows = _rows(origin, plugin, trained, tokenizer, Path(scratch), data, recipe)
         reference, scored = measure.as_trained(trained, rows, Path(scratch), scorer=scorer)
         found = {TRAINED: scored}
         del trained
@@ -79,16 +79,15 @@ def load_as_trained(origin: Origin, adapter: Path, tokenizer: Any) -> tuple[QLoR
 
 def _rows(
     origin: Origin,
-    adapter: Path,
     plugin: QLoRAPlugin,
     model: PeftModel,
-    scratch: Path,
     tokenizer: Any,
+    scratch: Path,
     data: str | None,
     recipe: str | None,
 ) -> HeldOut:
     try:
-        found = held_out.rows_of(origin, adapter, plugin, model, scratch, given=data, name=recipe)
+        found = held_out.rows_of(origin, plugin, model, tokenizer, scratch, given=data, name=recipe)
     except UserError as error:
         if data is not None:
             raise

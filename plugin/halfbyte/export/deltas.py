@@ -56,13 +56,14 @@ class Deltas:
     def part(self, head: str, embedding: str) -> bool:
         """Whether the adapters change one of two tied parameters only, so that they are no longer equal.
 
-        Trained rows of tokens, and an embedding that grew, PEFT has in both; the head's are taken with this.
+        Trained rows of tokens, and an embedding that grew, PEFT has in both.
         """
-        parts = any(each.is_own(name) for each in self._adapters for name in (head, embedding))
+        return any(each.is_own(name) for each in self._adapters for name in (head, embedding))
+
+    def take(self, parameter: str) -> None:
+        """Count what is saved of ``parameter`` as used: a tied head has what the embedding has."""
         for each in self._adapters:
-            if not parts:
-                each.left -= set(each.names(head))
-        return parts
+            each.left -= set(each.names(parameter))
 
     def apply(self, parameter: str, weight: Tensor, module: nn.Module) -> Tensor:
         """Return ``weight``, float32, of ``module``'s ``parameter`` with what the adapters change in it.

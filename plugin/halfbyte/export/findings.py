@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.export.measure import mean_and_error
+from halfbyte.terminal.wording import aligned
 
 PLAIN = "as it is"
 
@@ -70,22 +71,8 @@ class Report:
     def lines(self) -> list[str]:
         """A table to print, and the drift."""
         formats = ("{}", "{:.3f}", "{:.3f}", "{:.4f}", "{:.4f}", "{:.4f}", "{:+.4f}", "{:.4f}")
-        cells = [self.columns()] + [
-            tuple(
-                "" if value is None else how.format(value) for how, value in zip(formats, row, strict=False)
-            )
-            for row in self.rows()
-        ]
-        widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
-        found = [
-            "  ".join(
-                (
-                    row[0].ljust(widths[0]),
-                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-                )
-            )
-            for row in cells
-        ]
+        cells = [[how.format(value) for how, value in zip(formats, row, strict=False)] for row in self.rows()]
+        found = aligned([self.columns(), *cells])
         if self.source is not None:
             found.append(f"NLL in nats a token on {self.source}")
         after = ", ".join(f"{error:.1%} after {rounds:,}" for rounds, error in self.drift.items())

@@ -57,15 +57,15 @@ def fixed_text(tokenizer: Any) -> HeldOut:
 
 def rows_of(
     origin: Origin,
-    adapter: Path,
     plugin: QLoRAPlugin,
     model: Any,
+    tokenizer: Any,
     scratch: Path,
     *,
     given: str | None = None,
     name: str | None = None,
 ) -> HeldOut | None:
-    """The evaluation rows of the run that trained ``adapter``, or those at ``given``; None where there are none.
+    """The evaluation rows of the run of ``origin``, or those at ``given``; None where there are none.
 
     ``plugin`` has loaded ``model``. The recipe is ``name`` where no run.json says it. Raises :class:`UserError` for
     rows that are not there, or that the recipe cannot read.
@@ -74,9 +74,6 @@ def rows_of(
     wanted: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
     if given is None and wanted.get("eval_strategy", "no") == "no":
         return None
-    tokenizer = AutoTokenizer.from_pretrained(
-        adapter if (adapter / "tokenizer_config.json").is_file() else origin.directory
-    )
     found, _ = _read(name or origin.run.get("recipe"), wanted, scratch, given, tokenizer, plugin, model)
     return found
 

@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from halfbyte.export.held_out import HeldOut, Scored
 from halfbyte.terminal.passes import Pass
+from halfbyte.terminal.wording import aligned
 
 MOST = 4 * 2**30  # bytes of logits that are kept on disk; sequences beyond are scored without
 
@@ -209,10 +210,4 @@ def table(found: Mapping[str, Measured]) -> list[str]:
             for name, value in zip(names, values, strict=True)
         ]
         rows.append((model, *cells))
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return [
-        "  ".join(
-            (row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows)

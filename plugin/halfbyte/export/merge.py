@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from halfbyte import adapters, files
 from halfbyte.errors import Halted, UserError
-from halfbyte.export import compared, measure, merging
+from halfbyte.export import MERGE_RECORD, compared, measure, merging
 from halfbyte.export.compared import MERGED, dtype_name
 from halfbyte.export.deltas import Deltas
 from halfbyte.export.measure import Measured
@@ -22,7 +22,6 @@ from halfbyte.export.origin import Origin, origin_of
 from halfbyte.export.published import published
 from halfbyte.quantization.streamed import own_quantization
 
-NAME = "merge.json"
 # How far a merge may be from the model as trained, as a share of the adapter's effect on the logits. 16 bits round the
 # whole weight, so that a small update loses more of itself: the bound is for an update of 4% of the weights' norm.
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -84,12 +83,13 @@ def merge(options: Options) -> Result:
     dtype = options.dtype or (origin.dtype if origin.dtype == torch.float16 else torch.bfloat16)
     deltas = Deltas(options.adapters, options.weights, options.combination_type)
     tokenizer = _tokenizer(options.adapters[-1], origin)
-    with published(options.output_dir, merging.bytes_of(origin, dtype)) as directory:
+    plain = merging.skeleton(origin, dtype)
+    with published(options.output_dir, merging.bytes_of(plain)) as directory:
         written = merging.write(
             origin,
             deltas,
+            plain,
             directory,
-            dtype=dtype,
             most=options.max_shard_size,
             tokenizer=tokenizer,
             into_original=options.into == "original",
@@ -181,7 +181,7 @@ def _record(result: Result, options: Options, origin: Origin, directory: Path) -
     (directory / "README.md").write_text(_card(result, options, origin), encoding="utf-8")
     listing = {path.name: files.entry(path, durable=True) for path in sorted(directory.iterdir())}
     text = json.dumps({**content, "files": listing}, indent=2)
-    files.write_file(directory / NAME, f"{text}\n".encode())
+    files.write_file(directory / MERGE_RECORD, f"{text}\n".encode())
 
 
 def _card(result: Result, options: Options, origin: Origin) -> str:
@@ -193,7 +193,7 @@ def _card(result: Result, options: Options, origin: Origin) -> str:
         f"---\n{data.to_yaml()}\n---",
         f"# {options.output_dir.name}",
         f"`{shown}` with {', '.join(f'`{path.name}`' for path in options.adapters)} merged into {how}, in "
-        f"{dtype_name(result.dtype)}, by halfbyte. `{NAME}` has the details.",
+        f"{dtype_name(result.dtype)}, by halfbyte. `{MERGE_RECORD}` has the details.",
         "```\n" + "\n".join(result.lines()) + "\n```",
         f"```python\nfrom transformers import AutoTokenizer, {origin.task.auto_class}\n\n"
         f'model = {origin.task.auto_class}.from_pretrained(".", dtype="auto")\n'

@@ -1,7 +1,7 @@
 """A base with adapters merged into it, written parameter by parameter: dequantized, merged in float32, cast once."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from halfbyte.errors import UserError
 from halfbyte.export.deltas import Deltas
 from halfbyte.export.origin import Origin
 from halfbyte.export.shards import Shards
-from halfbyte.quantization import load_base, packed, streamed
+from halfbyte.quantization import packed, streamed
 from halfbyte.task import SEQUENCE_CLASSIFICATION
 from halfbyte.terminal.passes import Pass
 
@@ -49,31 +49,40 @@ class _Norms:
         self.rounding += (after.to(dtype).float() - after).square().sum().item()
 
 
-def bytes_of(origin: Origin, dtype: torch.dtype) -> int:
-    """The bytes of the weights of ``origin``'s base in ``dtype``."""
-    plain = streamed.skeleton(origin.directory, quantization=None, dtype=dtype, task=origin.task)
-    return sum(weight.numel() * weight.element_size() for weight in plain.parameters())
+def skeleton(origin: Origin, dtype: torch.dtype) -> PreTrainedModel:
+    """The merged model without its weights."""
+    return streamed.skeleton(origin.directory, quantization=None, dtype=dtype, task=origin.task)
+
+
+def bytes_of(model: PreTrainedModel) -> int:
+    """The bytes of the weights of ``model``."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def write(
     origin: Origin,
     deltas: Deltas,
+    plain: PreTrainedModel,
     directory: Path,
     *,
-    dtype: torch.dtype,
     most: int,
     tokenizer: Any,
     into_original: bool = False,
 ) -> Merged:
-    """Write the base of ``origin`` with ``deltas`` merged into ``directory`` in ``dtype``, in files of ``most`` bytes.
+    """Write the base of ``origin`` with ``deltas`` merged into ``directory``, in files of ``most`` bytes.
 
-    The weights are those of training, dequantized from four bits to float32, or with ``into_original`` the
-    checkpoint's own. An embedding of fewer rows than ``tokenizer`` has tokens grows, as it did for training. Raises
-    :class:`UserError` where a tensor of an adapter fits nothing in the base.
+    ``plain`` is its :func:`skeleton`, in the dtype to write. The weights are those of training, dequantized from four
+    bits to float32, or with ``into_original`` the checkpoint's own. An embedding of fewer rows than ``tokenizer`` has
+    tokens grows, as it did for training. Raises :class:`UserError` where a tensor of an adapter fits nothing.
     """
-    plain = streamed.skeleton(origin.directory, quantization=None, dtype=dtype, task=origin.task)
-    new = [name for name in plain.state_dict() if deltas.of(name)]
-    source = _source(origin, new, into_original=into_original)
+    dtype = plain.dtype
+    source = streamed.read(
+        origin.directory,
+        quantization=None if into_original else origin.quantization,
+        dtype=torch.float32 if into_original else origin.dtype,
+        task=origin.task,
+        new=[name for name in plain.state_dict() if deltas.of(name)],
+    )
     shards, untied, norms = Shards(directory, most), False, _Norms()
     for name, tensor in _merged(source, plain, deltas, len(tokenizer), norms):
         shards.add({name: tensor.to(dtype) if tensor.is_floating_point() else tensor})
@@ -92,28 +101,6 @@ def write(
     )
 
 
-def _source(origin: Origin, new: Sequence[str], *, into_original: bool) -> streamed.Streamed | streamed.Whole:
-    """The parameters of the base as training loaded them, or those of the checkpoint; read one by one if possible."""
-    if into_original:
-        quantization, dtype = None, torch.float32
-    else:
-        quantization, dtype = origin.quantization, origin.dtype
-    found = streamed.stream(
-        origin.directory, quantization=quantization, dtype=dtype, task=origin.task, new=new
-    )
-    if found is not None:
-        return found
-    return streamed.Whole(
-        load_base(
-            str(origin.directory),
-            quantization=quantization,
-            dtype=dtype,
-            device=torch.device("cpu"),
-            task=origin.task,
-        )
-    )
-
-
 def _merged(
     source: streamed.Streamed | streamed.Whole,
     plain: PreTrainedModel,
@@ -125,6 +112,8 @@ def _merged(
     tied: dict[str, str] = dict(plain.all_tied_weights_keys)
     embeddings = _names_of(plain, (plain.get_input_embeddings(), plain.get_output_embeddings()))
     parting = {head: whole for head, whole in tied.items() if deltas.part(head, whole)}
+    for head in tied.keys() - parting:
+        deltas.take(head)
     known = plain.state_dict()
 
     def merged(name: str, weight: Tensor) -> Tensor:

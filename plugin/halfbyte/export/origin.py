@@ -12,8 +12,7 @@ from halfbyte import adapters, quantization
 from halfbyte.adapters import config as saved
 from halfbyte.adapters import lineage
 from halfbyte.errors import UserError
-from halfbyte.quantization.checkpoint import directory_of
-from halfbyte.quantization.stored import download
+from halfbyte.quantization.stored import located
 from halfbyte.task import CAUSAL_LM, TASKS, Task
 
 
@@ -42,11 +41,7 @@ def origin_of(adapter: Path, *, model: str | None = None) -> Origin:
     if adapters.directory_of(str(adapter)) is None:
         raise UserError(f"{adapter} is not an adapter: it has no {saved.FILE}", option="halfbyte merge")
     name, revision = model or adapters.base_of(str(adapter)), adapters.revision_of(str(adapter))
-    quantization.require(name, revision)
-    download(name, revision)
-    directory = directory_of(name, revision)
-    if directory is None:
-        raise UserError(f"the base {name!r} ({revision}) is not on this machine, and cannot be downloaded")
+    directory = located(name, revision)
     adapters.same_base(str(adapter), name, revision, quantization.fingerprint(name, revision))
     run = lineage.recorded(str(adapter))
     options = run.get("config") if isinstance(run.get("config"), dict) else {}

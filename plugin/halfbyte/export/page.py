@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from halfbyte.export import schemes
 from halfbyte.export.findings import Report
 from halfbyte.terminal.wording import shorten
+from halfbyte.tracking.plots import COLOURS
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, and one more.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLOURS = (*COLOURS, "#000000")
 
 
 def picture(found: Report) -> bytes:

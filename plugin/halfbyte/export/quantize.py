@@ -2,19 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from halfbyte import quantization
-from halfbyte.errors import UserError
-from halfbyte.export.merging import write_configuration
+from halfbyte.export.merging import bytes_of, write_configuration
 from halfbyte.export.published import published
 from halfbyte.export.shards import Shards
-from halfbyte.quantization import load_base, packed, streamed
-from halfbyte.quantization.checkpoint import directory_of
-from halfbyte.quantization.stored import download
+from halfbyte.quantization import packed, streamed
 from halfbyte.task import CAUSAL_LM
 from halfbyte.terminal.passes import Pass
 
@@ -52,11 +47,7 @@ def quantize(
     It trains here and in plain TRL as the 16-bit checkpoint does with the same options. Raises :class:`UserError` for
     a checkpoint that is not there, or is quantized already.
     """
-    quantization.require(name, revision)
-    download(name, revision)
-    directory = directory_of(name, revision)
-    if directory is None:
-        raise UserError(f"{name!r} ({revision}) is not on this machine, and cannot be downloaded")
+    directory = streamed.unquantized(name, revision)
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
@@ -64,11 +55,8 @@ def quantize(
         bnb_4bit_compute_dtype=dtype,
     )
     plain = streamed.skeleton(directory, quantization=None, dtype=dtype, task=CAUSAL_LM)
-    if streamed.own_quantization(directory) is not None:
-        raise UserError(f"{name!r} is quantized already; name its 16-bit checkpoint")
-    expected = sum(weight.numel() * weight.element_size() for weight in plain.parameters())
-    with published(output, expected // 2) as aside:
-        source, model = _source(directory, settings, dtype)
+    with published(output, bytes_of(plain) // 2) as aside:
+        source = streamed.read(directory, quantization=settings, dtype=dtype, task=CAUSAL_LM)
         shards, counted = Shards(aside, most), [0, 0]
         known = {key: weight.numel() for key, weight in plain.state_dict().items()}
         with Pass("quantizing", len(known), unit="tensors", summed_up=False) as progress:
@@ -81,16 +69,7 @@ def quantize(
                     counted[1] += known[key]
                 progress.advance(1)
         shards.finish()
-        write_configuration(model, directory, aside)
+        write_configuration(source.model, directory, aside)
         AutoTokenizer.from_pretrained(directory).save_pretrained(aside)
     tied = sum(known[key] for key in plain.all_tied_weights_keys)
     return Quantized(shards.total, sum(known.values()) - tied, *counted)
-
-
-def _source(directory: Path, settings: BitsAndBytesConfig, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The parameters of the base, and the model whose configuration they have."""
-    found = streamed.stream(directory, quantization=settings, dtype=dtype, task=CAUSAL_LM)
-    if found is not None:
-        return found, found.skeleton
-    model = load_base(str(directory), quantization=settings, dtype=dtype, device=torch.device("cpu"))
-    return streamed.Whole(model), model

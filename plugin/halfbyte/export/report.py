@@ -9,20 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig
 
-from halfbyte import quantization
-from halfbyte.errors import UserError
 from halfbyte.export import held_out, measure, schemes
 from halfbyte.export.findings import PLAIN, Layer, Report
 from halfbyte.export.page import picture
 from halfbyte.export.schemes import COMPARED, SIZES, Scheme
 from halfbyte.files import replace_file
 from halfbyte.quantization import streamed
-from halfbyte.quantization.checkpoint import directory_of
-from halfbyte.quantization.stored import download
 from halfbyte.task import CAUSAL_LM
 from halfbyte.terminal.passes import Pass
 
@@ -38,7 +33,7 @@ def report(
 
     Raises :class:`UserError` for a model that is not there or is quantized, and for rows that ``recipe`` cannot read.
     """
-    directory = _directory(name, revision)
+    directory = streamed.unquantized(name, revision)
     every = (*COMPARED, *SIZES)
     found = _weights(name, directory, every)
     if data is not None:
@@ -46,17 +41,6 @@ def report(
     output.mkdir(parents=True, exist_ok=True)
     _write(found, output)
     return found
-
-
-def _directory(name: str, revision: str) -> Path:
-    quantization.require(name, revision)
-    download(name, revision)
-    directory = directory_of(name, revision)
-    if directory is None:
-        raise UserError(f"{name!r} ({revision}) is not on this machine, and cannot be downloaded")
-    if streamed.own_quantization(directory) is not None:
-        raise UserError(f"{name!r} is quantized already; name its 16-bit checkpoint")
-    return directory
 
 
 @torch.no_grad()
@@ -93,8 +77,7 @@ def _packed_names(directory: Path) -> list[str]:
 
 
 def _each(directory: Path, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
-    found = streamed.stream(directory, quantization=None, dtype=torch.float32, task=CAUSAL_LM)
-    source: Any = found if found is not None else streamed.Whole(_plain(directory))
+    source = streamed.read(directory, quantization=None, dtype=torch.float32, task=CAUSAL_LM)
     for name, parts in source.parameters():
         if name in wanted:
             yield name, parts[""].float()
@@ -106,12 +89,6 @@ def _histogram(weight: Tensor) -> Tensor:
     blocks = flat[: flat.numel() // schemes.BLOCK * schemes.BLOCK].view(-1, schemes.BLOCK)
     scaled = blocks / blocks.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.histogram(scaled.reshape(-1), bins=_HISTOGRAM).hist
-
-
-def _plain(directory: Path) -> PreTrainedModel:
-    auto: Any = transformers.AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_pretrained(directory, dtype=torch.float32)
-    return model
 
 
 @torch.no_grad()

@@ -8,16 +8,17 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from halfbyte.errors import UserError
 from halfbyte.files import entry, write_file
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def size_in_bytes(text: str) -> int:
-    """The bytes of a size such as ``5GB`` or ``256MiB``. Raises ValueError for what is none."""
+    """The bytes of a `max_shard_size` such as ``5GB`` or ``256MiB``. Raises :class:`UserError` for what is none."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in _UNITS or not float(found[1]):
-        raise ValueError(f"{text!r} is no size; write one such as 5GB")
+        raise UserError(f"{text!r} is no size; write one such as 5GB", option="--max_shard_size")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from halfbyte import files
-from halfbyte.quantization.checkpoint import content, directory_of, weight_files
+from halfbyte.errors import UserError
+from halfbyte.quantization.checkpoint import content, directory_of, require, weight_files
 
 FORMAT = 1
 
@@ -53,6 +54,19 @@ def download(name: str, revision: str) -> None:
             shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
         for shard in sorted(shards):
             cached_file(name, shard, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def located(name: str, revision: str) -> Path:
+    """Return the directory of a checkpoint, after its download if it is on the hub.
+
+    Raises :class:`UserError` for one that is damaged, or not there.
+    """
+    require(name, revision)
+    download(name, revision)
+    directory = directory_of(name, revision)
+    if directory is None:
+        raise UserError(f"the base {name!r} ({revision}) is not on this machine, and cannot be downloaded")
+    return directory
 
 
 def save(model: PreTrainedModel, directory: Path, reload: Callable[[Path], PreTrainedModel]) -> None:

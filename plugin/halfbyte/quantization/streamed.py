@@ -15,8 +15,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
+from halfbyte.errors import UserError
 from halfbyte.quantization import packed
 from halfbyte.quantization.checkpoint import weight_files
+from halfbyte.quantization.load import load_base
+from halfbyte.quantization.stored import located
 from halfbyte.task import Task
 
 Parts = dict[str, Tensor]
@@ -24,17 +27,17 @@ Parts = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Streamed:
-    """The parameters of the checkpoint in ``directory`` under the names that ``skeleton``, a model on meta, has.
+    """The parameters of the checkpoint in ``directory`` under the names that ``model``, which is on meta, has.
 
-    Linear layers that ``skeleton`` has in four bits are quantized as they are read, unless the files hold them packed.
+    Linear layers that ``model`` has in four bits are quantized as they are read, unless the files hold them packed.
     """
 
     directory: Path
-    skeleton: PreTrainedModel
+    model: PreTrainedModel
 
     def parameters(self) -> Iterator[tuple[str, Parts]]:
         """Each parameter with its tensors: "" alone, or what :func:`halfbyte.quantization.packed.pack` returns."""
-        known = self.skeleton.state_dict()
+        known = self.model.state_dict()
         for path in weight_files(self.directory):
             with safe_open(path, framework="pt") as file:
                 names = sorted(file.keys())
@@ -50,12 +53,31 @@ class Streamed:
         if packed.is_packed(parts):
             return parts
         value = parts[""]
-        module = self.skeleton.get_submodule(name.rpartition(".")[0])
+        module = self.model.get_submodule(name.rpartition(".")[0])
         template = getattr(module, "weight", None)
         if name.endswith(".weight") and hasattr(template, "quant_type"):
-            value = value.to(self.skeleton.dtype)
+            value = value.to(self.model.dtype)
             return packed.pack(value.T if issubclass(module.source_cls, Conv1D) else value, template)
         return {"": value.to(like.dtype) if value.is_floating_point() else value}
+
+
+def read(
+    directory: Path,
+    *,
+    quantization: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    task: Task,
+    new: Collection[str] = (),
+) -> "Streamed | Whole":
+    """Return the parameters of the checkpoint in ``directory`` as they are loaded, read one by one if possible.
+
+    The arguments are those of :func:`stream`.
+    """
+    found = stream(directory, quantization=quantization, dtype=dtype, task=task, new=new)
+    if found is not None:
+        return found
+    cpu = torch.device("cpu")
+    return Whole(load_base(str(directory), quantization=quantization, dtype=dtype, device=cpu, task=task))
 
 
 @dataclass(frozen=True)
@@ -128,6 +150,14 @@ def skeleton(
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})
         config.quantization_config = quantizer.quantization_config
     return model
+
+
+def unquantized(name: str, revision: str) -> Path:
+    """Return the directory of a checkpoint in 16 or 32 bits. Raises :class:`UserError` for one that is quantized."""
+    directory = located(name, revision)
+    if own_quantization(directory) is not None:
+        raise UserError(f"{name!r} is quantized already; name its 16-bit checkpoint")
+    return directory
 
 
 def own_quantization(directory: Path) -> dict[str, Any] | None:

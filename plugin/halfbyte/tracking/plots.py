@@ -19,7 +19,7 @@ Points = list[tuple[int, float]]
 Series = dict[tuple[str, str], Points]
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def draw(
@@ -78,9 +78,9 @@ def _png(plot: Plot, series: Series, title: str) -> bytes:
     axes = figure.add_axes((0.11, 0.13, 0.86, 0.76))
     for index, ((key, part), points) in enumerate(series.items()):
         if len(plot.keys) == 1:
-            label, colour = part, _COLOURS[index % len(_COLOURS)]
+            label, colour = part, COLOURS[index % len(COLOURS)]
         else:
-            label, colour = f"{key.rsplit('/', 1)[-1]}, {part}", _COLOURS[plot.keys.index(key)]
+            label, colour = f"{key.rsplit('/', 1)[-1]}, {part}", COLOURS[plot.keys.index(key)]
         if part != "train":
             axes.plot(
                 *_columns(points), label=label, color=colour, marker="o", markersize=4.5, linestyle="--"
