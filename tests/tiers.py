@@ -96,6 +96,8 @@ NOT_QUICK = (
     "tests/trainer/test_references.py::test_each_evaluation_set",
     "tests/trainer/test_references.py::test_kto",
     "tests/trainer/test_references.py::test_what_decides",
+    "tests/trainer/test_samples.py::test_a_resumed_run",
+    "tests/trainer/test_samples.py::test_dpo",
     "tests/trainer/test_saving.py::test_a_full_disk",
     "tests/trainer/test_saving.py::test_rotation",
     "tests/trainer/test_weighted_figures.py::test_training_rows_weigh_micro_batches",

@@ -92,6 +92,7 @@ def for_run(settings: Settings, manifest: Manifest | None) -> Decisions:
             option="auto_find_batch_size",
         )
     found = decide(settings, settings.given.keys(), manifest)
+    unsupported.check_samples(settings, found.strategy.name)
     if "use_cpu" in settings.given or torch.cuda.is_available():
         return found
     return replace(found, values=MappingProxyType({**found.values, "use_cpu": True}))

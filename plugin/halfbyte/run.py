@@ -39,7 +39,7 @@ from halfbyte.resilience.watch import watch
 from halfbyte.resolve import Decisions
 from halfbyte.terminal.wording import say
 from halfbyte.tracking import RunRecord, Tracker, again_command, next_command, resume_command
-from halfbyte.trainer.base import Conduct
+from halfbyte.trainer.base import Conduct, Sampling
 
 _UPSTREAM = ("trl", "transformers")
 
@@ -194,7 +194,13 @@ def _conduct(options: Options, inputs: Inputs, resume: Resume, tracker: Tracker,
         manifest=resume.manifest,
         on_nonfinite=options.script.on_nonfinite,
         on_oom=options.script.on_oom,
+        samples=_sampling(options, inputs),
     )
+
+
+def _sampling(options: Options, inputs: Inputs) -> Sampling | None:
+    prompts, script = inputs.rows.prompts, options.script
+    return Sampling(prompts, script.sample_steps, script.sample_max_new_tokens) if prompts.prompts else None
 
 
 def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: Trainer) -> dict[str, Any]:

@@ -89,6 +89,7 @@ PRIVATE = (
         for place in ("fast/batches.py", "fast/family.py", "fast/fusion.py", "trainer/reference_identity.py")
     ),
     Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
+    Private("transformers.PreTrainedModel._is_stateful", "trainer/completions.py"),
     Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),
     Private("torch.nn.Module.__init__:_forward_hooks", "fast/family.py"),
     Private("torch.nn.Module.__init__:_forward_pre_hooks", "fast/family.py"),

@@ -15,8 +15,8 @@ from halfbyte.checkpoint.held import held
 from halfbyte.checkpoint.resume import find
 from halfbyte.cli import main
 from halfbyte.errors import UserError
-from halfbyte.tracking.metrics import read_rows
 from halfbyte.tracking.record import wandb_id
+from halfbyte.tracking.rows import read_rows
 from tests.checkpoint.test_manifest import recorded
 from tests.checkpoint.test_resume import STATE, STATES
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from halfbyte.tracking import metrics
-from halfbyte.tracking.metrics import MetricsLog, Throughput, read_rows
+from halfbyte.tracking.metrics import MetricsLog, Throughput
+from halfbyte.tracking.rows import read_rows
 
 
 def test_rows_are_on_disk_as_they_are_logged_and_valid_json(tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_a_resumed_run_appends_after_a_torn_line(tmp_path: Path) -> None:
 
 def test_summary_merges_the_data_sets_of_one_evaluation() -> None:
     log = MetricsLog(Path("unused"))
-    log.rows = [
+    log.rows[:] = [
         {"step": 5, "eval_a_loss": 3.0},
         {"step": 10, "loss": 2.0},
         {"step": 10, "eval_a_loss": 1.0},
@@ -44,7 +45,7 @@ def test_summary_merges_the_data_sets_of_one_evaluation() -> None:
 
 def test_summary_has_the_figures_of_the_step_that_is_kept() -> None:
     log = MetricsLog(Path("unused"))
-    log.rows = [{"step": step, "eval_loss": loss} for step, loss in ((0, 4.0), (5, 1.0), (10, 2.0))]
+    log.rows[:] = [{"step": step, "eval_loss": loss} for step, loss in ((0, 4.0), (5, 1.0), (10, 2.0))]
     assert log.summary()["eval"] == {"step": 10, "eval_loss": 2.0}
     assert log.summary(5) == {
         "train": {}, "eval": {"step": 5, "eval_loss": 1.0}, "before": {"step": 0, "eval_loss": 4.0}

@@ -116,6 +116,25 @@ def test_a_sweep_agent_s_values_and_names_are_kept(environment: pytest.MonkeyPat
     assert (run["config"]["learning_rate"], run["config"]["lora_r"]) == (3e-4, 8)
 
 
+def test_samples_are_a_table(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.setenv("WANDB_MODE", "offline")
+    run = WandbRun(RunRecord(tmp_path / "out", "dpo"), None)
+    turns = [{"role": "user", "content": "two"}]
+    rows = [
+        {"step": 4, "number": n, "prompt": prompt, "completion": "c", "reference": "r", "ended": "stop"}
+        for n, prompt in enumerate(("one", turns), 1)
+    ]
+    run.log_samples(rows)
+    run.finish(0)
+    (history,) = wandb_file.read(_file(tmp_path / "out"))["history"]
+    assert history["step"] == 4
+    assert history["samples._type"] == "table-file"
+    (table,) = (tmp_path / "out").glob(f"wandb/offline-run-*/files/{history['samples.path']}")
+    content = json.loads(table.read_text())
+    assert content["columns"] == list(rows[0])
+    assert content["data"] == [[4, 1, "one", "c", "r", "stop"], [4, 2, "user: two", "c", "r", "stop"]]
+
+
 def test_a_broken_run_is_said_once(
     environment: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

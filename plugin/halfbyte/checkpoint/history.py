@@ -9,10 +9,14 @@ from pathlib import Path
 from halfbyte.files import next_free, read, replace_file
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 EARLIER = "_earlier"  # upstream pushes no name that begins with an underscore
 _PREFIX = "checkpoint-"
 # What marks a directory as that of an earlier run, and is kept when the run starts over.
-_OF_A_RUN = (METRICS, "run.json", "adapter_model.safetensors", "model.safetensors", "README.md", "plots")
+_OF_A_RUN = (
+    *(METRICS, SAMPLES, "run.json"),
+    *("adapter_model.safetensors", "model.safetensors", "README.md", "plots"),
+)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -37,7 +41,7 @@ def holds_a_run(output_dir: Path) -> bool:
 
 def unreadable(output_dir: Path) -> str | None:
     """Why the run in ``output_dir`` cannot be continued, or None: a log that is no file would block or break it."""
-    for name in (METRICS, "run.json"):
+    for name in (METRICS, SAMPLES, "run.json"):
         path = output_dir / name
         if os.path.lexists(path) and not path.is_file():
             return f"{path} is no regular file; remove it"
@@ -84,7 +88,8 @@ def _read_at(path: Path, place: Path) -> Iterator[Path]:
 def cut(output_dir: Path, step: int | None) -> list[str]:
     """Set aside what the run in ``output_dir`` made after ``step`` (None: all of it); return lines to print.
 
-    The whole metrics.jsonl is copied before its later rows are cut, and checkpoints are moved, not deleted.
+    The whole metrics.jsonl is copied before its later rows are cut, samples.jsonl likewise, and checkpoints are moved,
+    not deleted.
     """
     lines = []
     aside = next_free(output_dir / EARLIER)
@@ -93,14 +98,15 @@ def cut(output_dir: Path, step: int | None) -> list[str]:
             if (output_dir / name).exists():
                 _move(output_dir / name, aside)
         return [f"the logs of the earlier run are now in {aside}"] if aside.exists() else []
-    log = output_dir / METRICS
-    if log.exists():
+    for log in (output_dir / METRICS, output_dir / SAMPLES):
+        if not log.exists():
+            continue
         kept, dropped = _rows_until(log, step)
         if dropped:
             aside.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(log, aside / METRICS)
+            shutil.copyfile(log, aside / log.name)
             replace_file(log, b"".join(kept))
-            lines.append(f"{METRICS}: {dropped} rows after step {step} cut (kept in {aside / METRICS})")
+            lines.append(f"{log.name}: {dropped} rows after step {step} cut (kept in {aside / log.name})")
     later = [path for path in checkpoints(output_dir) if (step_of(path) or 0) > step]
     for path in later:
         _move(path, aside)

@@ -79,6 +79,9 @@ USED: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         (
             ("eval_strategy", "no, steps or epoch"),
             ("eval_steps", "steps between evaluations; unset: logging_steps"),
+            ("sample_prompts", "prompts to complete: a file, or test:4"),
+            ("sample_steps", "steps between that; unset: at evaluations"),
+            ("sample_max_new_tokens", "most tokens of a completion"),
             ("logging_steps", "steps between log lines"),
             ("save_steps", "steps between checkpoints"),
             ("save_total_limit", "checkpoints to keep"),

@@ -30,7 +30,7 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
         "dataset_num_proc ddp_timeout dataloader_prefetch_factor pad_to_multiple_of "
         "precompute_ref_batch_size ref_model_sync_steps "
         "ddp_bucket_cap_mb num_generations num_iterations max_completion_length generation_batch_size "
-        "steps_per_generation",
+        "steps_per_generation sample_steps sample_max_new_tokens",
     ),
     (
         "a whole number of steps, or a share of all steps below 1, greater than 0",
@@ -78,6 +78,7 @@ _LARGEST = {
     "pad_to_multiple_of": 65536,
     "per_device_eval_batch_size": 1e6,
     "per_device_train_batch_size": 1e6,
+    "sample_max_new_tokens": 4096,
     "weight_decay": 1e3,
 }
 _LARGEST_OF_ALL = 1e12  # of what is not named above

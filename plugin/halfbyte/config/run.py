@@ -44,3 +44,19 @@ class RunArguments(ScriptArguments):
             "choices": ["error", "escape", "allow"],
         },
     )
+    sample_prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts to complete while training: a .txt file (one a line), a .jsonl file (prompt or messages), "
+            "or rows of a split such as test:4."
+        },
+    )
+    sample_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Complete sample_prompts every so many steps; unset: at each evaluation. At the end in any case."
+        },
+    )
+    sample_max_new_tokens: int = field(
+        default=64, metadata={"help": "Most tokens of a completion of sample_prompts."}
+    )

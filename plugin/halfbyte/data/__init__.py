@@ -4,6 +4,7 @@ from halfbyte.data.chat.template import prepare_tokenizer
 from halfbyte.data.formats import DataFormat, Layout, OtherRowsError, PreferencePairs, Text
 from halfbyte.data.preparation.prepared import CountedRows, check_labels, counted
 from halfbyte.data.preparation.sides import prepared_as_dpo
+from halfbyte.data.prompts import Prompt, Prompts
 from halfbyte.data.report import DataReport
 from halfbyte.data.run import RunData, load
 from halfbyte.data.scored import ScoredPairs
@@ -20,6 +21,8 @@ __all__ = [
     "Layout",
     "OtherRowsError",
     "PreferencePairs",
+    "Prompt",
+    "Prompts",
     "RunData",
     "ScoredPairs",
     "Text",

@@ -18,7 +18,7 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 DEEPEST = 64  # levels that Arrow stores
 # How a file begins, and ends: Arrow's stream may end without a mark.
 _MARKS = {".parquet": ((b"PAR1",), b"PAR1"), ".arrow": ((b"ARROW1", b"\xff\xff\xff\xff"), b"")}
-_TEXT = (".json", ".jsonl", ".csv")
+_TEXT = (".json", ".jsonl", ".csv", ".txt")
 _BLOCK = 1 << 20
 _WHOLE = 1 << 30  # bytes of an array that are parsed again to find the place of a mistake
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

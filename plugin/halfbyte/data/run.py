@@ -17,6 +17,8 @@ from halfbyte.data.conversion.shapes import Seen
 from halfbyte.data.formats import BESIDE_TOKENS, DECIDING, DataFormat, Layout
 from halfbyte.data.preparation import equal
 from halfbyte.data.progress import showing
+from halfbyte.data.prompts import Prompts
+from halfbyte.data.prompts import load as load_prompts
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import RowCheck, digest
 from halfbyte.errors import UserError
@@ -28,6 +30,7 @@ class RunData:
     """Both splits, ready for the trainer; each a Dataset, or an IterableDataset when streaming.
 
     ``tokenizer`` rendered the rows; ``added_token_ids`` are the tokens that ``additional_special_tokens`` added to it.
+    ``prompts`` are those of ``sample_prompts``.
     """
 
     train: Any
@@ -35,6 +38,7 @@ class RunData:
     report: DataReport
     tokenizer: Any = None
     added_token_ids: list[int] = field(default_factory=list)
+    prompts: Prompts = field(default_factory=Prompts)
 
 
 def load(
@@ -87,7 +91,19 @@ def _load(
         if format is not None and not format.generates:
             said = "a sequence is scored at its last token before that"
         report.notes.append(f"padding with the end token {tokenizer.pad_token}: {said}")
-    return RunData(ready["train"], ready.get("eval"), report, tokenizer, added_token_ids)
+    prompts = Prompts()
+    if (samples := getattr(script, "sample_prompts", None)) is not None:
+        loaded = {split: ready[name] for name, (split, _) in wanted.items()}
+
+        def settled(name: str) -> Any:
+            if name in loaded:
+                return loaded[name]
+            aside = DataReport(format=format)
+            return _split(name, splits[name], training, format, tokenizer, aside, policy, origin)[0]
+
+        prompts = load_prompts(samples, splits, settled, ready["train"], tokenizer, training)
+        report.notes.append(prompts.line(script.sample_steps, evaluates="eval" in ready))
+    return RunData(ready["train"], ready.get("eval"), report, tokenizer, added_token_ids, prompts)
 
 
 def _split(

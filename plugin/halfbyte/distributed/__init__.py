@@ -1,7 +1,7 @@
 """How this process was launched, which strategies 4-bit training supports, and what sharded models need."""
 
 from halfbyte.distributed.launcher import launch_command
-from halfbyte.distributed.ranks import agree, gather, on_every_rank
+from halfbyte.distributed.ranks import agree, gather, on_every_rank, on_the_first
 from halfbyte.distributed.sharded_optimizers import check_optimizer
 from halfbyte.distributed.sharded_weights import base_bytes, check_adapters, gathered_adapters, packed_bytes
 from halfbyte.distributed.shards import is_sharded, local_shard, whole
@@ -28,6 +28,7 @@ __all__ = [
     "launch_command",
     "local_shard",
     "on_every_rank",
+    "on_the_first",
     "packed_bytes",
     "refuse_precision",
     "refuse_unsupported",

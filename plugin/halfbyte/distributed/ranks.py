@@ -1,12 +1,13 @@
 """Agreement between ranks: rank 0 decides for all, all report to all, all fail together.
 
 Keys in the process group's store, for the n-th block of :func:`on_every_rank`: ``halfbyte/n/finished`` counts the
-ranks that succeeded, ``halfbyte/n/failed`` is the first line of a failure.
+ranks that succeeded, ``halfbyte/n/failed`` is the first line of a failure. For one of :func:`on_the_first`:
+``halfbyte/n/result`` is what rank 0 returned, 1 or 0, and ``halfbyte/n/hurry`` exists once a rank wants it to end.
 """
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -61,6 +62,31 @@ def on_every_rank(what: str) -> Iterator[None]:
             return
         time.sleep(_POLL_SECONDS)
     raise _another(what, store.get(failed))
+
+
+def on_the_first(work: Callable[[Callable[[], bool]], bool], hurry: Callable[[], bool]) -> bool:
+    """Run ``work`` on rank 0 while the others wait, by the store and not by a collective; return its result everywhere.
+
+    ``work`` gets a function that says whether any rank's ``hurry`` has become true, so that it should end.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return work(hurry)
+    store = distributed_c10d._get_default_store()
+    block = f"halfbyte/{next(_blocks)}"
+    result, wanted = f"{block}/result", f"{block}/hurry"
+    if state.is_main_process:
+        done = False
+        try:
+            done = work(lambda: hurry() or store.check([wanted]))
+        finally:
+            store.set(result, "1" if done else "0")
+        return done
+    while not store.check([result]):
+        if hurry():
+            store.set(wanted, "")
+        time.sleep(_POLL_SECONDS)
+    return bool(store.get(result) == b"1")
 
 
 def _another(what: str, message: bytes) -> FailedElsewhereError:

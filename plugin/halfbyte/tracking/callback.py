@@ -17,9 +17,12 @@ from halfbyte.terminal.wording import say
 from halfbyte.tracking import summary
 from halfbyte.tracking.card import model_card
 from halfbyte.tracking.figures import DEFAULT, Figures
-from halfbyte.tracking.metrics import MetricsLog, Row, Throughput, is_evaluation, read_rows
+from halfbyte.tracking.metrics import MetricsLog, Throughput, is_evaluation
 from halfbyte.tracking.progress import RunProgress
 from halfbyte.tracking.record import RunRecord, peak_memory_bytes, wandb_id
+from halfbyte.tracking.rows import Row, read_rows
+from halfbyte.tracking.samples import SamplesLog
+from halfbyte.tracking.samples import lines as sample_lines
 from halfbyte.tracking.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ class Tracker(TrainerCallback):
     ) -> None:
         self.record = record
         self.metrics = MetricsLog(record.output_dir / "metrics.jsonl")
+        self._samples = SamplesLog(record.output_dir / "samples.jsonl")
         self._main = main
         self._next_command, self._resume_command = next_command, resume_command
         self._again_command = again_command  # where there is nothing to resume from
@@ -158,6 +162,18 @@ class Tracker(TrainerCallback):
 
     # What the run calls.
 
+    def sampled_steps(self) -> set[int]:
+        """The steps at which completions are in samples.jsonl."""
+        return {row["step"] for row in self._samples.rows if "step" in row}
+
+    def sampled(self, rows: list[Row]) -> None:
+        """Write, print and report one round of completions, on rank 0; the time of the round is not training's."""
+        self._samples.append(rows)
+        self._progress.lines(sample_lines(rows, self._total_steps))
+        if self._wandb is not None:
+            self._wandb.log_samples(rows)
+        self._throughput.resume()
+
     def finish(self, status: str, next_command: str | None = None) -> None:
         """Close the run: run.json, plots, model card, W&B, and the summary with the next command.
 
@@ -181,6 +197,7 @@ class Tracker(TrainerCallback):
         if there:
             self.write_card()
         self._try("metrics.jsonl", self.metrics.close)
+        self._try("samples.jsonl", self._samples.close)
         where = self._wandb.finish(0 if status == "completed" else 1) if self._wandb is not None else None
         values, place = self.record.as_dict(), self.record.output_dir
         summary.show(values, place, self._figures, self._total_steps, plots, where)

@@ -1,66 +1,37 @@
 """metrics.jsonl: every row that the Trainer logs, its summary for run.json, and the throughput."""
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from halfbyte.files import named, read
 from halfbyte.tracking.record import plain
-
-Row = dict[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a ``metrics.jsonl``; an incomplete last line, of a run that was killed, is ignored."""
-    rows = []
-    if path.exists():
-        for line in read(path).splitlines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
+from halfbyte.tracking.rows import Row, RowsLog
 
 
 class MetricsLog:
-    """Append rows to ``metrics.jsonl``, each flushed as it is logged.
-
-    A resumed run appends to the file of the run before it. The file is opened at the first row, so that a run that
-    never starts creates no file.
-    """
+    """Append rows to ``metrics.jsonl``, each flushed as it is logged."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[Row] = []
-        self._file: TextIO | None = None
+        self._log = RowsLog(path)
+
+    @property
+    def path(self) -> Path:
+        return self._log.path
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, those of the run that this one resumes among them."""
+        return self._log.rows
 
     def append(self, logs: Mapping[str, Any], step: int, epoch: float | None) -> Row:
         """Write one row and return it: step, epoch, time (seconds since 1970), then what was logged."""
         row: Row = plain({"step": step, "epoch": epoch, "time": round(time.time(), 3), **logs})
-        if self._file is None:
-            self._file = self._open()
-        with named(self.path):
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-        self.rows.append(row)
+        self._log.append(row)
         return row
 
-    def _open(self) -> TextIO:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = read_rows(self.path)
-        file = self.path.open("a", encoding="utf-8")
-        if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
-            file.write("\n")  # a killed run left half a row
-        return file
-
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._log.close()
 
     def summary(self, kept_step: int | None = None) -> dict[str, Row]:
         """Return the last figures under TRL's own keys, each with its step.

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from halfbyte.files import replace_file
 from halfbyte.terminal.wording import shorten
 from halfbyte.tracking.figures import DEFAULT, Figures, Plot, are_ties
-from halfbyte.tracking.metrics import Row
+from halfbyte.tracking.rows import Row
 
 Points = list[tuple[int, float]]
 Series = dict[tuple[str, str], Points]

@@ -2,16 +2,18 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from halfbyte.terminal.streams import printable
 from halfbyte.terminal.wording import count, say
 from halfbyte.tracking.figures import DEFAULT, Figures, are_ties
-from halfbyte.tracking.metrics import Row, is_evaluation
+from halfbyte.tracking.metrics import is_evaluation
+from halfbyte.tracking.rows import Row
 
 _BAR = 18  # columns
 # What stands before the figures: description, bar, counter, time left, and the spaces between them.
@@ -62,6 +64,11 @@ class RunProgress:
             room = self._live.console.width - _COUNTED - 2 * len(str(self._total)) - 1
             self._live.update(self._training, figures=_fitting(parts, room))
 
+    def lines(self, lines: Sequence[str]) -> None:
+        """Print lines above the bar."""
+        for line in lines:
+            self._print(line)
+
     def evaluating(self, batches: int | None) -> None:
         """Count one batch of an evaluation; show a bar once it proves slow."""
         now = time.perf_counter()
@@ -87,7 +94,7 @@ class RunProgress:
 
     def _print(self, line: str) -> None:
         if self._live is not None:
-            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
         else:
             say(line)
 

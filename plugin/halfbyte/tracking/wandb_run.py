@@ -3,7 +3,7 @@
 import logging
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from wandb.sdk.lib import wbauth
 from halfbyte.errors import UserError
 from halfbyte.terminal.redaction import redact
 from halfbyte.terminal.wording import first_line
-from halfbyte.tracking.metrics import Row
 from halfbyte.tracking.record import RunRecord
+from halfbyte.tracking.rows import Row
+from halfbyte.tracking.samples import COLUMNS, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,18 @@ class WandbRun:
             return
         try:
             self._run.log({key: value for key, value in row.items() if value is not None})
+        except Exception as error:
+            self._give_up(error)
+
+    def log_samples(self, rows: Sequence[Row]) -> None:
+        """Log one round of completions as a table."""
+        if self._run is None or self._broken:
+            return
+        columns = [column for column in COLUMNS if column in rows[0]]
+        shown = [{**row, "prompt": text_of(row["prompt"])} for row in rows]
+        try:
+            table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in shown])
+            self._run.log({"step": rows[0]["step"], "samples": table})
         except Exception as error:
             self._give_up(error)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback
 
 from halfbyte.checkpoint.manifest import Manifest
+from halfbyte.data import Prompts
 from halfbyte.data.batching import Batching
 from halfbyte.fast import FusionReport
 from halfbyte.quantization import Coverage
@@ -20,12 +21,21 @@ if TYPE_CHECKING:
     from halfbyte.tracking import Tracker
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """The prompts to complete: every ``steps`` steps, or at each evaluation; at most ``max_new_tokens`` for each."""
+
+    prompts: Prompts
+    steps: int | None
+    max_new_tokens: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conduct:
     """The values of one run that its trainer's mixins read; all are made before the trainer is.
 
     ``checkpoint`` is where the run resumes from, with its ``manifest``; None begins at step 0. ``config`` and
-    ``inputs`` are repeated in the manifest of every checkpoint.
+    ``inputs`` are repeated in the manifest of every checkpoint. ``samples`` is what to complete while training.
     """
 
     tracker: Tracker
@@ -36,6 +46,7 @@ class Conduct:
     manifest: Manifest | None = None
     on_nonfinite: str = "stop"
     on_oom: str = "stop"
+    samples: Sampling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from halfbyte.trainer.loraplus import LoRAPlus
 from halfbyte.trainer.padding_free import PaddingFree
 from halfbyte.trainer.references import PrecomputedReferences
 from halfbyte.trainer.run_directory import RunDirectory
+from halfbyte.trainer.samples import Samples
 from halfbyte.trainer.saving import AtomicSaves
 from halfbyte.trainer.stopping import StopTogether
 from halfbyte.trainer.stored_figures import StoredFigures
@@ -42,6 +43,8 @@ LIBRARY: tuple[type, ...] = (
 RUN: tuple[type, ...] = (
     # Outermost, so that it times the whole save, and cuts an evaluation off outside of `generators_kept`.
     StopTogether,
+    # After all others have seen the end of a step, before it is stopped at or saved.
+    Samples,
     # Outside of the checks: a step that is done again must be checked from its start.
     AccumulateOnOutOfMemory,
     # Outside of saving: weights that are not finite are refused before a save begins.
@@ -63,8 +66,13 @@ RUN: tuple[type, ...] = (
 
 
 def run_mixins(conduct: Conduct) -> tuple[type, ...]:
-    """The mixins of a run: all of them, the repetition of steps only where it is wanted."""
-    return tuple(m for m in RUN if m is not AccumulateOnOutOfMemory or conduct.on_oom == "accumulate")
+    """The mixins of a run: all of them, the repetition of steps and the samples only where they are wanted."""
+    unwanted: set[type] = set()
+    if conduct.on_oom != "accumulate":
+        unwanted.add(AccumulateOnOutOfMemory)
+    if conduct.samples is None:
+        unwanted.add(Samples)
+    return tuple(mixin for mixin in RUN if mixin not in unwanted)
 
 
 def compose(trainer_cls: type, mixins: tuple[type, ...]) -> type[Trainer]:
