@@ -9,12 +9,16 @@ FILE = Path(__file__).with_name("RESULTS.md")
 EMULATED = ", without native bf16"
 OVERHEAD = "## Outside the steps"
 PREPARATION = "## Before the first step"
+SCHEMES = "### The order of schemes"
+METHODS = "### QLoRA, LoRA and full fine-tuning"
 ORDER = (
     "## The machine",
     "## The cases",
     *(f"### {case.name}{suffix}" for suffix in ("", EMULATED) for case in CASES),
     OVERHEAD,
     PREPARATION,
+    SCHEMES,
+    METHODS,
 )
 
 

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from halfbyte.export import held_out, measure, schemes
 from halfbyte.export.findings import PLAIN, Layer, Report
+from halfbyte.export.held_out import HeldOut
 from halfbyte.export.page import picture
 from halfbyte.export.schemes import COMPARED, SIZES, Scheme
 from halfbyte.files import replace_file
@@ -50,7 +51,7 @@ def _weights(name: str, directory: Path, every: Sequence[Scheme]) -> Report:
     sizes = dict.fromkeys((scheme.name for scheme in every), 0)
     histogram = torch.zeros(len(_HISTOGRAM) - 1)
     drift: dict[int, float] = {}
-    packed = _packed_names(directory)
+    packed = packed_names(directory)
     middle = packed[len(packed) // 2]
     with Pass("comparing", len(packed), unit="weights", summed_up=False) as progress:
         for key, weight in _each(directory, set(packed)):
@@ -69,7 +70,7 @@ def _weights(name: str, directory: Path, every: Sequence[Scheme]) -> Report:
     return Report(name, layers, bits, histogram / histogram.sum(), drift)
 
 
-def _packed_names(directory: Path) -> list[str]:
+def packed_names(directory: Path) -> list[str]:
     """The weights that a 4-bit base has packed."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = streamed.skeleton(directory, quantization=settings, dtype=torch.float32, task=CAUSAL_LM)
@@ -91,23 +92,28 @@ def _histogram(weight: Tensor) -> Tensor:
     return torch.histogram(scaled.reshape(-1), bins=_HISTOGRAM).hist
 
 
-@torch.no_grad()
 def _losses(
     directory: Path, data: str, recipe: str | None, every: Sequence[Scheme]
 ) -> tuple[str, dict[str, Tensor]]:
-    """The loss on rows of the model with each scheme's weights in turn, everything else as it is."""
-    # The trainer compares a loss and its gradient.
-    with tempfile.TemporaryDirectory(prefix="halfbyte-report-") as scratch, torch.enable_grad():
+    with tempfile.TemporaryDirectory(prefix="halfbyte-report-") as scratch:
         rows, model = held_out.rows_at(data, recipe, directory, Path(scratch))
-    wanted = set(_packed_names(directory))
-    weights = {name: weight for name, weight in model.named_parameters() if name in wanted}
+    return rows.source, losses(model, packed_names(directory), rows, every)
+
+
+@torch.no_grad()
+def losses(model: Any, packed: Sequence[str], rows: HeldOut, every: Sequence[Scheme]) -> dict[str, Tensor]:
+    """What :func:`measure.losses` says of ``model`` as it is, and with its ``packed`` weights under each scheme.
+
+    The weights are left under the last one.
+    """
+    weights = {name: model.get_parameter(name) for name in packed}
     kept = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
     found = {PLAIN: measure.losses(model, rows, PLAIN)}
     for scheme in every:
         for name, weight in weights.items():
             weight.data.copy_(scheme.apply(kept[name])[0])
         found[scheme.name] = measure.losses(model, rows, scheme.name)
-    return rows.source, found
+    return found
 
 
 def _write(found: Report, output: Path) -> None:
