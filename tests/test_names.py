@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from halfbyte import QLoRAPlugin, run
+from halfbyte import QLoRAPlugin, names, run
 from halfbyte import recipe as recipes
 from halfbyte.errors import UserError
 
@@ -23,6 +23,24 @@ def here(model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("base", "runs/first"):
         shutil.copytree(model_dir("llama"), tmp_path / name)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("gpt2", "gpt2"),
+        ("runs/first", "first"),
+        ("base", "base"),
+        ("/home/somebody/base", "base"),
+        ("~/models/base/", "base"),
+        ("../models/base", "base"),
+        ("gone/runs/first", "first"),
+    ],
+)
+def test_of_a_path_others_read_the_last_name(here: Path, name: str, shown: str) -> None:
+    assert names.public(name) == shown
+    assert names.is_local(name) == (name not in ("Qwen/Qwen3-8B", "gpt2"))
 
 
 @pytest.mark.parametrize(

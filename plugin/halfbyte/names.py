@@ -1,4 +1,4 @@
-"""Names that are a directory here or a repository on the hub: what is wrong with one that is neither."""
+"""Names that are a directory here or a repository on the hub: which one is, and what is wrong with neither."""
 
 from pathlib import Path
 
@@ -10,11 +10,26 @@ from halfbyte.terminal.wording import nearest, shorten
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 
 
+def is_path(name: str) -> bool:
+    """Whether ``name`` cannot be a repository on the hub, which is ``model`` or ``owner/model``."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
+
+
+def is_local(name: str) -> bool:
+    """Whether ``name`` says nothing elsewhere: it is a path, or something that is here."""
+    return is_path(name) or Path(name).exists()
+
+
+def public(name: str) -> str:
+    """``name`` as others may read it: a hub id unchanged, of a local path the last name."""
+    return Path(name).expanduser().resolve().name if is_local(name) else name
+
+
 def missing(name: str) -> str:
     """Say where ``name``, which was not found, was looked for, and the nearest directory; reads no network."""
     near = _nearest_directory(name)
     hint = f"; did you mean {near}?" if near is not None else ""
-    if _is_path(name):
+    if is_path(name):
         return f"there is no directory {shorten(name, 200)}{hint}"
     if constants.HF_HUB_OFFLINE:
         where = "is no directory and not in the hub's local cache, and HF_HUB_OFFLINE is set"
@@ -24,7 +39,7 @@ def missing(name: str) -> str:
 
 def cannot_be_fetched(name: str) -> bool:
     """Whether the hub cannot have ``name``, which is no directory: it is a path, or the hub is not to be asked."""
-    return _is_path(name) or constants.HF_HUB_OFFLINE
+    return is_path(name) or constants.HF_HUB_OFFLINE
 
 
 def unreadable(directory: Path) -> str | None:
@@ -37,11 +52,6 @@ def unreadable(directory: Path) -> str | None:
         if path.suffix in _TEXTS and path.stat().st_size > LONGEST_TEXT:
             return f"{path} has more than {LONGEST_TEXT:,} bytes, which no configuration or tokenizer has; replace it"
     return None
-
-
-def _is_path(name: str) -> bool:
-    """Whether ``name`` cannot be a repository on the hub, which is ``model`` or ``owner/model``."""
-    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
 
 
 def _nearest_directory(name: str) -> str | None:

@@ -16,6 +16,7 @@ from halfbyte.data.contents import BUILDERS, reading
 from halfbyte.errors import UserError, about
 from halfbyte.files import LONGEST_TEXT, digest_of
 from halfbyte.files import read as read_file
+from halfbyte.names import is_path
 from halfbyte.terminal.wording import suggestion
 
 ACCEPTED = "json, jsonl, csv, parquet, arrow, a `save_to_disk` directory, or a directory of such files"
@@ -243,7 +244,7 @@ def _refuse_missing(name: str, path: Path) -> None:
     """Refuse a local path that does not exist; anything else may be a hub id."""
     if path.exists() or path.is_symlink():
         contents.refuse(path)
-    if path.suffix in BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if path.suffix in BUILDERS or is_path(name):
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{name}: no such file or directory{suggestion(path.name, siblings)}")
 

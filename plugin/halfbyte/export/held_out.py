@@ -16,6 +16,7 @@ from halfbyte.config import RunArguments
 from halfbyte.data.preparation.counting import IGNORED
 from halfbyte.errors import UserError
 from halfbyte.export.origin import Origin
+from halfbyte.names import public
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe
 
@@ -113,8 +114,7 @@ def _read(
         trainer_cls, model=model, args=args, train_dataset=rows.train, processing_class=tokenizer
     )
     named = str(given or wanted.get("dataset_name") or "its evaluation rows")
-    # The card says it too, which has no path of this machine.
-    source = f"{Path(named).name if Path(named).exists() else named}, split {script.dataset_test_split}"
+    source = f"{public(named)}, split {script.dataset_test_split}"
     return HeldOut(source, list(_sequences(trainer))), trainer.model
 
 

@@ -20,6 +20,7 @@ from halfbyte.export.deltas import Deltas
 from halfbyte.export.measure import Measured
 from halfbyte.export.origin import Origin, origin_of
 from halfbyte.export.published import published
+from halfbyte.names import is_local, public
 from halfbyte.quantization.streamed import own_quantization
 
 # How far a merge may be from the model as trained, as a share of the adapter's effect on the logits. 16 bits round the
@@ -185,14 +186,14 @@ def _record(result: Result, options: Options, origin: Origin, directory: Path) -
 
 
 def _card(result: Result, options: Options, origin: Origin) -> str:
-    base = None if Path(origin.name).is_absolute() or Path(origin.name).exists() else origin.name
+    base = None if is_local(origin.name) else origin.name
     data = ModelCardData(base_model=base, library_name="transformers", tags=["halfbyte", "merged"])
-    shown = base or Path(origin.name).name
+    merged = ", ".join(f"`{path.name}`" for path in options.adapters)
     how = "the 16-bit base" if options.into == "original" else "the base as it was trained on, dequantized"
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {options.output_dir.name}",
-        f"`{shown}` with {', '.join(f'`{path.name}`' for path in options.adapters)} merged into {how}, in "
+        f"`{public(origin.name)}` with {merged} merged into {how}, in "
         f"{dtype_name(result.dtype)}, by halfbyte. `{MERGE_RECORD}` has the details.",
         "```\n" + "\n".join(result.lines()) + "\n```",
         f"```python\nfrom transformers import AutoTokenizer, {origin.task.auto_class}\n\n"

@@ -1,12 +1,12 @@
 """README.md: the model card of a run."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from halfbyte import task
+from halfbyte.names import is_local, public
 from halfbyte.terminal.redaction import redact
 from halfbyte.terminal.streams import printable
 from halfbyte.tracking.figures import DEFAULT, Figures, are_ties
@@ -63,8 +63,8 @@ def model_card(
     if adapter:
         tags.append("qlora" if config.get("load_in_4bit") else "lora")
     metadata = ModelCardData(
-        base_model=None if base == "unknown" or _is_path(base) else base,
-        datasets=[name for name in data if not _is_path(name)] or None,
+        base_model=None if base == "unknown" or is_local(base) else base,
+        datasets=[name for name in data if not is_local(name)] or None,
         library_name="peft" if adapter else "transformers",
         model_name=title,
         tags=tags,
@@ -74,8 +74,8 @@ def model_card(
     sections = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {title}",
-        f"This is {what} `{_public(base)}`, trained with the `{values['recipe']}` recipe of halfbyte"
-        + (f" on {', '.join(f'`{_public(name)}`' for name in data)}" if data else "")
+        f"This is {what} `{public(base)}`, trained with the `{values['recipe']}` recipe of halfbyte"
+        + (f" on {', '.join(f'`{public(name)}`' for name in data)}" if data else "")
         + f", {values['steps']} steps{_ended(values)}. `run.json` has every setting and `metrics.jsonl` every figure"
         + " where it was trained.",
         "## Settings",
@@ -112,11 +112,11 @@ def _lineage(chain: list[Mapping[str, Any]]) -> list[str]:
         return []
     rows = [
         (
-            _public(str(run["name"])),
+            public(str(run["name"])),
             run["recipe"],
             run["run_id"],
             run["steps"],
-            _public(str(run["base"]["name"])),
+            public(str(run["base"]["name"])),
             run["adapter_sha256"] and run["adapter_sha256"][:12],
         )
         for run in chain
@@ -139,16 +139,16 @@ def _use(values: Mapping[str, Any], base: str, adapter: bool, where: str | None)
     if where is None:
         return ["The run has saved no weights."]
     lines = ["In the directory of this file:\n"] if where.startswith(".") else []
-    if adapter and _is_path(base):
+    if adapter and is_local(base):
         lines.append(
-            f"`path/to/{_public(base)}` stands for the base, a local directory where this was trained.\n"
+            f"`path/to/{public(base)}` stands for the base, a local directory where this was trained.\n"
         )
     if adapter and not config.get("load_in_8bit"):
         lines.append(
             "`halfbyte merge` makes a model of it that needs no PEFT, in the base as it was trained on. Merged into "
             "the 16-bit base it is another one.\n"
         )
-    code = _usage(f"path/to/{_public(base)}" if _is_path(base) else base, where, config, adapter)
+    code = _usage(f"path/to/{public(base)}" if is_local(base) else base, where, config, adapter)
     return ["\n".join([*lines, f"```python\n{code}\n```"])]
 
 
@@ -198,15 +198,6 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 def _datasets(config: Mapping[str, Any]) -> list[str]:
     mixture = [entry.get("path") for entry in config.get("datasets") or () if isinstance(entry, Mapping)]
     return [str(name) for name in [config.get("dataset_name"), *mixture] if name]
-
-
-def _is_path(name: str) -> bool:
-    return name.startswith(("/", "~", ".")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
-
-
-def _public(name: str) -> str:
-    """A hub id unchanged; of a local path the last name."""
-    return Path(name).expanduser().resolve().name if _is_path(name) else name
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
