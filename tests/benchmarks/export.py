@@ -22,9 +22,8 @@ from tests import tiny
 SHARD = 256 * 10**6
 
 
-def base(directory: Path, size: int) -> Path:
+def base(directory: Path, size: int, *, hidden: int = 2048, inner: int = 5632) -> Path:
     """Write a base of about ``size`` bytes, one layer in memory at a time."""
-    hidden, inner = 2048, 5632
     layer = 2 * (4 * hidden * hidden + 3 * hidden * inner)
     config = LlamaConfig(
         vocab_size=tiny.VOCABULARY,

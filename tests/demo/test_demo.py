@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halfbyte import demo
 from halfbyte.cli import main
@@ -53,6 +55,7 @@ def test_small_demo_trains_three_times_on_two_processes(
     assert base.restore(entry, tmp_path / "again")
     for name in ("sft", "dpo"):
         assert_merge_is_the_best(directory / name, tmp_path / f"merged-{name}")
+    assert_merges_complete_as_trained(directory, tmp_path)
 
 
 def assert_merge_is_the_best(run: Path, output: Path) -> None:
@@ -64,6 +67,20 @@ def assert_merge_is_the_best(run: Path, output: Path) -> None:
     assert merged["error"] < min(other["error"] for other in others)
     assert merged["kl"] < min(other["kl"] for other in others)
     assert merged["top1"] >= max(other["top1"] for other in others)
+
+
+def assert_merges_complete_as_trained(directory: Path, outputs: Path) -> None:
+    """Merged in float32, the runs write in plain transformers what they write on their 4-bit base."""
+    trained = summary.samples(directory)
+    for name in ("sft", "dpo"):
+        output = outputs / f"exact-{name}"
+        words = ["--output_dir", str(output), "--dtype", "float32", "--measure", "none"]
+        assert main(["merge", str(directory / name), *words]) == 0
+        model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(output)
+        for signature, answers in trained:
+            prompt = [{"role": "user", "content": signature}]
+            assert summary.completion(model, tokenizer, prompt) == answers[name.upper()]
 
 
 @pytest.fixture

@@ -78,27 +78,31 @@ def samples(directory: Path) -> list[tuple[str, dict[str, str]]]:
     model.load_adapter(str(directory / "dpo"), adapter_name="dpo")
     model.eval()
 
-    def complete(prompt: list[dict[str, str]]) -> str:
-        inputs = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        with torch.inference_mode():
-            output = model.generate(**inputs, **_GREEDY)
-        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return " ".join(str(text).split())
-
     shown = []
     with (directory / "data" / "sft" / "test.jsonl").open(encoding="utf-8") as file:
         for line, _ in zip(file, range(_SAMPLES), strict=False):
             row = json.loads(line)
             answers = {"really": row["completion"][0]["content"]}
             with model.disable_adapter():
-                answers["base"] = complete(row["prompt"])
+                answers["base"] = completion(model, tokenizer, row["prompt"])
             for name, adapter in (("SFT", "default"), ("DPO", "dpo")):
                 model.set_adapter(adapter)
-                answers[name] = complete(row["prompt"])
+                answers[name] = completion(model, tokenizer, row["prompt"])
             shown.append((row["prompt"][0]["content"], answers))
     return shown
+
+
+def completion(model: Any, tokenizer: Any, prompt: list[dict[str, str]]) -> str:
+    """What ``model`` writes after ``prompt``, greedily, on one line."""
+    import torch
+
+    inputs = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        output = model.generate(**inputs, **_GREEDY)
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(str(text).split())
 
 
 def show(directory: Path, console: Console) -> None:
