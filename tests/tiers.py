@@ -7,6 +7,7 @@ number that one process can show in a second or two.
 NOT_QUICK = (
     "tests/adapters/test_fresh.py::test_a_fresh_adapter_changes_nothing",
     "tests/benchmarks/test_gpu_script.py",
+    "tests/benchmarks/test_parity.py::test_methods",
     "tests/checkpoint/test_changes.py::test_a_learning_rate_that_is_changed_trains_from_the_first_step[lr_",
     "tests/checkpoint/test_changes.py::test_a_learning_rate_that_is_changed_trains_from_the_first_step[max_",
     "tests/checkpoint/test_changes.py::test_a_learning_rate_that_is_changed_trains_from_the_first_step[warmup_",
@@ -31,6 +32,7 @@ NOT_QUICK = (
     "tests/distributed/test_fsdp2.py",
     "tests/distributed/test_matrix.py",
     "tests/distributed/test_sharded_matrix.py",
+    "tests/export/test_memory.py",
     "tests/fast/test_arguments.py::test_generation_equals",
     "tests/fast/test_fusion.py::test_importing",
     "tests/fast/test_parity.py::test_bfloat16",

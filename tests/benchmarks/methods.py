@@ -21,8 +21,8 @@ class Method:
 
 
 METHODS = {
-    "QLoRA": Method({}, (2e-3, 4e-3, 8e-3)),
-    "LoRA on the bfloat16 base": Method({"load_in_4bit": False}, (2e-3, 4e-3, 8e-3)),
+    "QLoRA": Method({}, (1e-3, 2e-3, 4e-3)),
+    "LoRA on the bfloat16 base": Method({"load_in_4bit": False}, (1e-3, 2e-3, 4e-3)),
     "full fine-tuning": Method({"load_in_4bit": False, "use_peft": False}, (5e-4, 1e-3, 2e-3)),
 }
 SWEPT, REPORTED = 0, (1, 2, 3)  # seeds

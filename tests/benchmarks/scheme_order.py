@@ -21,7 +21,7 @@ from halfbyte.export.measure import mean_and_error
 from halfbyte.export.schemes import Scheme
 
 LENGTH = 128  # tokens of a row: what the demo's bases were trained on
-MOST = 64  # rows of one text
+MOST = 32  # rows of one text
 SIXTEEN = Scheme("bfloat16", 16.0, lambda weight: (weight.bfloat16().float(), 2 * weight.numel()))
 ORDER = (schemes.uniform(4), schemes.four_bits("fp4"), schemes.NF4)
 """From the worst to the best, by the paper."""
@@ -49,7 +49,7 @@ class Losses:
 
 
 def rows_of(texts: Iterable[str], tokenizer: Any, length: int = LENGTH) -> tuple[HeldOut, Tensor]:
-    """Rows of ``length`` tokens that ``texts`` are cut into, and the number of the text of each."""
+    """Rows of ``length`` tokens that ``texts`` are cut into, and the number of the text of each, of those with rows."""
     sequences, numbers = [], []
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for number, text in enumerate(texts):
@@ -59,7 +59,7 @@ def rows_of(texts: Iterable[str], tokenizer: Any, length: int = LENGTH) -> tuple
                 row = torch.cat([torch.tensor(begin, dtype=piece.dtype), piece])
                 sequences.append(Scored(row, torch.ones(len(row) - 1, dtype=torch.bool)))
                 numbers.append(number)
-    return HeldOut("held-out texts", sequences), torch.tensor(numbers)
+    return HeldOut("held-out texts", sequences), torch.tensor(numbers).unique(return_inverse=True)[1]
 
 
 def losses(directory: Path, texts: Iterable[str], length: int = LENGTH) -> Losses:
