@@ -79,8 +79,14 @@ def _halfbyte(words: list[str]) -> None:
             "demo": [[]],
             "doctor": [["--launch", "launch/ddp.yaml"]],
             "merge": [["runs/my-dpo", "--output_dir", "models/my-chat"]],
+            "plot": [
+                ["runs", "--metric", "loss", "--output", "loss.png"],
+                ["runs", "--metric", "loss", "rewards/margins", "--dark", "--output", "curves.svg"],
+                ["runs/my-sft"],
+            ],
             "quantize": [["models/my-base", "--output_dir", "models/my-base-nf4"]],
             "report": [["models/my-base", "--data", "data/chat", "--recipe", "sft"]],
+            "runs": [["runs"], ["runs", "--sort", "eval_loss", "--where", "recipe=sft", "status=completed"]],
         }[name].count(options)
     elif options[0] == "--help":
         assert options[1:] in ([], ["all"])

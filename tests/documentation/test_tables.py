@@ -106,8 +106,13 @@ def test_every_option_in_code_marks_exists() -> None:
         "key",
         "launch",
         "json",
+        "metric",
+        "output",
         "output_dir",
         "recipe",
+        "smooth",
+        "sort",
+        "where",
     }
     assert named - known - launcher <= others
 

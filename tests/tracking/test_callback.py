@@ -7,6 +7,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerControl, Trai
 from transformers.integrations import WandbCallback
 
 from halfbyte.tracking import RunRecord, Tracker
+from halfbyte.tracking.figures import DEFAULT, Figures
 from tests.tracking.conftest import CANARY, TrackedRun
 
 
@@ -14,9 +15,22 @@ def test_run_json_has_the_keys_of_the_design(tracked: TrackedRun) -> None:
     record = json.loads((tracked.directory / "run.json").read_text())
     assert list(record) == [
         *("status", "recipe", "run_id", "config", "versions", "base", "data", "strategy", "steps"),
-        *("tokens_per_second", "peak_memory_bytes", "metrics", "checkpoints", "next", "wandb_id"),
+        *(
+            "total_steps",
+            "tokens_per_second",
+            "peak_memory_bytes",
+            "metrics",
+            "checkpoints",
+            "next",
+            "figures",
+        ),
+        "wandb_id",
     ]
-    assert (record["status"], record["recipe"], record["steps"]) == ("completed", "sft", 3)
+    assert (record["status"], record["recipe"], record["steps"], record["total_steps"]) == (
+        *("completed", "sft"),
+        *(3, 3),
+    )
+    assert Figures.from_dict(record["figures"]) == DEFAULT
     assert record["tokens_per_second"] > 0
     assert len(record["peak_memory_bytes"]) == 1
     assert record["peak_memory_bytes"][0] > 1e6

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.image import imread
 
-from halfbyte.tracking.plots import _series, draw
+from halfbyte.tracking.plots import draw
+from halfbyte.tracking.series import curves
 
 
 def _rows(steps: int) -> list[dict]:
@@ -75,7 +76,7 @@ def test_series_join_a_resumed_run_and_name_the_data_sets() -> None:
         {"step": 2, "loss": 1.0, "eval_x_loss": 9.0},
         {"step": 2, "eval_loss": 5.0},
     ]
-    assert _series(rows, ["loss"]) == {
+    assert curves(rows, ["loss"]) == {
         ("loss", "train"): [(1, 3.0), (2, 1.0)],
         ("loss", "eval x"): [(2, 9.0)],
         ("loss", "eval"): [(2, 5.0)],

@@ -31,7 +31,7 @@ def held(output_dir: str | None) -> Iterator[None]:
         problem = place.obstacle(output_dir)
         if problem is None:
             directory = Path(output_dir).resolve()
-            path = directory.with_name(f".{directory.name}.lock")
+            path = place.lock_beside(directory)
             missing = [folder for folder in path.parents if not folder.exists()]
             lock, other = _hold(path, directory)
             problem = f"{output_dir} is in use by {other}; choose another" if other is not None else None

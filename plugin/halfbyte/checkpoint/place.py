@@ -19,6 +19,11 @@ def obstacle(output_dir: str) -> str | None:
         return f"{shorten(output_dir)} cannot be used: {reason}; choose another"
 
 
+def lock_beside(directory: Path) -> Path:
+    """The lock file of the run in ``directory``, a resolved path: see :mod:`halfbyte.checkpoint.held`."""
+    return directory.with_name(f".{directory.name}.lock")
+
+
 def _obstacle(output_dir: str) -> str | None:
     given = Path(output_dir)
     if given.is_symlink() and not given.exists():

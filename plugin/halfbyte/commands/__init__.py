@@ -44,9 +44,9 @@ TABLE = {
         Command("demo", "the offline quick start: base, sft, dpo", "[--output_dir DIR]"),
         Command("merge", "write a model that plain transformers loads", "ADAPTER... --output_dir DIR"),
         Command("plan", "predict memory and time of a run", reserved=True),
-        Command("plot", "redraw the plots of runs", reserved=True),
+        Command("plot", "draw curves of runs in one picture", "DIR... [--output FILE]"),
         Command("quantize", "write a pre-quantized checkpoint", "MODEL --output_dir DIR"),
         Command("report", "compare quantization schemes on a model", "MODEL [--data ROWS]"),
-        Command("runs", "compare runs", reserved=True),
+        Command("runs", "compare runs: figures, what differs", "DIR... [--sort KEY] [--json]"),
     )
 }

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from halfbyte.export import schemes
 from halfbyte.export.findings import Report
 from halfbyte.terminal.wording import shorten
-from halfbyte.tracking.plots import COLOURS
+from halfbyte.tracking.drawing import COLOURS
 
 _COLOURS = (*COLOURS, "#000000")
 

@@ -115,12 +115,11 @@ def count(value: float) -> str:
     return f"{value:.3g}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table: first column to the left, the others to the right, none filled up at its end."""
+def aligned(rows: Sequence[Sequence[str]], *, left: bool = False) -> list[str]:
+    """The lines of a table: first column to the left, the others right, or all ``left``; no blanks at the end."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    ]
+    other = str.ljust if left else str.rjust
+    return ["  ".join([row[0].ljust(widths[0]), *map(other, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
 def memory(value: float) -> str:

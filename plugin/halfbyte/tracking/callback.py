@@ -51,6 +51,7 @@ class Tracker(TrainerCallback):
         again_command: str | None = None,
     ) -> None:
         self.record = record
+        self.record.update(figures=figures.as_dict())
         self.metrics = MetricsLog(record.output_dir / "metrics.jsonl")
         self._samples = SamplesLog(record.output_dir / "samples.jsonl")
         self._main = main
@@ -62,7 +63,6 @@ class Tracker(TrainerCallback):
         self._wandb: WandbRun | None = None
         self._warned: set[str] = set()
         self._drawn: dict[str, Any] = {}
-        self._total_steps = 0
         self._finished = False
         self._drawn_at = time.monotonic()
         self._kept_step: int | None = None  # whose weights the run ends with, where it is not the last
@@ -89,8 +89,7 @@ class Tracker(TrainerCallback):
     ) -> None:
         if not self._main:
             return
-        self._total_steps = state.max_steps
-        self.record.update(status="running", steps=state.global_step)
+        self.record.update(status="running", steps=state.global_step, total_steps=state.max_steps)
         before = wandb_id(self.record.path)
         self.record.write()
         if "wandb" in args.report_to and self._wandb is None:
@@ -169,7 +168,7 @@ class Tracker(TrainerCallback):
     def sampled(self, rows: list[Row]) -> None:
         """Write, print and report one round of completions, on rank 0; the time of the round is not training's."""
         self._samples.append(rows)
-        self._progress.lines(sample_lines(rows, self._total_steps))
+        self._progress.lines(sample_lines(rows, self.record["total_steps"]))
         if self._wandb is not None:
             self._wandb.log_samples(rows)
         self._throughput.resume()
@@ -200,7 +199,7 @@ class Tracker(TrainerCallback):
         self._try("samples.jsonl", self._samples.close)
         where = self._wandb.finish(0 if status == "completed" else 1) if self._wandb is not None else None
         values, place = self.record.as_dict(), self.record.output_dir
-        summary.show(values, place, self._figures, self._total_steps, plots, where)
+        summary.show(values, place, self._figures, plots, where)
 
     def fail(self) -> None:
         """Close the run as failed: for a thread that ends a process whose main thread is stuck."""

@@ -3,9 +3,12 @@
 Keys are those that TRL logs, without ``eval_``; a figure whose key no row has is left out.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+_FORM = re.compile(r"[-+ ]?\d?,?(\.\d)?[a-zA-Z%]?")
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,9 @@ class Figure:
     """One number: ``key`` is TRL's name, ``form`` a format specification.
 
     ``logged`` puts it in the lines printed while training and evaluating. ``compared`` puts it in the closing summary,
-    with its values before and after training.
+    with its values before and after training, and beside those of other runs. ``better`` is which of two values is the
+    better one; unset, it is as in transformers: the lesser of what ends in ``loss``, else the greater. ``scaled``: the
+    recipe's settings and the tokens decide its scale, so that runs in which they differ are not compared by it.
     """
 
     key: str
@@ -21,6 +26,13 @@ class Figure:
     form: str = ".3g"
     logged: bool = True
     compared: bool = False
+    better: Literal["greater", "less", "neither"] | None = None
+    scaled: bool = False
+
+    @property
+    def direction(self) -> Literal["greater", "less", "neither"]:
+        """Which of two values is the better one."""
+        return self.better or ("less" if self.key.endswith("loss") else "greater")
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,56 @@ class Figures:
         """The figures that the closing summary compares before and after training."""
         return tuple(figure for figure in self.figures if figure.compared)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return what run.json keeps, so that a run can be shown without its recipe."""
+        return {
+            "figures": _by_name(self.figures, "key"),
+            "plots": _by_name(self.plots, "name"),
+            "settings": list(self.settings),
+        }
+
+    @classmethod
+    def from_dict(cls, found: Any) -> Self:
+        """Return what :meth:`as_dict` made; raises KeyError, TypeError, ValueError or AttributeError for else."""
+        figures = tuple(_figure(key, each) for key, each in found["figures"].items())
+        plots = tuple(_plot(name, each) for name, each in found["plots"].items())
+        return cls(figures, plots, tuple(map(str, found["settings"])))
+
+
+def _figure(key: str, found: Mapping[str, Any]) -> Figure:
+    form, better = found.get("form", ".3g"), found.get("better")
+    if not _FORM.fullmatch(form) or better not in (None, "greater", "less", "neither"):
+        raise ValueError(f"no figure of a recipe: {key}")
+    flags = {name: bool(found[name]) for name in ("logged", "compared", "scaled") if name in found}
+    return Figure(key, str(found["label"]), form, better=better, **flags)
+
+
+def _plot(name: str, found: Mapping[str, Any]) -> Plot:
+    if not re.fullmatch(r"\w[\w.-]*", name):  # a file's name
+        raise ValueError(f"no plot of a recipe: {name}")
+    low, high = map(float, found.get("bounds") or (0, 0))
+    return Plot(
+        name,
+        str(found["title"]),
+        str(found["label"]),
+        tuple(map(str, found["keys"])),
+        bounds=(low, high) if low < high else None,
+        chance=None if found.get("chance") is None else float(found["chance"]),
+        noisy=bool(found.get("noisy", True)),
+    )
+
+
+def _by_name(entries: tuple[Any, ...], name: str) -> dict[str, dict[str, Any]]:
+    """The fields of ``entries`` that are no defaults, by the first; a value under the name `key` would be redacted."""
+    return {
+        getattr(each, name): {
+            field.name: value
+            for field in fields(each)
+            if field.name != name and (value := getattr(each, field.name)) != field.default
+        }
+        for each in entries
+    }
+
 
 _ROUNDING = 1e-5  # of a reward, the mean over the pairs of a row of the log
 
@@ -75,18 +137,18 @@ def are_ties(row: Mapping[str, Any], key: str) -> bool:
     return bool(found) and all(each is not None and abs(each) < _ROUNDING for each in rewards)
 
 
-LOSS = Figure("loss", "loss", ".4g", compared=True)
+LOSS = Figure("loss", "loss", ".4g", compared=True, scaled=True)
 LEARNING_RATE = Figure("learning_rate", "lr", ".1e")
 GRAD_NORM = Figure("grad_norm", "grad", ".2g")
-TOKEN_ACCURACY = Figure("mean_token_accuracy", "token accuracy", ".3f", compared=True)
+TOKEN_ACCURACY = Figure("mean_token_accuracy", "token accuracy", ".3f", compared=True, scaled=True)
 REWARD_ACCURACY = Figure("rewards/accuracies", "accuracy", ".3f", compared=True)
-MARGIN = Figure("rewards/margins", "margin", ".3g", compared=True)
-NLL = Figure("nll_loss", "nll", ".3g", compared=True)
+MARGIN = Figure("rewards/margins", "margin", ".3g", compared=True, scaled=True)
+NLL = Figure("nll_loss", "nll", ".3g", compared=True, scaled=True)
 REWARD = Figure("reward", "reward", ".3g", compared=True)
 SCORE_ACCURACY = Figure("accuracy", "accuracy", ".3f", compared=True)
-SCORE_MARGIN = Figure("margin", "margin", ".3g", compared=True)
-SCORE = Figure("mean_reward", "score", ".3g", logged=False, compared=True)
-KL = Figure("kl", "kl", ".3g")
+SCORE_MARGIN = Figure("margin", "margin", ".3g", compared=True, scaled=True)
+SCORE = Figure("mean_reward", "score", ".3g", logged=False, compared=True, better="neither")
+KL = Figure("kl", "kl", ".3g", better="less")
 
 LOSS_PLOT = Plot("loss", "Loss", "loss", ("loss",))
 LEARNING_RATE_PLOT = Plot("learning_rate", "Learning rate", "learning rate", ("learning_rate",), noisy=False)

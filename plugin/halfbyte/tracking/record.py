@@ -40,6 +40,7 @@ class RunRecord:
             "data": {},
             "strategy": {},
             "steps": 0,
+            "total_steps": None,
             "tokens_per_second": None,
             "peak_memory_bytes": [],
             "metrics": {"train": {}, "eval": {}, "before": {}},

@@ -15,20 +15,20 @@ from halfbyte.terminal.wording import count, memory, say
 from halfbyte.tracking.figures import Figures, are_ties
 from halfbyte.tracking.suggested import merge_command
 
+# However few lines there are.
+_STAYING = ("status", "steps", "weights", "last train loss", "mean train loss", "output")
+
 
 def show(
     record: Mapping[str, Any],
     output_dir: Path,
     figures: Figures,
-    total_steps: int,
     plots: Sequence[Path],
     wandb: str | None,
 ) -> None:
     """Print the summary of a run: ``record`` is what run.json holds, ``wandb`` the line that W&B adds."""
-    rows = [
-        ("status", record["status"]),
-        ("steps", f"{record['steps']} of {total_steps}" if total_steps else "0"),
-    ]
+    total = record["total_steps"]  # None before the first
+    rows = [("status", record["status"]), ("steps", f"{record['steps']} of {total}" if total else "0")]
     if "best_checkpoint" in record:
         rows.append(("weights", f"those of {record['best_checkpoint']}, the best"))
     rows += figure_rows(record["metrics"], figures)
@@ -64,14 +64,14 @@ def figure_rows(metrics: Mapping[str, Mapping[str, Any]], figures: Figures) -> l
 
 
 def print_summary(rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str, str]]) -> None:
-    """Print the closing summary.
+    """Print the closing summary, on a terminal in as many lines as it has.
 
     ``rows`` are labels with values, ``commands`` labels with lines to copy, which are never wrapped or cut.
     """
     console = Console()
     if sys.stdout.isatty():
         table = Table(show_header=False, box=None, pad_edge=False)
-        for label, value in rows:
+        for label, value in _fitting(rows, commands, console.width, console.height - 2):
             # Before the table folds it: a secret in two lines is not recognized.
             table.add_row(Text(label, style="bold"), Text(printable(value), overflow="fold"))
         console.print()
@@ -82,3 +82,25 @@ def print_summary(rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str,
             say(f"{label:<{width}}  {value}")
     for label, command in commands:
         say(f"{label}: {command}")
+
+
+def _fitting(
+    rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str, str]], width: int, height: int
+) -> list[tuple[str, str]]:
+    """``rows`` in ``height`` lines with the ``commands`` under them: the last give way, and are named.
+
+    How the run ended, and where it is, stays.
+    """
+    kept, left_out = list(rows), list[str]()
+    beside = width - max(len(label) for label, _ in rows) - 1
+    taken = sum(_lines(f"{label}: {command}", width) for label, command in commands)
+    for row in reversed([row for row in rows if row[0] not in _STAYING]):
+        if taken + sum(_lines(value, beside) for _, value in kept) + bool(left_out) <= height:
+            break
+        kept.remove(row)
+        left_out.insert(0, row[0])
+    return [*kept, ("no room", ", ".join(left_out))] if left_out else kept
+
+
+def _lines(text: str, width: int) -> int:
+    return max(1, -(-len(printable(text)) // max(1, width)))
