@@ -3,6 +3,7 @@ import re
 import sys
 
 import pytest
+from rich.console import Console
 from rich.progress import Task
 
 from halfbyte.terminal.wording import count, memory
@@ -12,6 +13,11 @@ from halfbyte.tracking.progress import RunProgress, figures
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def _drawn(terminal: io.StringIO) -> list[str]:
+    """The lines that were drawn, one after the other and over one another."""
+    return [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", terminal.getvalue())]
 
 
 ROW = {"step": 20, "loss": 1.2341, "learning_rate": 2e-4, "grad_norm": 0.812}
@@ -65,15 +71,39 @@ def test_the_bar_drops_figures_before_the_counter(
     row = {**ROW, "mean_token_accuracy": 0.5, "rewards/accuracies": 0.5, "rewards/margins": 1.5}
     progress.row(row, 12_345.0)
     progress.end()
-    lines = [
-        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", terminal.getvalue())
-    ]
+    lines = _drawn(terminal)
     drawn = [line for line in lines if line.startswith("train")]
     assert drawn
     assert all(len(line) <= columns for line in drawn)
     assert re.search(r" 20/100000 \d+:\d\d:\d\d", drawn[-1])
     assert ("loss 1.234" in drawn[-1]) is (columns > 50)
     assert any(line.startswith("step 20/100000  loss 1.234  lr 2.0e-04") for line in lines)
+
+
+def test_time_left_shows_where_a_step_takes_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 columns, from the second step on, with the rows of the log above the bar."""
+    seconds = [0.0]
+    screen = io.StringIO()
+    console = Console(width=80, force_terminal=True, file=screen, get_time=lambda: seconds[0])
+    monkeypatch.setattr("halfbyte.tracking.progress.Console", lambda: console)
+    monkeypatch.setattr("halfbyte.tracking.progress.say", lambda line: pytest.fail(f"under the bar: {line}"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    progress = RunProgress(bar=True)
+    progress.begin(0, 1000)
+    for step in (1, 2, 3):
+        seconds[0] += 120
+        progress.step(step)
+        progress.row({**ROW, "step": step}, 12_345.0)
+    progress.end()
+    lines = _drawn(screen)
+    drawn = [line for line in lines if line.startswith("train")]
+    assert max(map(len, drawn)) <= 80
+    assert "3/1000 33:14:00 loss 1.234" in " ".join(drawn[-1].split())  # 997 steps of two minutes
+    rows = [
+        place for place, line in enumerate(lines) if line.startswith("step 3/1000  loss 1.234  lr 2.0e-04")
+    ]
+    assert len(rows) == 1
+    assert lines[rows[0] + 1].startswith("train")
 
 
 def test_ties_are_no_accuracy_of_zero() -> None:

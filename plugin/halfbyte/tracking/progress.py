@@ -18,6 +18,7 @@ from halfbyte.tracking.rows import Row
 _BAR = 18  # columns
 # What stands before the figures: description, bar, counter, time left, and the spaces between them.
 _COUNTED = len("train") + _BAR + len("100:00:00") + 4
+_SPEED = 86_400.0  # seconds over which the time of a step is taken: in rich's own 30 a long step is never seen to end
 _SLOW_EVALUATION = 2.0  # seconds, after which an evaluation gets a bar of its own
 
 
@@ -44,6 +45,7 @@ class RunProgress:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
                 console=Console(),
+                speed_estimate_period=_SPEED,
             )
             self._training = self._live.add_task("train", total=total, completed=step, figures="")
             self._live.start()
