@@ -64,6 +64,17 @@ def test_without_evaluations_the_last_of_training(make: Make) -> None:
     assert not [name for name in found if "best" in name]
 
 
+def test_a_last_value_that_is_not_finite_is_no_earlier_one(make: Make) -> None:
+    diverged = {"losses": (2.0, 1.0), "rows": [{"step": 20, "eval_loss": None}]}
+    runs = make(
+        a=diverged, b={"losses": (2.0, 1.5)}, c={"losses": (), "rows": [{"step": 0, "eval_loss": None}]}
+    )
+    found = cells(runs)
+    assert found["best eval loss"] == ["1 @10", "1.5 @10", "nan"]
+    assert found["last eval loss"] == ["nan", "1.5", "nan"]
+    assert verdicts(runs) == ["eval loss: best is a, 1 at step 10, last nan; next b, 1.5 at step 10"]
+
+
 def test_several_evaluations_have_a_column_each(make: Make) -> None:
     found = cells(
         make(a={"losses": (), "rows": [{"step": 1, "eval_x_loss": 3.0}, {"step": 1, "eval_y_loss": 4.0}]})
@@ -78,6 +89,7 @@ ORDERS = {
     "rewards/accuracies": ("a b c", "by eval_rewards/accuracies, the greatest first"),
     "steps": ("a c b", "by steps, the greatest first"),
     "name": ("a b c", "by name, the least first"),
+    "warmup_steps": ("b a c", "by warmup_steps, the least first"),
     "learning_rate": ("c b a", "by learning_rate, the least first"),
     "tokens_per_second": ("b a c", "by tokens_per_second, the greatest first"),
     "peak-memory": ("a b c", "by peak_memory, the least first"),
@@ -87,8 +99,14 @@ ORDERS = {
 @pytest.mark.parametrize("key", ORDERS)
 def test_the_best_comes_first_and_what_has_no_value_last(make: Make, key: str) -> None:
     runs = make(
-        a={"recipe": "dpo", "rows": PAIRS, "learning_rate": 3e-4},
-        b={"losses": (2.0, 0.5), "learning_rate": 2e-4, "record": {"tokens_per_second": 9e9}},
+        # What is logged of the learning rate is how it ended.
+        a={"recipe": "dpo", "rows": [*PAIRS, {"step": 20, "learning_rate": 0.0}], "learning_rate": 3e-4},
+        b={
+            "warmup_steps": 0,
+            "losses": (2.0, 0.5),
+            "learning_rate": 2e-4,
+            "record": {"tokens_per_second": 9e9},
+        },
         c={
             "losses": (),
             "rows": [{"step": 20, "entropy": 1.0}],

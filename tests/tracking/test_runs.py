@@ -29,8 +29,8 @@ def test_a_real_run_is_read_with_its_recipe_s_figures(tracked: TrackedRun) -> No
     assert run.peak_memory is not None
     assert run.peak_memory > 1e6
     assert run.figures == DEFAULT
-    assert [step for step, _ in run.evaluations("loss")["eval"]] == [0, 3]
-    assert [step for step, _ in run.trained("loss")] == [1, 2, 3]
+    assert [step for step, _ in run.parts("loss")["eval"]] == [0, 3]
+    assert [step for step, _ in run.parts("loss")["train"]] == [1, 2, 3]
 
 
 def test_runs_are_found_and_named_below_the_folder_that_all_are_in(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_odd_values_are_as_if_absent(tmp_path: Path, odd: dict) -> None:
     )
     (run,) = find([tmp_path]).runs
     assert (run.peak_memory, run.tokens_per_second, run.total_steps) == (None, None, 20)
-    assert run.trained("loss") == [(10, 1.6), (20, 1.1)]
+    assert run.parts("loss")["train"] == [(10, 1.6), (20, 1.1)]
     assert (run.figures == DEFAULT) is ("figures" in odd)
 
 
@@ -115,8 +115,8 @@ def test_a_run_that_nothing_holds_is_told_from_one_at_work(tmp_path: Path) -> No
 def test_a_resumed_run_counts_the_last_row_of_a_step(tmp_path: Path) -> None:
     rows = [{"step": 10, "loss": 0.25}, {"step": 10, "eval_loss": 0.5}]
     (run,) = find([write_run(tmp_path / "run", rows=rows)]).runs
-    assert run.trained("loss")[0] == (10, 0.25)
-    assert run.evaluations("loss")["eval"][1] == (10, 0.5)
+    assert run.parts("loss")["train"][0] == (10, 0.25)
+    assert run.parts("loss")["eval"][1] == (10, 0.5)
 
 
 @pytest.mark.parametrize("figures", [DEFAULT, LANGUAGE_MODELING, PREFERENCES, SCORES, WITHOUT_REFERENCE])

@@ -7,31 +7,33 @@ from typing import Any
 from halfbyte.terminal.wording import count, memory, plural
 from halfbyte.tracking.figures import Figure
 from halfbyte.tracking.runs import Run
-from halfbyte.tracking.series import EVALUATION, Points
+from halfbyte.tracking.series import EVALUATION
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its name, and of each run the value and the text that shows it.
-
-    ``figure`` is the figure whose values these are, if it is one's; ``number`` puts the text to the right.
-    """
+    """One column: its name, and the text of each run; ``number`` puts it to the right."""
 
     name: str
-    values: list[Any]
     cells: list[str]
     number: bool = False
-    figure: Figure | None = None
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The values of a figure over the evaluations of one run, of which ``best`` is at ``best_step``."""
+    """The values of a figure over the evaluations of one run, of which ``best`` is at ``best_step``.
+
+    ``last`` is None where it was not finite.
+    """
 
     best: float
     best_step: int
-    last: float
+    last: float | None
     last_step: int
+
+    def last_text(self, form: str) -> str:
+        """The last value in a format; ``nan`` where it was not finite."""
+        return "nan" if self.last is None else f"{self.last:{form}}"
 
 
 def is_less_better(key: str, runs: Sequence[Run]) -> bool:
@@ -48,10 +50,17 @@ def is_less_better(key: str, runs: Sequence[Run]) -> bool:
     return (known or [Figure(key, key)])[0].direction == "less"
 
 
-def evaluated(points: Points, *, less: bool) -> Evaluated:
-    """The best and the last of ``points``, of equal ones the first."""
+def evaluated(run: Run, figure: Figure, part: str, *, less: bool) -> Evaluated | None:
+    """The best and the last value that ``run`` has of one of :func:`headline`, of equal ones the first.
+
+    None for a recipe that does not compare it, and where there is no finite value.
+    """
+    points = run.parts(figure.key).get(part) if figure in run.figures.compared else None
+    if not points:
+        return None
     step, best = (min if less else max)(points, key=lambda point: point[1])
-    return Evaluated(best, step, points[-1][1], points[-1][0])
+    last = None if run.ended_undefined(figure.key, part) else points[-1][1]
+    return Evaluated(best, step, last, points[-1][0])
 
 
 def headline(runs: Sequence[Run]) -> list[tuple[Figure, str]]:
@@ -59,39 +68,26 @@ def headline(runs: Sequence[Run]) -> list[tuple[Figure, str]]:
 
     Where no run has an evaluation, the part is ``train``.
     """
-    figures = list(dict.fromkeys(figure for run in runs for figure in run.figures.compared))
+    figures = dict.fromkeys(figure for run in runs for figure in run.figures.compared)
     found = {
         (figure, part): None
         for figure in figures
         for run in runs
         if figure in run.figures.compared
-        for part in run.evaluations(figure.key)
+        for part in run.parts(figure.key)
     }
-    return list(found) or [
-        (figure, "train") for figure in figures if any(points_of(run, figure, "train") for run in runs)
-    ]
-
-
-def points_of(run: Run, figure: Figure, part: str) -> Points:
-    """The points that ``run`` has of one of :func:`headline`, if its recipe compares it."""
-    if figure not in run.figures.compared:
-        return []
-    return run.trained(figure.key) if part == "train" else run.evaluations(figure.key).get(part, [])
+    return [each for each in found if each[1] != "train"] or list(found)
 
 
 def columns(runs: Sequence[Run]) -> list[Column]:
     """Every column, the most important first."""
-    plain = {name: Column(name, *_both(runs, *how)) for name, how in PLAIN.items()}
-    first, *others = _figure_columns(runs) or [[]]
-    order = ["name", "status", "steps", "recipe", "tokens_per_second", "peak_memory", "base", "data"]
-    numbers = [
-        Column(c.name, c.values, c.cells, number=c.name in _NUMBERS) for c in map(plain.get, order) if c
-    ]
-    return [
-        *(numbers[0], *first[:1], numbers[1], *first[1:], *numbers[2:4]),
-        *(column for figure in others for column in figure),
-        *numbers[4:],
-    ]
+    name, status, steps, recipe, *others = (
+        Column(name, [text(run) or "-" for run in runs], number=name in _NUMBERS)
+        for name, (_, text) in PLAIN.items()
+    )
+    first, *more = _figure_columns(runs) or [[]]
+    figures = (column for columns in more for column in columns)
+    return [name, *first[:1], status, *first[1:], steps, recipe, *figures, *others]
 
 
 def _figure_columns(runs: Sequence[Run]) -> list[list[Column]]:
@@ -99,31 +95,15 @@ def _figure_columns(runs: Sequence[Run]) -> list[list[Column]]:
     found = []
     for figure, part in headline(runs):
         less = is_less_better(figure.key, runs)
-        each = [
-            evaluated(points, less=less) if (points := points_of(run, figure, part)) else None for run in runs
-        ]
+        each = [evaluated(run, figure, part, less=less) for run in runs]
+        absent = ["nan" if run.ended_undefined(figure.key, part) else "-" for run in runs]
         name, form = f"{part} {figure.label}", figure.form
-        last = Column(
-            f"last {name}",
-            [e and e.last for e in each],
-            [f"{e.last:{form}}" if e else "-" for e in each],
-            True,
-            figure,
-        )
-        best = Column(
-            f"best {name}",
-            [e and e.best for e in each],
-            [f"{e.best:{form}} @{e.best_step}" if e else "-" for e in each],
-            True,
-            figure,
-        )
+        best = [f"{e.best:{form}} @{e.best_step}" if e else no for e, no in zip(each, absent, strict=True)]
+        last = [e.last_text(form) if e else no for e, no in zip(each, absent, strict=True)]
+        both = [Column(f"best {name}", best, number=True), Column(f"last {name}", last, number=True)]
         # The best of noisy rows of training is chance, and of what has no direction there is none.
-        found.append([last] if part == "train" or figure.direction == "neither" else [best, last])
+        found.append(both[1:] if part == "train" or figure.direction == "neither" else both)
     return found
-
-
-def _both(runs: Sequence[Run], value: Callable[[Run], Any], text: Callable[[Run], str | None]) -> Any:
-    return [value(run) for run in runs], [text(run) or "-" for run in runs]
 
 
 def _steps(run: Run) -> str:
@@ -144,8 +124,8 @@ def last_name(name: str) -> str:
 PLAIN: Mapping[str, tuple[Callable[[Run], Any], Callable[[Run], str | None]]] = {
     "name": (lambda run: run.name, lambda run: run.name),
     "status": (lambda run: run.record["status"], lambda run: run.status),
-    "recipe": (lambda run: run.record["recipe"], lambda run: run.record["recipe"]),
     "steps": (lambda run: run.record["steps"], _steps),
+    "recipe": (lambda run: run.record["recipe"], lambda run: run.record["recipe"]),
     "tokens_per_second": (
         lambda run: run.tokens_per_second,
         lambda run: None if run.tokens_per_second is None else count(run.tokens_per_second),

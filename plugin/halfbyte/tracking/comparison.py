@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.tracking.columns import evaluated, headline, is_less_better, points_of
-from halfbyte.tracking.figures import Figure
+from halfbyte.tracking.columns import Evaluated, evaluated, headline, is_less_better
 from halfbyte.tracking.runs import Run
 
 # Of the configuration: where a run is, and not what it is.
 _PLACES = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "allow_config_change")
+_TOKENIZER = ("sha", "chat_template")
 _HASH = 12  # characters of a hash that are shown
 
 
@@ -48,6 +48,7 @@ def _ran_on(run: Run) -> dict[str, Any]:
         "data": _hash(run.part("data")),
         "evaluation rows": _hash(_evaluation_rows(run)),
         "tokenizer": _hash(run.part("tokenizer")),
+        "chat template": _hash(run.part("tokenizer"), "chat_template"),
         "strategy": strategy.get("name"),
         "processes": strategy.get("world_size"),
     }
@@ -59,8 +60,8 @@ def _evaluation_rows(run: Run) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _hash(part: Mapping[str, Any]) -> str | None:
-    found = part.get("sha")
+def _hash(part: Mapping[str, Any], key: str = "sha") -> str | None:
+    found = part.get(key)
     return str(found)[:_HASH] if found else None
 
 
@@ -91,14 +92,16 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
 def _verdicts(runs: Sequence[Run], *, named: bool) -> list[str]:
     lines = []
     for figure, part in headline(runs):
-        have = [run for run in runs if points_of(run, figure, part)]
-        if part == "train" or figure.direction == "neither" or len(have) < 2:
+        less = is_less_better(figure.key, runs)
+        found = [(run, each) for run in runs if (each := evaluated(run, figure, part, less=less)) is not None]
+        if part == "train" or figure.direction == "neither" or len(found) < 2:
             continue
-        name = f"{have[0].record['recipe']}, {part} {figure.label}" if named else f"{part} {figure.label}"
-        if figure.scaled and (differing := _scales(have)):
+        name = f"{runs[0].record['recipe']}, {part} {figure.label}" if named else f"{part} {figure.label}"
+        if figure.scaled and (differing := _scales([run for run, _ in found])):
             lines.append(f"{name}: not compared, its scale depends on what differs: {', '.join(differing)}")
         else:
-            lines.append(f"{name}: {_ranked(have, figure, part)}")
+            found.sort(key=lambda pair: pair[1].best, reverse=not less)
+            lines.append(f"{name}: {_ranked(found, figure.form)}")
     return lines
 
 
@@ -106,25 +109,29 @@ def _scales(runs: Sequence[Run]) -> list[str]:
     """What decides the scale of a loss, and differs between ``runs``."""
     settings = dict.fromkeys(key for run in runs for key in run.figures.settings)
     found = [key for key in settings if len({_text(run.config.get(key)) for run in runs}) > 1]
-    return found + (["the tokenizer"] if len({_hash(run.part("tokenizer")) for run in runs}) > 1 else [])
+    ran_on: dict[str, list[Any]] = {
+        "the tokenizer": [[run.part("tokenizer").get(key) for key in _TOKENIZER] for run in runs],
+        "the tokens of the evaluation": [_evaluation_rows(run).get("tokens") for run in runs],
+    }
+    return [*found, *(name for name, values in ran_on.items() if len(set(map(_text, values))) > 1)]
 
 
-def _ranked(runs: Sequence[Run], figure: Figure, part: str) -> str:
-    less = is_less_better(figure.key, runs)
-    found = [(run, evaluated(points_of(run, figure, part), less=less)) for run in runs]
-    found.sort(key=lambda pair: pair[1].best if less else -pair[1].best)
+def _ranked(found: Sequence[tuple[Run, Evaluated]], form: str) -> str:
+    """Which of the runs in ``found``, the best first, is the best."""
     best = found[0][1].best
     equal = [run.name for run, each in found if each.best == best]
     # As many digits as tell apart what is not equal.
     values = {each.best for _, each in found}
-    form = figure.form if len({f"{value:{figure.form}}" for value in values}) == len(values) else ".6g"
-    parts = []
-    for run, each in found[:2]:
-        last = "" if each.last_step == each.best_step else f", last {each.last:{form}}"
-        parts.append(f"{run.name}, {each.best:{form}} at step {each.best_step}{last}")
+    form = form if len({f"{value:{form}}" for value in values}) == len(values) else ".6g"
     if len(equal) == len(found):
         return f"equal at best, {best:{form}}"
     if len(equal) > 1:
         return f"{' and '.join(equal)} are equal and best, {best:{form}}"
+    parts = []
+    for run, each in found[:2]:
+        last = (
+            f", last {each.last_text(form)}" if each.last_step != each.best_step or each.last is None else ""
+        )
+        parts.append(f"{run.name}, {each.best:{form}} at step {each.best_step}{last}")
     more = f"; {len(found) - 2} more" if len(found) > 2 else ""
     return f"best is {parts[0]}; next {parts[1]}{more}"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from halfbyte.terminal.streams import printable
 from halfbyte.terminal.wording import aligned, plural, say
-from halfbyte.tracking.columns import Column, columns, evaluated, headline, is_less_better, points_of
+from halfbyte.tracking.columns import Column, columns, evaluated, headline, is_less_better
 from halfbyte.tracking.comparison import Differences, differences, verdicts
 from halfbyte.tracking.runs import Run
 
@@ -33,6 +33,8 @@ def show(runs: Sequence[Run], order: str | None = None) -> None:
     if order is not None:
         say(order)
     for run in runs:
+        if best := run.record.get("best_checkpoint"):
+            say(f"{run.name}: its weights are those of {best}, the best")
         if run.abandoned:
             say(
                 f"{run.name}: run.json says running, and no process of this machine holds it: killed, or elsewhere"
@@ -52,10 +54,10 @@ def as_json(runs: Sequence[Run]) -> str:
 def _object(run: Run, kept: Sequence[tuple[Any, str]], runs: Sequence[Run]) -> dict[str, Any]:
     found = {}
     for figure, part in kept:
-        if points := points_of(run, figure, part):
-            less = is_less_better(figure.key, runs)
+        less = is_less_better(figure.key, runs)
+        if (each := evaluated(run, figure, part, less=less)) is not None:
             name = figure.key if part == "train" else f"{part.replace(' ', '_')}_{figure.key}"
-            found[name] = {**vars(evaluated(points, less=less)), "greater_is_better": not less}
+            found[name] = {**vars(each), "greater_is_better": not less}
     return {
         "name": run.name,
         "directory": str(run.directory),

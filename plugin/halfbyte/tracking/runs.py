@@ -98,13 +98,21 @@ class Run:
         found = self.record.get(key)
         return found if isinstance(found, Mapping) else {}
 
-    def evaluations(self, key: str) -> dict[str, Points]:
-        """The points of the figure ``key`` by evaluation: ``eval``, or ``eval NAME`` of several data sets."""
-        return {part: points for (_, part), points in curves(self.rows, [key]).items() if part != "train"}
+    def parts(self, key: str) -> dict[str, Points]:
+        """The points of the figure ``key`` by part: ``train``, ``eval``, or ``eval NAME`` of several data sets."""
+        if key not in self._parts:
+            self._parts[key] = {part: points for (_, part), points in curves(self.rows, [key]).items()}
+        return self._parts[key]
 
-    def trained(self, key: str) -> Points:
-        """The points of the figure ``key`` of training."""
-        return curves(self.rows, [key]).get((key, "train"), [])
+    @cached_property
+    def _parts(self) -> dict[str, dict[str, Points]]:
+        return {}
+
+    def ended_undefined(self, key: str, part: str) -> bool:
+        """Whether the last value of a figure was no finite number, which the log has as null."""
+        name = key if part == "train" else f"{part.replace(' ', '_')}_{key}"
+        logged = [row[name] for row in reversed(self.rows) if name in row][:1]
+        return logged == [None]
 
 
 @dataclass(frozen=True)

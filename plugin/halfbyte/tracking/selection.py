@@ -6,7 +6,7 @@ from typing import Any
 
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import shorten, suggestion
-from halfbyte.tracking.columns import PLAIN, evaluated, headline, is_less_better, last_name
+from halfbyte.tracking.columns import PLAIN, headline, is_less_better, last_name
 from halfbyte.tracking.runs import Run
 from halfbyte.tracking.series import EVALUATION, names
 
@@ -25,12 +25,12 @@ def ordered(runs: Sequence[Run], key: str) -> tuple[list[Run], str]:
     if key in PLAIN:
         values = [PLAIN[key][0](run) for run in runs]
         most = key in _MOST_FIRST
+    elif key in options:  # before figures: what is logged of the learning rate is how it ended
+        values, most = [run.config.get(key) for run in runs], False
     elif key in logged or f"{EVALUATION}{key}" in logged:
         key = f"{EVALUATION}{key}" if f"{EVALUATION}{key}" in logged else key
         less = is_less_better(key, runs)
         values, most = [_figure_value(run, key, less=less) for run in runs], not less
-    elif key in options:
-        values, most = [run.config.get(key) for run in runs], False
     else:
         known = dict.fromkeys([*PLAIN, *logged, *options])
         raise UserError(
@@ -54,11 +54,10 @@ def _headline(runs: Sequence[Run]) -> list[str]:
 
 
 def _figure_value(run: Run, key: str, *, less: bool) -> float | None:
-    if not key.startswith(EVALUATION):
-        points = run.trained(key)
-        return points[-1][1] if points else None
-    points = run.evaluations(key).get("eval", [])
-    return evaluated(points, less=less).best if points else None
+    parts = run.parts(key)
+    if points := parts.get("eval"):
+        return (min if less else max)(value for _, value in points)
+    return parts["train"][-1][1] if "train" in parts else None
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:

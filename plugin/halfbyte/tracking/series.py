@@ -30,7 +30,7 @@ def curves(rows: Sequence[Row], keys: Sequence[str]) -> Series:
         found[key, "train"] = {}
         for row in rows:
             for name, value in row.items():
-                if not is_number(value):
+                if not name.endswith(key) or not is_number(value):
                     continue
                 if are_ties(row, name):
                     continue
