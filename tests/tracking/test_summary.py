@@ -32,6 +32,8 @@ def test_ties_before_training_are_called_ties() -> None:
     after = {"eval_rewards/accuracies": 0.75, "eval_rewards/chosen": 0.1, "eval_rewards/rejected": -0.1}
     rows = figure_rows({"train": {}, "before": TIES, "eval": after}, PREFERENCES)
     assert rows == [("eval accuracy", "ties -> 0.7500")]
+    rounding = {"before": {"eval_rewards/margins": -1e-9}, "eval": {"eval_rewards/margins": 0.5}}
+    assert figure_rows({"train": {}, **rounding}, PREFERENCES) == [("eval margin", "0.0000 -> 0.5000")]
 
 
 @pytest.fixture

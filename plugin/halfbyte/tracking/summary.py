@@ -58,7 +58,7 @@ def figure_rows(metrics: Mapping[str, Mapping[str, Any]], figures: Figures) -> l
         key = f"eval_{figure.key}"
         parts = [metrics[part] for part in ("before", "eval") if metrics[part].get(key) is not None]
         if parts:
-            shown = ["ties" if are_ties(part, key) else f"{part[key]:.4f}" for part in parts]
+            shown = ["ties" if are_ties(part, key) else f"{part[key]:z.4f}" for part in parts]
             rows.append((f"eval {figure.label}", " -> ".join(shown)))
     return rows
 
