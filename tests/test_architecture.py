@@ -167,6 +167,7 @@ def test_the_options_we_add_are_a_frozen_list() -> None:
         "on_nonfinite",
         "on_oom",
         "overwrite_output_dir",
+        "peak_flops",
         "sample_max_new_tokens",
         "sample_prompts",
         "sample_steps",

@@ -14,7 +14,7 @@ NOT_QUICK = (
     "tests/checkpoint/test_faults.py",
     "tests/checkpoint/test_full_disk.py::test_full",
     "tests/checkpoint/test_held.py",
-    "tests/checkpoint/test_resume.py::test_a_resumed_run_has_each_row_once",
+    "tests/checkpoint/test_resume.py::test_two_interruptions",
     "tests/checkpoint/test_security.py",
     "tests/config/test_fields.py::test_every_field",
     "tests/data/chat/test_limited.py",

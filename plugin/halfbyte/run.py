@@ -170,7 +170,8 @@ def _tracker(
     """The tracker of this run; a resumed one continues under the id of the run before it."""
     record = RunRecord(options.args.output_dir, recipe=name)
     if resume.manifest is not None:
-        record.update(run_id=resume.manifest.run_id, resumed_from=resume.path)
+        before = resume.manifest
+        record.update(run_id=before.run_id, resumed_from=resume.path, wandb_id=before.wandb_id)
         say(*changes.other_versions(resume.manifest, record["versions"]))
     adapter = options.plugin.use_peft
     return Tracker(
@@ -194,13 +195,9 @@ def _conduct(options: Options, inputs: Inputs, resume: Resume, tracker: Tracker,
         manifest=resume.manifest,
         on_nonfinite=options.script.on_nonfinite,
         on_oom=options.script.on_oom,
-        samples=_sampling(options, inputs),
+        samples=Sampling.of(inputs.rows.prompts, options.script),
+        peak_flops=options.script.peak_flops,
     )
-
-
-def _sampling(options: Options, inputs: Inputs) -> Sampling | None:
-    prompts, script = inputs.rows.prompts, options.script
-    return Sampling(prompts, script.sample_steps, script.sample_max_new_tokens) if prompts.prompts else None
 
 
 def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: Trainer) -> dict[str, Any]:

@@ -98,10 +98,11 @@ PRIVATE = (
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "fast/attention.py"),
     Private("torch.cpu._is_amx_tile_supported", "fast/attention.py"),
     Private("torch.distributed.distributed_c10d._get_default_store", "resilience/watch.py"),
+    Private("wandb.sdk.wandb_setup.singleton", "tracking/wandb_login.py", ""),
     Private("wandb.sdk.wandb_setup.singleton", "tracking/wandb_run.py", ""),
     Private(
         "wandb.sdk.lib.wbauth.authenticate_session",
-        "tracking/wandb_run.py",
+        "tracking/wandb_login.py",
         "host source no_offline no_create input_timeout referrer relogin verify prompt update_session",
     ),
     *(

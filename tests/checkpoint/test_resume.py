@@ -13,6 +13,7 @@ from halfbyte import resolve
 from halfbyte.checkpoint import changes, history, manifest
 from halfbyte.checkpoint.resume import find
 from halfbyte.errors import UserError
+from halfbyte.tracking import Tracker
 from tests.checkpoint.runs import STEPS, Finished, assert_equal, options, read_rows, run
 from tests.checkpoint.test_manifest import recorded
 from tests.tracking import wandb_file
@@ -240,27 +241,51 @@ def test_damage_to_any_file_of_a_checkpoint(finished: Finished, parts, kind: str
     assert_equal(finished.output, output, STEPS)
 
 
-def test_a_resumed_run_has_each_row_once_in_wandb(
-    finished: Finished, parts, monkeypatch: pytest.MonkeyPatch
+def test_two_interruptions_read_as_one_series_in_wandb(
+    finished: Finished, parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W&B, offline, holds what metrics.jsonl holds: the rows before the checkpoint once, none after it twice."""
-    output = parts()
+    """W&B, offline, holds what the run's own files hold: no row twice, none left out."""
+    output, prompts, on_log = parts(), tmp_path / "prompts.txt", Tracker.on_log
+    prompts.write_text("the fox")
     record = json.loads((output / "run.json").read_text())
     (output / "run.json").write_text(json.dumps({**record, "wandb_id": "earlier"}))
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_LOG_MODEL", "end")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb"))
     wandb.teardown()  # its settings are read once for a process
-    given = finished.options(output, report_to="wandb")
-    assert run("sft", given, "--resume_from_checkpoint", "auto") == 0
+    samples = {"sample_prompts": str(prompts), "sample_steps": "1", "sample_max_new_tokens": "2"}
+    again = [*finished.options(output, report_to="wandb", **samples), "--resume_from_checkpoint", "auto"]
+
+    def breaks(self, args, state, control, **kwargs) -> None:
+        on_log(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            raise RuntimeError("the node is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "on_log", breaks)
+        assert run("sft", again) == 1
+    assert run("sft", again) == 0
     wandb.teardown()
-    (path,) = output.glob("wandb/offline-run-*/*.wandb")
-    found = wandb_file.read(path)
-    history = [{key: row[key] for key in row if not key.startswith("_")} for row in found["history"]]
-    assert history == [
-        {key: value for key, value in row.items() if value is not None} for row in read_rows(output)
+    files = sorted(output.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    first, last = map(wandb_file.read, files)
+    rows = [row for row in last["history"] if "samples.path" not in row]
+    assert [{key: row[key] for key in row if not key.startswith("_")} for row in rows] == [
+        {**{key: value for key, value in row.items() if value is not None}, "train/global_step": row["step"]}
+        for row in read_rows(output)
     ]
-    assert [row["step"] for row in history if "loss" in row] == list(range(1, STEPS + 1))
-    assert found["config"]["halfbyte"]["continues_wandb_run"] == "earlier"
-    assert json.loads((output / "run.json").read_text())["wandb_id"] not in (None, "earlier")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    rounds = [json.loads(line)["step"] for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in last["history"] if "samples.path" in row] == rounds == [5, 6]
+    steps = [row["train/global_step"] for row in last["history"]]
+    assert steps == sorted(steps)
+    assert first["config"]["halfbyte"]["continues_wandb_run"] == "earlier"
+    assert last["config"]["halfbyte"]["continues_wandb_run"] == first["id"] != last["id"]
+    assert first["group"] == last["group"] == record["run_id"]
+    assert first["alerts"] == [("sft failed", "the node is gone")]
+    told = json.loads((output / "run.json").read_text())
+    assert last["artifacts"]["final"] == sorted(told["files"])
+    assert told["wandb_id"] == last["id"]
+    assert manifest.read(output / f"checkpoint-{STEPS}").wandb_id == last["id"]
 
 
 def test_no_checkpoint_yet_starts_over_and_keeps_the_logs(finished: Finished, tmp_path: Path, capsys) -> None:

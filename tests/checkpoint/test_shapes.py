@@ -15,7 +15,7 @@ from halfbyte.checkpoint.held import held
 from halfbyte.checkpoint.resume import find
 from halfbyte.cli import main
 from halfbyte.errors import UserError
-from halfbyte.tracking.record import wandb_id
+from halfbyte.tracking.record import read_record
 from halfbyte.tracking.rows import read_rows
 from tests.checkpoint.test_manifest import recorded
 from tests.checkpoint.test_resume import STATE, STATES
@@ -172,7 +172,7 @@ def test_logs_of_any_shape(output: Path, name: str, shape: str) -> None:
         assert found.path == str(output / "checkpoint-10")
         if shape in TEXTS:
             found.require_usable(str(output), overwrite=False)
-            assert wandb_id(output / "run.json") is None
+            assert not read_record(output / "run.json")
             assert read_rows(output / "metrics.jsonl") in ([], [{}])
             history.cut(output, 10)
         else:

@@ -41,6 +41,16 @@ class TrackedRun:
     directory: Path
     output: str
     callbacks: list[TrainerCallback]
+    rows_of_others: list[dict]
+    """What another tracker of ``report_to`` got: each row as the Trainer gives it to its callbacks."""
+
+
+class Recorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.rows.append({"step": state.global_step, **logs})
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +88,16 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., P
             strategy={"name": "single", "world_size": 1},
         )
         tracker = Tracker(record, bar=False)
-        conduct = Conduct(tracker=tracker, signals=Signals(lambda _: None), config={}, inputs={})
+        signals = Signals(lambda _: None)
+        conduct = Conduct(tracker=tracker, signals=signals, config={}, inputs={}, peak_flops=1e12)
+        recorder = Recorder()
         trainer = compose(SFTTrainer, (RunDirectory,))(
-            model=str(model_dir("llama")), args=args, train_dataset=rows, eval_dataset=rows, conduct=conduct
+            model=str(model_dir("llama")),
+            args=args,
+            train_dataset=rows,
+            eval_dataset=rows,
+            conduct=conduct,
+            callbacks=[recorder],
         )
         assert not (directory / "run.json").exists()
         callbacks = list(trainer.callback_handler.callbacks)
@@ -90,4 +107,4 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[..., P
         trainer.save_model()
         tracker.finish("completed", next_command="halfbyte dpo --adapter_name_or_path out/sft")
         wandb.teardown()
-    return TrackedRun(directory, captured.getvalue(), callbacks)
+    return TrackedRun(directory, captured.getvalue(), callbacks, recorder.rows)

@@ -15,16 +15,8 @@ def test_run_json_has_the_keys_of_the_design(tracked: TrackedRun) -> None:
     record = json.loads((tracked.directory / "run.json").read_text())
     assert list(record) == [
         *("status", "recipe", "run_id", "config", "versions", "base", "data", "strategy", "steps"),
-        *(
-            "total_steps",
-            "tokens_per_second",
-            "peak_memory_bytes",
-            "metrics",
-            "checkpoints",
-            "next",
-            "figures",
-        ),
-        "wandb_id",
+        *("total_steps", "tokens_per_second", "peak_memory_bytes", "metrics", "checkpoints", "next"),
+        *("figures", "wandb_id", "peak_memory_by_phase"),
     ]
     assert (record["status"], record["recipe"], record["steps"], record["total_steps"]) == (
         *("completed", "sft"),
@@ -61,6 +53,22 @@ def test_metrics_jsonl_has_every_row(tracked: TrackedRun) -> None:
         assert {key: row[key] for key in logged} == logged
 
 
+def test_every_tracker_gets_the_same_rows(tracked: TrackedRun) -> None:
+    rows = [json.loads(line) for line in (tracked.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [{key: row[key] for key in row if key != "time"} for row in rows] == tracked.rows_of_others
+    trained = [row for row in rows if "loss" in row]
+    assert all(row["tokens_per_second"] > 0 and 0 < row["mfu"] < 1 for row in trained)
+    assert not any("mfu" in row for row in rows if row not in trained)
+
+
+def test_memory_by_phase_is_where_it_rose(tracked: TrackedRun) -> None:
+    record = json.loads((tracked.directory / "run.json").read_text())
+    peaks = record["peak_memory_by_phase"]
+    assert set(peaks) <= {"load", "train", "evaluate", "save"}
+    assert min(peaks.values()) == peaks["load"] > 0
+    assert max(peaks.values()) <= record["peak_memory_bytes"][0]
+
+
 def test_plots_and_card_are_written(tracked: TrackedRun) -> None:
     plots = {path.name for path in (tracked.directory / "plots").iterdir()}
     assert plots == {"loss.png", "learning_rate.png", "grad_norm.png", "token_accuracy.png"}
@@ -81,7 +89,9 @@ def test_upstream_progress_and_wandb_are_gone(tracked: TrackedRun) -> None:
 
 def test_plain_lines_and_summary(tracked: TrackedRun) -> None:
     lines = tracked.output.splitlines()
-    line = re.compile(r"step 2/3  loss \d\S*  lr \d\.\de-\d\d  grad \S+  token accuracy \S+  \S+ tok/s")
+    line = re.compile(
+        r"step 2/3  loss \d\S*  lr \d\.\de-\d\d  grad \S+  token accuracy \S+  \S+ tok/s  mfu \S+%"
+    )
     assert any(line.fullmatch(text) for text in lines), tracked.output
     assert any(re.fullmatch(r"step 0/3  eval  loss \S+  token accuracy \S+", text) for text in lines)
     assert any(re.fullmatch(r"eval loss +\d\S+ -> \d\S+", text) for text in lines)

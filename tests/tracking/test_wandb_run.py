@@ -1,6 +1,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
@@ -37,13 +38,90 @@ def test_offline_file_has_every_row_and_the_config(tracked: TrackedRun) -> None:
     run = wandb_file.read(_file(tracked.directory))
     rows = [json.loads(line) for line in (tracked.directory / "metrics.jsonl").read_text().splitlines()]
     history = [{key: row[key] for key in row if not key.startswith("_")} for row in run["history"]]
-    assert history == [{key: value for key, value in row.items() if value is not None} for row in rows]
+    assert history == [
+        {**{key: value for key, value in row.items() if value is not None}, "train/global_step": row["step"]}
+        for row in rows
+    ]
     assert (run["project"], run["name"], run["exit_code"]) == ("halfbyte", "sft", 0)
     config = run["config"]
     assert config["learning_rate"] == 2e-4
     assert config["model_init_kwargs"] == {"token": "***", "list": [{"Api_Key": "***"}]}
     assert config["halfbyte"]["recipe"] == "sft"
     assert not list(tracked.directory.glob("wandb/*/files/wandb-metadata.json"))
+
+
+def test_the_series_have_one_axis_and_their_best_values(tracked: TrackedRun) -> None:
+    run = wandb_file.read(_file(tracked.directory))
+    record = json.loads((tracked.directory / "run.json").read_text())
+    assert run["axes"]["*"] == "train/global_step"
+    assert run["summaries"]["eval_loss"] == {"min", "last"}
+    assert run["summaries"]["eval_mean_token_accuracy"] == {"max", "last"}
+    assert "learning_rate" not in run["summaries"]
+    assert (run["group"], run["job_type"], run["id"]) == (record["run_id"], "sft", record["wandb_id"])
+    assert run["config"]["halfbyte"]["data"] == record["data"]
+    assert run["summary"]["peak_memory_bytes"] == record["peak_memory_bytes"]
+    assert run["summary"]["peak_memory_by_phase"] == record["peak_memory_by_phase"]
+    assert run["alerts"] == []
+
+
+class Server:
+    """``wandb.init`` as a server with one run would answer, and what was logged."""
+
+    def __init__(self, known: str) -> None:
+        self.known, self.options, self.logged = known, {}, []
+        self.id, self.offline, self.url = known, False, "https://wandb.test/run"
+        self.resumed = False
+
+    def init(self, **options: Any) -> "Server":
+        self.options = options
+        self.resumed = options.get("id") == self.known
+        return self
+
+    def define_metric(self, *_: object, **__: object) -> None: ...
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+
+ENDED = {"status": "interrupted", "steps": 4, "wandb_id": "earlier", "wandb_url": "https://wandb.test/run"}
+
+
+@pytest.mark.parametrize(
+    ("change", "known", "continued", "replayed"),
+    [
+        ({}, "earlier", True, False),
+        ({}, "another", True, True),  # it was deleted there
+        ({"steps": 5}, "earlier", False, True),  # rows after the checkpoint
+        ({"status": "running"}, "earlier", False, True),  # killed: more may have been logged than it says
+        ({"wandb_url": None}, "earlier", False, True),  # offline
+    ],
+)
+def test_a_run_is_continued_where_nothing_came_after_the_checkpoint(
+    environment: pytest.MonkeyPatch,
+    tmp_path: Path,
+    change: dict[str, Any],
+    known: str,
+    continued: bool,
+    replayed: bool,
+) -> None:
+    environment.setenv("WANDB_API_KEY", "a" * 40)
+    server = Server(known)
+    environment.setattr(wandb, "init", server.init)
+    rows = [{"step": step, "loss": 1.0} for step in (1, 2, 3, 4)]
+    run = WandbRun(RunRecord(tmp_path, "sft"), None, rows, earlier={**ENDED, **change}, step=4)
+    assert ("id" in server.options, server.options.get("resume") == "allow") == (continued, continued)
+    assert [row["step"] for row in server.logged] == ([1, 2, 3, 4] if replayed else [])
+    assert run.place == {"wandb_id": known, "wandb_url": "https://wandb.test/run"}
+    assert server.options["config"]["halfbyte"]["continues_wandb_run"] == "earlier"
+
+
+def test_a_sweep_s_metric_keeps_its_last_value(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.setenv("WANDB_MODE", "offline")
+    environment.setenv("WANDB_SWEEP_ID", "abc")
+    run = WandbRun(RunRecord(tmp_path / "out", "sft"), None)
+    run.log({"step": 1, "eval_loss": 2.0})
+    run.finish(RunRecord(tmp_path / "out", "sft"), "completed")
+    assert wandb_file.read(_file(tmp_path / "out"))["summaries"] == {}
 
 
 def test_the_flush_interval_and_the_waits_are_bounded() -> None:
@@ -84,9 +162,10 @@ def test_a_server_that_is_down_leaves_an_offline_run(
     environment.setenv("WANDB_API_KEY", "a" * 40)
     environment.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     environment.setattr("halfbyte.tracking.wandb_run._INIT_TIMEOUT", 0.5)
-    run = WandbRun(RunRecord(tmp_path / "out", "sft"), None)
+    record = RunRecord(tmp_path / "out", "sft")
+    run = WandbRun(record, None)
     run.log({"step": 1, "loss": 2.0})
-    line = run.finish(0)
+    line = run.finish(record, "completed")
     assert line is not None
     assert line.startswith("wandb sync ")
     assert [record.message.split("(")[0] for record in caplog.records if record.name.startswith("half")] == [
@@ -108,7 +187,9 @@ def test_a_sweep_agent_s_values_and_names_are_kept(environment: pytest.MonkeyPat
     environment.setenv("WANDB_NOTES", "password=CANARY9x7q")
     environment.setenv("WANDB_JOB_TYPE", "token=CANARY9x7q")
     environment.setenv("WANDB_TAGS", "nightly,auth=CANARY9x7q")
-    WandbRun(record, "rows of https://CANARY9x7q@host").finish(0)
+    swept = WandbRun(record, "rows of https://CANARY9x7q@host")
+    swept.alert("sft failed", "password=CANARY9x7q")
+    swept.finish(record, "failed")
     assert b"CANARY" not in _file(tmp_path / "out").read_bytes()
     run = wandb_file.read(_file(tmp_path / "out"))
     assert run["name"] == "rows of https://***@host"
@@ -118,14 +199,15 @@ def test_a_sweep_agent_s_values_and_names_are_kept(environment: pytest.MonkeyPat
 
 def test_samples_are_a_table(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment.setenv("WANDB_MODE", "offline")
-    run = WandbRun(RunRecord(tmp_path / "out", "dpo"), None)
+    record = RunRecord(tmp_path / "out", "dpo")
+    run = WandbRun(record, None)
     turns = [{"role": "user", "content": "two"}]
     rows = [
         {"step": 4, "number": n, "prompt": prompt, "completion": "c", "reference": "r", "ended": "stop"}
         for n, prompt in enumerate(("one", turns), 1)
     ]
     run.log_samples(rows)
-    run.finish(0)
+    run.finish(record, "completed")
     (history,) = wandb_file.read(_file(tmp_path / "out"))["history"]
     assert history["step"] == 4
     assert history["samples._type"] == "table-file"
@@ -139,9 +221,10 @@ def test_a_broken_run_is_said_once(
     environment: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     environment.setenv("WANDB_MODE", "offline")
-    run = WandbRun(RunRecord(tmp_path / "out", "sft"), "name")
+    record = RunRecord(tmp_path / "out", "sft")
+    run = WandbRun(record, "name")
     wandb.teardown()  # its service is gone
     run.log({"step": 1, "loss": 1.0})
     run.log({"step": 2, "loss": 1.0})
     assert len([record for record in caplog.records if "W&B failed" in record.message]) == 1
-    assert "wandb sync" in str(run.finish(1))
+    assert "wandb sync" in str(run.finish(record, "failed"))

@@ -34,18 +34,39 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """``config``, ``history`` (one dict for each row), ``project``, ``name``, ``group`` and ``exit_code``."""
-    found: dict[str, Any] = {"config": {}, "history": [], "exit_code": None}
+    """What the file holds of a run: its names, ``config``, ``history`` (one dict for each row) and ``exit_code``.
+
+    ``summaries`` are those defined by metric, ``axes`` the metrics' steps; ``alerts`` are titles with texts, and
+    ``artifacts`` the files of each by its alias.
+    """
+    found: dict[str, Any] = {"config": {}, "history": [], "exit_code": None, "summary": {}}
+    found |= {"summaries": {}, "axes": {}, "alerts": [], "artifacts": {}}
     for record in records(path):
         match record.WhichOneof("record_type"):
             case "run":
                 run = record.run
                 found |= {"project": run.project, "name": run.display_name, "group": run.run_group}
+                found |= {"id": run.run_id, "job_type": run.job_type}
                 found["config"] |= _items(run.config.update)
             case "config":
                 found["config"] |= _items(record.config.update)
             case "history":
                 found["history"].append(_items(record.history.item))
+            case "metric":
+                metric = record.metric
+                if metric.step_metric:
+                    found["axes"][metric.glob_name or metric.name] = metric.step_metric
+                kinds = {kind.name for kind, value in metric.summary.ListFields() if value}
+                found["summaries"] |= {metric.name: kinds} if kinds else {}
+            case "summary":
+                found["summary"] |= _items(record.summary.update)
+            case "alert":
+                found["alerts"].append((record.alert.title, record.alert.text))
+            case "artifact":
+                artifact = record.artifact
+                files = [entry.path for entry in artifact.manifest.contents]
+                alias = next((each for each in artifact.aliases if each != "latest"), artifact.name)
+                found["artifacts"][alias] = sorted(files)
             case "exit":
                 found["exit_code"] = record.exit.exit_code
     return found

@@ -42,6 +42,7 @@ _HARMLESS = frozenset(
         "on_oom",
         "output_dir",
         "overwrite_output_dir",
+        "peak_flops",
         "per_device_eval_batch_size",
         "prediction_loss_only",
         "project",

@@ -28,7 +28,7 @@ class Manifest:
     ``config`` is the resolved configuration, redacted; ``inputs`` are fingerprints of what the configuration
     only names (data, base, chat template); ``decided`` is what the machine decided, for a resume to take over
     (the save level); ``data_position`` counts in epochs and batches, and says how a step was cut into them, which
-    `on_oom: accumulate` may have changed.
+    `on_oom: accumulate` may have changed. ``wandb_id`` is W&B's id of the run.
     """
 
     step: int
@@ -43,6 +43,7 @@ class Manifest:
     best_step: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     decided: Mapping[str, Any] = field(default_factory=dict)
+    wandb_id: str | None = None
 
 
 def write(directory: Path, manifest: Manifest) -> None:
@@ -166,6 +167,7 @@ def _is_typed(found: Manifest) -> bool:
     return (
         all(type(count) is int and count >= 0 for count in counts)
         and all(isinstance(text, str) for text in texts)
+        and (found.wandb_id is None or isinstance(found.wandb_id, str))
         and all(isinstance(flag, bool) for flag in flags)
         and all(isinstance(mapping, dict) for mapping in mappings)
     )

@@ -86,6 +86,7 @@ USED: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("save_steps", "steps between checkpoints"),
             ("save_total_limit", "checkpoints to keep"),
             ("report_to", "trackers: wandb, none, ..."),
+            ("peak_flops", "FLOP/s of one device, for mfu in the log"),
             ("run_name", "name of the run in the tracker"),
             ("push_to_hub", "upload the result to the hub"),
             ("on_nonfinite", "nan or inf in a step: stop, or skip the step"),

@@ -14,7 +14,7 @@ RANGES: tuple[tuple[str, Check, str], ...] = (
         lambda v: v > 0,
         "learning_rate num_train_epochs adam_epsilon beta "
         "loraplus_lr_ratio temperature repetition_penalty desirable_weight undesirable_weight "
-        "neftune_noise_alpha discopop_tau",
+        "neftune_noise_alpha discopop_tau peak_flops",
     ),
     (
         "at least 0",
@@ -76,6 +76,7 @@ _LARGEST = {
     "max_tokens_per_batch": 1e8,
     "num_train_epochs": 1e6,
     "pad_to_multiple_of": 65536,
+    "peak_flops": 1e18,
     "per_device_eval_batch_size": 1e6,
     "per_device_train_batch_size": 1e6,
     "sample_max_new_tokens": 4096,

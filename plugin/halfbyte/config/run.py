@@ -60,3 +60,10 @@ class RunArguments(ScriptArguments):
     sample_max_new_tokens: int = field(
         default=64, metadata={"help": "Most tokens of a completion of sample_prompts."}
     )
+    peak_flops: float | None = field(
+        default=None,
+        metadata={
+            "help": "FLOP/s that one device reaches at most in the dtype of the run: the log then has `mfu`, the share "
+            "of it that the model's own products use."
+        },
+    )

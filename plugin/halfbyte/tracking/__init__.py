@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from halfbyte.tracking.callback import Tracker
     from halfbyte.tracking.record import RunRecord, peak_memory_bytes
     from halfbyte.tracking.suggested import again_command, next_command, resume_command
-    from halfbyte.tracking.wandb_run import check_wandb, wandb_missing, wandb_ready
+    from halfbyte.tracking.wandb_login import check_wandb, wandb_missing, wandb_ready
 
 _PLACES = {
     "again_command": "suggested",
     "RunRecord": "record",
     "Tracker": "callback",
-    "check_wandb": "wandb_run",
+    "check_wandb": "wandb_login",
     "next_command": "suggested",
     "peak_memory_bytes": "record",
     "resume_command": "suggested",
-    "wandb_missing": "wandb_run",
-    "wandb_ready": "wandb_run",
+    "wandb_missing": "wandb_login",
+    "wandb_ready": "wandb_login",
 }
 
 __all__ = [

@@ -13,13 +13,13 @@ from transformers.trainer_utils import has_length
 from halfbyte.checkpoint.history import checkpoints
 from halfbyte.errors import Stopped
 from halfbyte.files import replace_file
-from halfbyte.terminal.wording import say
+from halfbyte.terminal.wording import first_line, say
 from halfbyte.tracking import summary
 from halfbyte.tracking.card import model_card
 from halfbyte.tracking.figures import DEFAULT, Figures
-from halfbyte.tracking.metrics import MetricsLog, Throughput, is_evaluation
+from halfbyte.tracking.metrics import MetricsLog, Throughput
 from halfbyte.tracking.progress import RunProgress
-from halfbyte.tracking.record import RunRecord, peak_memory_bytes, wandb_id
+from halfbyte.tracking.record import Phases, RunRecord, peak_memory_bytes, read_record
 from halfbyte.tracking.rows import Row, read_rows
 from halfbyte.tracking.samples import SamplesLog
 from halfbyte.tracking.samples import lines as sample_lines
@@ -57,7 +57,7 @@ class Tracker(TrainerCallback):
         self._main = main
         self._next_command, self._resume_command = next_command, resume_command
         self._again_command = again_command  # where there is nothing to resume from
-        self._throughput = Throughput()
+        self._throughput, self._phases = Throughput(), Phases()
         self._figures = figures
         self._progress = RunProgress(bar=bar, figures=figures)
         self._wandb: WandbRun | None = None
@@ -75,7 +75,11 @@ class Tracker(TrainerCallback):
             self.finish("completed", self._next_command)
         else:
             interrupted = isinstance(error, KeyboardInterrupt | Stopped)
-            self.finish("interrupted" if interrupted else "failed", self._goes_on)
+            status = "interrupted" if interrupted else "failed"
+            by_hand = isinstance(error, KeyboardInterrupt) or getattr(error, "signal", None) == "SIGINT"
+            if self._wandb is not None and not by_hand:
+                self._wandb.alert(f"{self.record['recipe']} {status}", first_line(error))
+            self.finish(status, self._goes_on)
 
     # Events of the Trainer, in the order they come.
 
@@ -89,12 +93,14 @@ class Tracker(TrainerCallback):
     ) -> None:
         if not self._main:
             return
+        self._phases.over("load")
         self.record.update(status="running", steps=state.global_step, total_steps=state.max_steps)
-        before = wandb_id(self.record.path)
+        earlier = read_record(self.record.path)
         self.record.write()
         if "wandb" in args.report_to and self._wandb is None:
-            self._wandb = WandbRun(self.record, args.run_name, read_rows(self.metrics.path), before)
-            self.record.update(wandb_id=self._wandb.id)
+            logs = (read_rows(self.metrics.path), self._samples.rows)
+            self._wandb = WandbRun(self.record, args.run_name, *logs, earlier=earlier, step=state.global_step)
+            self.record.update(**self._wandb.place)
             self.record.write()
             if self._wandb.url:
                 say(f"wandb: {self._wandb.url}")
@@ -104,6 +110,7 @@ class Tracker(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
             self.record.update(steps=state.global_step)
+            self._phases.over("train")
             self._throughput.step()
             self._progress.step(state.global_step)
 
@@ -118,9 +125,8 @@ class Tracker(TrainerCallback):
         if not self._main or logs is None:
             return
         row = self.metrics.append(logs, state.global_step, state.epoch)
-        rate = self._rate(row)
         self.record.update(tokens_per_second=self._throughput.rate)
-        self._progress.row(row, rate)
+        self._progress.row(row, row.get("tokens_per_second"))
         if self._wandb is not None:
             self._wandb.log(row)
 
@@ -138,6 +144,7 @@ class Tracker(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
             self._progress.evaluated()
+            self._phases.over("evaluate")
             self._throughput.resume()
 
     def on_predict(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -145,7 +152,10 @@ class Tracker(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
+            self._phases.over("save")
             self._write_record()
+            if self._wandb is not None:
+                self._wandb.log_checkpoint(self.record.output_dir / f"checkpoint-{state.global_step}")
             if time.monotonic() - self._drawn_at >= _REDRAW_SECONDS:
                 self._draw()
             self._throughput.resume()
@@ -161,12 +171,18 @@ class Tracker(TrainerCallback):
 
     # What the run calls.
 
+    def rate(self, counted_tokens: float | None, epoch: float | None) -> float | None:
+        """Tokens per second of all ranks since the last call, without evaluations and saves; on rank 0."""
+        tokens = self._tokens(counted_tokens, epoch) if self._main else None
+        return None if tokens is None else self._throughput.count(tokens)
+
     def sampled_steps(self) -> set[int]:
         """The steps at which completions are in samples.jsonl."""
         return {row["step"] for row in self._samples.rows if "step" in row}
 
     def sampled(self, rows: list[Row]) -> None:
         """Write, print and report one round of completions, on rank 0; the time of the round is not training's."""
+        self._phases.over("sample")
         self._samples.append(rows)
         self._progress.lines(sample_lines(rows, self.record["total_steps"]))
         if self._wandb is not None:
@@ -185,7 +201,7 @@ class Tracker(TrainerCallback):
         self._progress.end()
         if not self.record["peak_memory_bytes"]:  # stopped before the ranks could say
             self.record.update(peak_memory_bytes=[peak_memory_bytes()])
-        self.record.update(status=status, next=next_command)
+        self.record.update(status=status, next=next_command, peak_memory_by_phase=dict(self._phases.peaks))
         there = self.record.output_dir.is_dir()  # if it was taken away, that is not undone
         if status == "completed":
             self._write_record()
@@ -197,7 +213,7 @@ class Tracker(TrainerCallback):
             self.write_card()
         self._try("metrics.jsonl", self.metrics.close)
         self._try("samples.jsonl", self._samples.close)
-        where = self._wandb.finish(0 if status == "completed" else 1) if self._wandb is not None else None
+        where = self._wandb.finish(self.record, status) if self._wandb is not None else None
         values, place = self.record.as_dict(), self.record.output_dir
         summary.show(values, place, self._figures, plots, where)
 
@@ -260,12 +276,6 @@ class Tracker(TrainerCallback):
                 self._warned.add(what)
                 logger.warning("Could not write %s: %s: %s", what, type(error).__name__, error)
             return None
-
-    def _rate(self, row: Row) -> float | None:
-        if is_evaluation(row) or "train_runtime" in row:
-            return None
-        tokens = self._tokens(row.get("num_tokens"), row.get("epoch"))
-        return None if tokens is None else self._throughput.count(tokens)
 
     def _tokens(self, counted: float | None, epoch: float | None) -> float | None:
         """The tokens of the run so far; for a trainer that does not count them, the data's size by epoch."""

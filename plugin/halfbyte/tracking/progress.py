@@ -125,6 +125,8 @@ def _parts(row: Mapping[str, Any], tokens_per_second: float | None, shown: Figur
         parts += [f"{key[len(prefix) : -len('_loss')]} loss {row[key]:.4g}" for key in names if row[key]]
     if tokens_per_second is not None:
         parts.append(f"{count(tokens_per_second)} tok/s")
+    if isinstance(row.get("mfu"), float):
+        parts.append(f"mfu {row['mfu']:.1%}")
     return parts
 
 

@@ -86,13 +86,13 @@ class RunRecord:
         return False
 
 
-def wandb_id(path: Path) -> str | None:
-    """Return W&B's id of the run that a ``run.json`` describes, if it has one."""
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a ``run.json`` says; nothing where it cannot be read."""
     try:
-        found = json.loads(read(path)).get("wandb_id")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-    return found if isinstance(found, str) else None
+        found = json.loads(read(path))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def versions() -> dict[str, str]:
@@ -121,6 +121,19 @@ def peak_memory_bytes() -> int:
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Phases:
+    """Which phase of a run held the most memory: ``peaks`` has those that held more than all before them, in bytes."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+        self._highest = 0
+
+    def over(self, phase: str) -> None:
+        """Lay a rise of the process's peak since the last call to ``phase``."""
+        if (peak := peak_memory_bytes()) > self._highest:
+            self.peaks[phase] = self._highest = peak
 
 
 def plain(value: Any) -> Any:

@@ -29,13 +29,19 @@ class Sampling:
     steps: int | None
     max_new_tokens: int
 
+    @classmethod
+    def of(cls, prompts: Prompts, script: Any) -> Sampling | None:
+        """What the options ``script`` say of ``prompts``; None without any."""
+        return cls(prompts, script.sample_steps, script.sample_max_new_tokens) if prompts.prompts else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conduct:
     """The values of one run that its trainer's mixins read; all are made before the trainer is.
 
     ``checkpoint`` is where the run resumes from, with its ``manifest``; None begins at step 0. ``config`` and
-    ``inputs`` are repeated in the manifest of every checkpoint. ``samples`` is what to complete while training.
+    ``inputs`` are repeated in the manifest of every checkpoint. ``samples`` is what to complete while training,
+    ``peak_flops`` what one device can compute in a second.
     """
 
     tracker: Tracker
@@ -47,6 +53,7 @@ class Conduct:
     on_nonfinite: str = "stop"
     on_oom: str = "stop"
     samples: Sampling | None = None
+    peak_flops: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

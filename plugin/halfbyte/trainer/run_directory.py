@@ -9,6 +9,7 @@ from transformers import ProgressCallback as TqdmCallback
 from transformers.integrations import WandbCallback
 
 from halfbyte.trainer.base import Mixin
+from halfbyte.trainer.model_flops import flops_per_token
 
 
 def _forwarded(event: str) -> Callable[..., None]:
@@ -45,6 +46,21 @@ class RunDirectory(Mixin):
         if self.conduct is not None:
             counted = getattr(self, "_total_train_tokens", None)
             self.conduct.tracker.on_train_begin(args, state, control, counted_tokens=counted, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log a row of training with its tokens per second, and their share of what the devices can compute.
+
+        Here and not as an event, so that every tracker gets the same row.
+        """
+        if self.conduct is not None and "loss" in logs:
+            counted = getattr(self, "_total_train_tokens", None) or self.state.num_input_tokens_seen or None
+            rate = self.conduct.tracker.rate(counted, self.state.epoch)
+            if rate is not None:
+                logs = {**logs, "tokens_per_second": rate}
+                if self.conduct.peak_flops is not None:
+                    used = rate * flops_per_token(self.model)
+                    logs["mfu"] = used / (self.conduct.peak_flops * self.args.world_size)
+        super().log(logs, *args, **kwargs)
 
     on_step_end = _forwarded("on_step_end")
     on_log = _forwarded("on_log")

@@ -117,6 +117,7 @@ class AtomicSaves(Mixin):
                 best_step=state.best_global_step,
                 versions=conduct.tracker.record["versions"],
                 decided=dict(self.report.decided),
+                wandb_id=conduct.tracker.record.get("wandb_id"),
             ),
         )
         self._saved_bytes = sum((written / name).stat().st_size for name in manifests.names(written))
