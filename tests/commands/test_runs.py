@@ -107,6 +107,22 @@ def test_what_is_left_out_is_named_on_standard_error(sweep: Path, capsys: pytest
     assert printed.err == f"left out: {sweep / 'fast'}: run.json is damaged\n"
 
 
+def test_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a run that stopped, however many there are, and with one alone; the line to copy is whole."""
+    command = "halfbyte sft --config a.yaml " + "--resume_from_checkpoint auto " * 9
+    for name, status in (("a", "completed"), ("b", "interrupted"), ("c", "failed")):
+        write_run(tmp_path / name, record={"status": status, "next": f"{command}{name}"})
+    write_run(tmp_path / "d", record={"best_checkpoint": "checkpoint-10", "next": None})
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[5:8] == [
+        *(f"{name}: next: {command}{name}" for name in "bc"),
+        "d: its weights are those of checkpoint-10, the best",
+    ]
+    assert main(["runs", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"a: next: {command}a"
+
+
 def test_one_run_and_a_killed_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", record={"status": "running"})
     assert main(["runs", str(tmp_path)]) == 0

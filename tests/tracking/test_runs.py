@@ -102,9 +102,10 @@ def test_nothing_found_is_a_mistake(tmp_path: Path) -> None:
 
 
 def test_a_run_that_nothing_holds_is_told_from_one_at_work(tmp_path: Path) -> None:
-    place = write_run(tmp_path / "run", record={"status": "running"})
+    place = write_run(tmp_path / "run", record={"status": "running", "steps": 0})
     (run,) = find([place]).runs
     assert (run.status, run.abandoned) == ("running?", True)
+    assert run.steps == 20  # run.json is as old as the last save
     with lock_beside(place).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (run,) = find([place]).runs

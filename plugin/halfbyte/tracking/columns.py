@@ -107,7 +107,7 @@ def _figure_columns(runs: Sequence[Run]) -> list[list[Column]]:
 
 
 def _steps(run: Run) -> str:
-    return f"{run.record['steps']}/{run.total_steps}" if run.total_steps else f"{run.record['steps']}"
+    return f"{run.steps}/{run.total_steps}" if run.total_steps else f"{run.steps}"
 
 
 def _data(run: Run) -> str:
@@ -124,7 +124,7 @@ def last_name(name: str) -> str:
 PLAIN: Mapping[str, tuple[Callable[[Run], Any], Callable[[Run], str | None]]] = {
     "name": (lambda run: run.name, lambda run: run.name),
     "status": (lambda run: run.record["status"], lambda run: run.status),
-    "steps": (lambda run: run.record["steps"], _steps),
+    "steps": (lambda run: run.steps, _steps),
     "recipe": (lambda run: run.record["recipe"], lambda run: run.record["recipe"]),
     "tokens_per_second": (
         lambda run: run.tokens_per_second,

@@ -19,6 +19,7 @@ from halfbyte.tracking.runs import Run
 
 _GAP = 2  # columns between two of the table
 _SHARED = ("status", "recipe", "base", "data")  # named once where all runs have the same
+_STOPPED = ("interrupted", "failed")
 _STYLES = {"completed": "green", "failed": "red", "interrupted": "yellow", "running": "cyan"}
 
 
@@ -32,17 +33,26 @@ def show(runs: Sequence[Run], order: str | None = None) -> None:
         say(*aligned(rows))
     if order is not None:
         say(order)
-    for run in runs:
-        if best := run.record.get("best_checkpoint"):
-            say(f"{run.name}: its weights are those of {best}, the best")
-        if run.abandoned:
-            say(
-                f"{run.name}: run.json says running, and no process of this machine holds it: killed, or elsewhere"
-            )
+    say(*(line for run in runs for line in _notes(run, alone=len(runs) == 1)))
     if len(runs) > 1:
         if lines := verdicts(runs):
             say("", "which is better", *(_wrapped(f"  {line}") for line in lines))
         _show_differences(runs, differences(runs))
+
+
+def _notes(run: Run, *, alone: bool) -> list[str]:
+    """What the table cannot say of a run; of one that stopped, or is ``alone``, the command to go on with."""
+    notes = []
+    if best := run.record.get("best_checkpoint"):
+        notes.append(f"{run.name}: its weights are those of {best}, the best")
+    if run.abandoned:
+        notes.append(
+            f"{run.name}: run.json says running, and no process of this machine holds it: killed, or elsewhere"
+        )
+    command = run.record.get("next")
+    if isinstance(command, str) and (alone or run.record["status"] in _STOPPED):
+        notes.append(f"{run.name}: next: {command}")
+    return notes
 
 
 def as_json(runs: Sequence[Run]) -> str:
@@ -62,6 +72,7 @@ def _object(run: Run, kept: Sequence[tuple[Any, str]], runs: Sequence[Run]) -> d
         "name": run.name,
         "directory": str(run.directory),
         **run.record,
+        "steps": run.steps,
         "total_steps": run.total_steps,
         "abandoned": run.abandoned,
         "best": found,

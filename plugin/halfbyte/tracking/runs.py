@@ -62,6 +62,12 @@ class Run:
         return not (is_in_use(lock_beside(self.directory)) or is_in_use(self.directory))
 
     @property
+    def steps(self) -> int:
+        """The steps that were taken; of a run at work those that are logged, for run.json is written at saves."""
+        logged = [row["step"] for row in self.rows[-1:] if self.record["status"] == "running"]
+        return max(int(self.record["steps"]), *logged, 0)
+
+    @property
     def total_steps(self) -> int | None:
         """The steps that were planned."""
         planned = (self.record.get("total_steps"), self.config.get("max_steps"))
