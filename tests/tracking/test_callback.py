@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback
 
 from halfbyte.tracking import RunRecord, Tracker
@@ -145,3 +145,13 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     tracker.finish("completed")
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_is_killed_has_the_command_to_go_on_with(tmp_path: Path) -> None:
+    tracker = Tracker(RunRecord(tmp_path, "sft"), bar=False, resume_command="resume", again_command="again")
+    state, found = TrainerState(global_step=0, max_steps=10), []
+    for event in ("on_train_begin", "on_save"):
+        getattr(tracker, event)(TrainingArguments(report_to="none", use_cpu=True), state, TrainerControl())
+        found.append(json.loads((tmp_path / "run.json").read_text())["next"])
+        (tmp_path / "checkpoint-2").mkdir(exist_ok=True)
+    assert found == ["again", "resume"]

@@ -95,6 +95,7 @@ class Tracker(TrainerCallback):
             return
         self._phases.over("load")
         self.record.update(status="running", steps=state.global_step, total_steps=state.max_steps)
+        self.record.update(next=self._goes_on)  # for a run that is killed
         earlier = read_record(self.record.path)
         self.record.write()
         if "wandb" in args.report_to and self._wandb is None:
@@ -153,6 +154,7 @@ class Tracker(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
             self._phases.over("save")
+            self.record.update(next=self._goes_on)
             self._write_record()
             if self._wandb is not None:
                 self._wandb.log_checkpoint(self.record.output_dir / f"checkpoint-{state.global_step}")

@@ -50,7 +50,7 @@ def _notes(run: Run, *, alone: bool) -> list[str]:
             f"{run.name}: run.json says running, and no process of this machine holds it: killed, or elsewhere"
         )
     command = run.record.get("next")
-    if isinstance(command, str) and (alone or run.record["status"] in _STOPPED):
+    if isinstance(command, str) and (alone or run.abandoned or run.record["status"] in _STOPPED):
         notes.append(f"{run.name}: next: {command}")
     return notes
 
