@@ -107,6 +107,32 @@ def test_what_is_left_out_is_named_on_standard_error(sweep: Path, capsys: pytest
     assert printed.err == f"left out: {sweep / 'fast'}: run.json is damaged\n"
 
 
+def test_whatever_stands_in_the_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also what no run of ours writes: the output is a table and JSON all the same."""
+    pair = {"eval_rewards/accuracies": 0.5, "eval_rewards/chosen": [], "eval_rewards/rejected": "x"}
+    rows = [
+        {"step": True},
+        {"step": 10**400, "eval_loss": 1.0},
+        {"step": 5, "eval_loss": float("nan"), **pair},
+    ]
+    for name, odd in (("a", float("inf")), ("b", 10**400)):
+        record = {
+            "tokens_per_second": odd,
+            "peak_memory_bytes": [odd],
+            "base": {"sha": [odd]},
+            "tokenizer": 3,
+        }
+        place = write_run(tmp_path / name, recipe="dpo", beta=odd, record=record)
+        with (place / "metrics.jsonl").open("a") as file:
+            file.write("".join(f"{json.dumps(row)}\n" for row in rows))
+    for options in ([], ["--sort", "beta"], ["--sort", "tokens_per_second"], ["--where", "beta=null"]):
+        assert main(["runs", str(tmp_path), *options]) == 0
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [run["best"]["eval_loss"]["last"] for run in listed] == [None, None]
+
+
 def test_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a run that stopped, however many there are, and with one alone; the line to copy is whole."""
     command = "halfbyte sft --config a.yaml " + "--resume_from_checkpoint auto " * 9

@@ -17,8 +17,9 @@ from halfbyte.files import LONGEST_TEXT, read
 from halfbyte.locks import is_in_use
 from halfbyte.terminal.wording import first_line, shorten
 from halfbyte.tracking.figures import DEFAULT, Figures
+from halfbyte.tracking.record import plain
 from halfbyte.tracking.rows import Row, read_rows
-from halfbyte.tracking.series import Points, curves
+from halfbyte.tracking.series import Points, curves, is_number
 
 DEPTH = 4
 """How many folders below a directory its runs are looked for."""
@@ -76,13 +77,13 @@ class Run:
     @property
     def tokens_per_second(self) -> float | None:
         found = self.record.get("tokens_per_second")
-        return float(found) if isinstance(found, int | float) else None
+        return float(found) if is_number(found) else None
 
     @property
     def peak_memory(self) -> int | None:
         """The peak memory in bytes of the rank that held most."""
         peaks = self.record.get("peak_memory_bytes")
-        known = [each for each in peaks if isinstance(each, int)] if isinstance(peaks, list) else []
+        known = [int(each) for each in peaks if is_number(each)] if isinstance(peaks, list) else []
         return max(known, default=None)
 
     @property
@@ -212,7 +213,16 @@ def _read(place: Path, left_out: list[str]) -> tuple[Mapping[str, Any], list[Row
     except OSError as error:
         left_out.append(f"{place / METRICS}: cannot be read: {error.strerror}")
         rows = []
-    return record, [row for row in rows if isinstance(row.get("step"), int)]
+    return plain(record), [each for row in rows if isinstance((each := _numbers(row)).get("step"), int)]
+
+
+def _numbers(row: Row) -> Row:
+    """What of a row is a number, and as None what is not finite: whatever else stands there is not ours."""
+    return {
+        key: value if is_number(value) else None
+        for key, value in row.items()
+        if value is None or isinstance(value, float) or is_number(value)
+    }
 
 
 def _named(places: list[Path]) -> dict[Path, str]:

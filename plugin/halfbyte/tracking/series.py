@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import Any, TypeGuard
 
 from halfbyte.tracking.figures import are_ties
 from halfbyte.tracking.rows import Row
@@ -52,7 +53,7 @@ def names(rows: Iterable[Row]) -> list[str]:
     )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether ``value`` can be drawn: a finite number, and not true or false."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST < value < _MOST
 
