@@ -89,7 +89,7 @@ def difference(more: tuple[float, float]) -> str:
 def table(found: Mapping[str, Losses]) -> list[str]:
     """One row a model: perplexity under each scheme, and the differences of neighbours in nats a token."""
     names = [PLAIN, SIXTEEN.name, *(scheme.name for scheme in ORDER)]
-    pairs = [*pairwise(names[2:]), (names[-1], names[1])]
+    pairs = [*pairwise(names[2:]), (names[2], names[-1]), (names[-1], names[1])]
     rows = [
         ("model", "parameters, in four bits", *("float32" if name == PLAIN else name for name in names)),
     ]
