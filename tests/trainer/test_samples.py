@@ -288,3 +288,22 @@ def test_rank_0_completes_for_both(model_dir: ModelDir, prompts: str, tmp_path: 
     assert done.returncode == 0, done.stderr[-4000:]
     assert_equal(outputs[1], parts)
     assert rounds(parts) == rounds(outputs[1])
+
+
+@pytest.mark.faults
+def test_a_signal_to_the_rank_that_waits_cuts_the_round_off(
+    saboteur_options: Callable[..., list[str]], sabotaged_site: str, prompts: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    given = {"max_steps": 4, "eval_strategy": "no", "sample_prompts": prompts, "sample_steps": 3}
+    fault = ["--fault", "SIGTERM", "--fault_place", "step", "--fault_target", "1"]
+    words = saboteur_options(**given)
+    done = accelerate("saboteur", *words, *fault, PYTHONPATH=sabotaged_site)
+    assert "stopped by SIGTERM at step 3: checkpoint-3 is saved" in done.stderr, done.stderr[-4000:]
+    assert not (output / "samples.jsonl").exists()
+    changed = ["--allow_config_change", "fault", "fault_place", "fault_target"]
+    again = ["--resume_from_checkpoint", "auto", *changed]
+    done = accelerate("saboteur", *words, *again, PYTHONPATH=sabotaged_site)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [(row["step"], row["number"]) for row in rounds(output)]
+    assert found == [(3, 1), (3, 2), (4, 1), (4, 2)]
