@@ -8,7 +8,7 @@ from pathlib import Path
 from tests import launch
 from tests.benchmarks import export
 
-SIZE, SHARD = 64 * 10**6, 4 * 10**6
+SIZE, SHARD = 40 * 10**6, 2 * 10**6
 # First on a base of one layer: what a process loads once is not what is measured.
 GROWTH = """
 import json, sys
@@ -31,7 +31,7 @@ print(json.dumps(grown))
 
 def test_memory_grows_by_files_and_not_by_the_model(tmp_path: Path) -> None:
     for name, size in (("small", 1), ("large", SIZE)):
-        base = export.base(tmp_path / f"{name}-base", size, hidden=512, inner=1408)
+        base = export.base(tmp_path / f"{name}-base", size, hidden=384, inner=1024)
         export.adapter(tmp_path / f"{name}-adapter", base)
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, str(tmp_path), str(SHARD)],
