@@ -108,7 +108,8 @@ def test_an_unknown_option_of_recipes_is_a_mistake(capsys) -> None:
         (["it's.yaml"], "the recipe comes first: halfbyte RECIPE --config 'it'\"'\"'s.yaml'"),
         (["sft", "run.yaml"], "'run.yaml': belongs to no option; write --config run.yaml"),
         (["sft", "--seed=3", "a run.yml"], "write --config 'a run.yml'"),
-        (["plan", "x", "--json"], "`halfbyte plan` is reserved for future releases"),
+        (["plan"], "halfbyte plan: the following arguments are required: RECIPE"),
+        (["plan", "sfd", "--json"], "no recipe or command named 'sfd'; did you mean 'sft'?"),
         (["--config", "x.yaml"], "the recipe comes first"),
         (["merge"], "halfbyte merge: the following arguments are required: ADAPTER, --output_dir"),
         (["cache", "clear"], "invalid choice: 'clear' (choose from 'ls', 'rm')"),
@@ -124,7 +125,7 @@ def test_a_mistake_ends_with_2_and_is_said_on_standard_error(capsys, arguments: 
     assert "Traceback" not in printed.err
 
 
-def test_every_reserved_name_answers(capsys) -> None:
+def test_every_command_answers(capsys) -> None:
     for name in sorted(recipes.COMMANDS - {"demo", "doctor", "recipes"}):
         assert main([name]) == 2
         assert name in capsys.readouterr().err

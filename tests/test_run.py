@@ -45,6 +45,7 @@ def test_every_architecture_trains(model_dir: ModelDir, tmp_path: Path, rows, ar
     output = tmp_path / "run"
     options = ("--model_name_or_path", str(model_dir(arch)), "--dataset_name", rows(recipe))
     assert run(recipe, output, *options, "--learning_rate", "1e-2") == 0
+    assert set(record(output)["memory"]) == {"predicted", "measured", "difference"}
     weights = load_file(output / "adapter_model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
     silent = [name for name, w in weights.items() if "lora_B" in name and not w.abs().max() > 0]

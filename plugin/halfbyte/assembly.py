@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from halfbyte import data, loading
 from halfbyte.loading import Loaded
+from halfbyte.memory import Place
 from halfbyte.model_options import ModelOptions
 from halfbyte.resolve import Decisions
 from halfbyte.task import by_trainer
@@ -27,6 +28,7 @@ def assemble(
     *,
     loaded: Loaded | None = None,
     conduct: Conduct | None = None,
+    available: int | None = None,
     **kwargs: Any,
 ) -> Trainer:
     """Load, unless it is ``loaded`` already, and build as ``decisions`` say; ``kwargs`` are the trainer's own.
@@ -50,6 +52,12 @@ def assemble(
         loaded.coverage,
         args,
         mixins,
+        place=Place(
+            strategy=decisions.strategy.name,
+            world_size=decisions.strategy.world_size,
+            device=decisions.device.type,
+            available=available,
+        ),
         conduct=conduct,
         fresh_adapter=decisions.adapter is None,
         initialization=options.init_lora_weights,

@@ -1,5 +1,6 @@
 """A recipe's trainer, built as one run was decided: over the rows' own tokenizer, with their tokens counted."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import Trainer
@@ -8,12 +9,25 @@ from halfbyte import adapters, data
 from halfbyte.assembly import assemble
 from halfbyte.data import RunData
 from halfbyte.errors import UserError
+from halfbyte.loading import Loaded
 from halfbyte.options import Options
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe
 from halfbyte.resolve import Decisions
 from halfbyte.trainer.base import Conduct
-from halfbyte.trainer.compose import run_mixins
+from halfbyte.trainer.compose import LIBRARY, run_mixins
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model without weights in the place of one to load, and the bytes that a step may take beside it.
+
+    ``few`` rows need not train an end token, as all of a run's must between them.
+    """
+
+    loaded: Loaded
+    available: int | None
+    few: bool = False
 
 
 def build_trainer(
@@ -22,10 +36,14 @@ def build_trainer(
     options: Options,
     decisions: Decisions,
     rows: RunData,
-    conduct: Conduct,
+    conduct: Conduct | None,
+    planned: Planned | None = None,
 ) -> Trainer:
-    """The recipe's trainer; what upstream refuses while it is constructed is an error in the configuration."""
-    args, bound = options.args, RunPlugin(options.plugin, recipe, decisions, rows, conduct)
+    """The recipe's trainer; what upstream refuses while it is constructed is an error in the configuration.
+
+    Over a ``planned`` model, without ``conduct``, it is there to be asked and not to train.
+    """
+    args, bound = options.args, RunPlugin(options.plugin, recipe, decisions, rows, conduct, planned)
     try:
         if recipe.build is not None:
             trainer = recipe.build(args, bound, rows)
@@ -40,9 +58,9 @@ def build_trainer(
         raise options.settings.refusal(error, name) from error
     if getattr(trainer, "conduct", None) is not conduct:
         raise UserError(f"the recipe {name!r} must build its trainer with `plugin.trainer(...)`")
-    if recipe.data is not None:
+    if recipe.data is not None and not (planned is not None and planned.few):
         data.check_labels(trainer, rows.report)
-    if conduct.checkpoint is not None and options.plugin.use_peft:
+    if conduct is not None and conduct.checkpoint is not None and options.plugin.use_peft:
         adapters.check_checkpoint(trainer.model, str(conduct.checkpoint))
     return trainer
 
@@ -56,10 +74,12 @@ class RunPlugin(QLoRAPlugin):
         recipe: Recipe,
         decisions: Decisions,
         rows: RunData,
-        conduct: Conduct,
+        conduct: Conduct | None,
+        planned: Planned | None = None,
     ) -> None:
         self.__dict__.update(vars(plugin))
-        self._recipe, self._decisions, self._rows, self._conduct = recipe, decisions, rows, conduct
+        self._recipe, self._decisions, self._rows = recipe, decisions, rows
+        self._conduct, self._planned = conduct, planned
 
     def trainer(self, trainer_cls: type[Trainer], *, args: Any, **kwargs: Any) -> Trainer:
         """Build ``trainer_cls`` as the run was decided; its rows are counted."""
@@ -71,10 +91,12 @@ class RunPlugin(QLoRAPlugin):
             data.counted(trainer_cls, self._rows.report),
             self._decisions,
             args,
-            run_mixins(self._conduct),
+            LIBRARY if self._conduct is None else run_mixins(self._conduct),
             tokenizer,
             self._rows.added_token_ids,
             conduct=self._conduct,
+            loaded=self._planned.loaded if self._planned is not None else None,
+            available=self._planned.available if self._planned is not None else None,
             parts=self._recipe.fast,
             sides=self._recipe.data.sides if self._recipe.data is not None else None,
             **kwargs,

@@ -23,16 +23,14 @@ def usage() -> str:
     calls = [
         ("halfbyte RECIPE --config FILE [--key value ...]", "train"),
         ("halfbyte RECIPE --help [all]", "the most used options of a recipe, or all"),
-        *((command.usage, command.summary) for command in commands.TABLE.values() if not command.reserved),
+        *((command.usage, command.summary) for command in commands.TABLE.values()),
     ]
     width = max(len(call) for call, _ in calls)
     lines = [f"{call:<{width}}   {summary}" for call, summary in calls]
-    reserved = [command.name for command in commands.TABLE.values() if command.reserved]
     indent = "\n       "
     return f"""\
 usage: {indent.join(lines)}
 
-Reserved for future releases: {", ".join(reserved)}.
 On several processes: accelerate launch --config_file launch/ddp.yaml -m halfbyte RECIPE --config FILE
 --debug shows tracebacks. Exit codes: 0 done, 2 invalid input, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM,
 1 anything else.

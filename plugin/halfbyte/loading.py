@@ -69,6 +69,41 @@ def load(
     return Loaded(model, coverage)
 
 
+def planned(
+    options: ModelOptions,
+    decisions: Decisions,
+    *,
+    trust_remote_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    added_token_ids: Iterable[int] = (),
+) -> Loaded:
+    """Return what :func:`load` would, without weights and on meta: the base's configuration is all that is read.
+
+    Raises :class:`UserError` as :func:`load` does for a base too little of which would be in four bits, or for adapters
+    that it cannot carry.
+    """
+    dtype = getattr(torch, decisions.dtype) if options.use_peft else torch.float32
+    base = quantization.planned(
+        decisions.base,
+        quantization=_quantization_config(options, decisions, dtype),
+        dtype=dtype,
+        revision=decisions.revision,
+        trust_remote_code=trust_remote_code,
+        task=by_peft_type(options.lora_task_type),
+    )
+    coverage = quantization.measure_coverage(base)
+    if options.load_in_4bit:
+        coverage.require()
+    if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if not options.use_peft:
+        return Loaded(base, coverage)
+    with torch.device("meta"):
+        return Loaded(
+            adapters.attach(base, lora_config(options), added_token_ids=list(added_token_ids)), coverage
+        )
+
+
 def lora_config(options: ModelOptions) -> LoraConfig:
     """The PEFT configuration of a fresh adapter."""
     config = get_peft_config(options)

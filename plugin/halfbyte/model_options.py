@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
-from halfbyte import adapters
-from halfbyte import fast as fast_step  # `fast` is an option here
+from halfbyte import adapters, memory
 from halfbyte.config import check_values
 from halfbyte.errors import UserError
 
@@ -83,7 +82,7 @@ class ModelOptions(ModelConfig):
         check_values(self)
         super().__post_init__()
         adapters.check_initialization(self.init_lora_weights)
-        fast_step.check_memory_budget(self.memory_budget)
+        memory.check_budget(self.memory_budget)
         if not self.use_peft and (self.loraplus_lr_ratio is not None or self.init_lora_weights is not None):
             option = "loraplus_lr_ratio" if self.loraplus_lr_ratio is not None else "init_lora_weights"
             raise UserError(

@@ -55,7 +55,7 @@ class QLoRAPlugin(ModelOptions):
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.enable_input_require_grads()
         if self.fast != "none":
-            fast_step.fuse(loaded, checkpointing=gradient_checkpointing, memory_budget=self.memory_budget)
+            fast_step.fuse(loaded, checkpointing=gradient_checkpointing)
         given.remember(loaded, given.Made(self, model, decisions.dtype, made.coverage, added_token_ids))
         return loaded
 

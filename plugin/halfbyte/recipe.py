@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GROUP = "halfbyte.recipes"
 _INSTALL = "a recipe of another package is installed with that package: pip install PACKAGE"
 
-# Names that the command line keeps for itself, those reserved for future releases included.
+# Names that the command line keeps for itself.
 COMMANDS = frozenset(commands.TABLE)
 _WORDS = frozenset(("help", "version"))  # and these, which it answers itself
 

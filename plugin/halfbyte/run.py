@@ -212,6 +212,7 @@ def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: 
             decisions.adapter, options.plugin.adapter_name_or_path or options.plugin.model_name_or_path
         ),
         "fast": trainer.report.fusion.as_dict(),
+        "memory": {"predicted": trainer.report.memory.as_dict()},
         **({"batching": batching.as_dict()} if (batching := trainer.report.batching) is not None else {}),
         "strategy": {**strategy.as_dict(), "devices": distributed.gather(strategy.device)},
     }

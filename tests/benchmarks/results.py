@@ -11,6 +11,7 @@ OVERHEAD = "## Outside the steps"
 PREPARATION = "## Before the first step"
 SCHEMES = "### The order of schemes"
 METHODS = "### QLoRA, LoRA and full fine-tuning"
+MEMORY = "## Memory, predicted and measured"
 ORDER = (
     "## The machine",
     "## The cases",

@@ -172,10 +172,7 @@ def recipe() -> str:
 
 
 def command_table() -> str:
-    rows = (
-        (f"`{each.usage}`", "reserved for future releases" if each.reserved else each.summary)
-        for each in commands.TABLE.values()
-    )
+    rows = ((f"`{each.usage}`", each.summary) for each in commands.TABLE.values())
     return table(("Command", "What it does"), rows)
 
 

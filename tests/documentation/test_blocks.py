@@ -73,12 +73,16 @@ def _make(words: list[str]) -> None:
 def _halfbyte(words: list[str]) -> None:
     name, options = words[0], words[1:]
     if name in table.TABLE:
-        assert not table.TABLE[name].reserved
         assert {
             "recipes": [[], ["--json"]],
             "demo": [[]],
             "doctor": [["--launch", "launch/ddp.yaml"]],
             "merge": [["runs/my-dpo", "--output_dir", "models/my-chat"]],
+            "plan": [
+                ["sft", "--config", "my_sft.yaml", "--gpu", "24GB"],
+                ["sft", "--config", "my_sft.yaml", "--preview", "3"],
+                ["sft", "--config", "my_sft.yaml", "--gpu", "24GB x 2", "--launch", "launch/fsdp2.yaml"],
+            ],
             "plot": [
                 ["runs", "--metric", "loss", "--output", "loss.png"],
                 ["runs", "--metric", "loss", "rewards/margins", "--dark", "--output", "curves.svg"],

@@ -7,17 +7,14 @@ imported when the command is called.
 from dataclasses import dataclass
 from importlib import import_module
 
-from halfbyte.errors import UserError
-
 
 @dataclass(frozen=True)
 class Command:
-    """A name that the command line keeps for itself; ``reserved``: for a future release."""
+    """A name that the command line keeps for itself."""
 
     name: str
     summary: str
     arguments: str = ""
-    reserved: bool = False
 
     @property
     def usage(self) -> str:
@@ -25,11 +22,7 @@ class Command:
         return f"halfbyte {self.name} {self.arguments}".rstrip()
 
     def main(self, arguments: list[str]) -> int:
-        """Run the command and return its exit code; raises UserError for a name reserved for a future release."""
-        if self.reserved:
-            raise UserError(
-                f"`halfbyte {self.name}` is reserved for future releases; `halfbyte --help` lists the commands"
-            )
+        """Run the command and return its exit code."""
         code: int = import_module(f"{__name__}.{self.name}").main(arguments)
         return code
 
@@ -43,7 +36,7 @@ TABLE = {
         Command("verify", "check a run, a checkpoint or a merged model", "DIR"),
         Command("demo", "the offline quick start: base, sft, dpo", "[--output_dir DIR]"),
         Command("merge", "write a model that plain transformers loads", "ADAPTER... --output_dir DIR"),
-        Command("plan", "predict memory and time of a run", reserved=True),
+        Command("plan", "would a run fit, how long would it take, on what", "RECIPE --config FILE"),
         Command("plot", "draw curves of runs in one picture", "DIR... [--output FILE]"),
         Command("quantize", "write a pre-quantized checkpoint", "MODEL --output_dir DIR"),
         Command("report", "compare quantization schemes on a model", "MODEL [--data ROWS]"),

@@ -33,6 +33,10 @@ class Parser(argparse.ArgumentParser):
             self._unknown(unknown[0])
         return options
 
+    def parse_beside(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse what the command takes, and return the words that it leaves: the options of a recipe."""
+        return self.parse_known_args(arguments)
+
     def _unknown(self, word: str) -> NoReturn:
         word = word.partition("=")[0]
         known = [name for name in self._option_string_actions if name.startswith("--")]

@@ -14,6 +14,7 @@ class SplitReport:
     ``rows`` and ``sha`` describe the split as read, before anything is dropped; ``tokens`` are those of one
     epoch, after truncation; ``truncated`` counts rows that lost tokens to ``max_length`` and still train.
     ``lost_rows`` have no label left after truncation; ``long_rows`` exceed ``max_length`` where nothing is truncated.
+    ``whole`` are the rows of a split of which only a sample was read.
     """
 
     streaming: bool = False
@@ -26,6 +27,7 @@ class SplitReport:
     equal_rows: list[int] = field(default_factory=list)
     lost_rows: int = 0
     long_rows: int = 0
+    whole: int | None = None
     counted: bool = False
     # the rows.RowCheck that the rows passed, to find one that fails later
     check: Any = field(default=None, repr=False)

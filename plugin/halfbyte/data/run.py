@@ -21,6 +21,7 @@ from halfbyte.data.prompts import Prompts
 from halfbyte.data.prompts import load as load_prompts
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import RowCheck, digest
+from halfbyte.data.sample import Sample
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import shorten
 
@@ -48,15 +49,17 @@ def load(
     format: DataFormat | None,
     tokenizer: Any,
     added_token_ids: list[int] | None = None,
+    sample: Sample | None = None,
 ) -> RunData:
     """Read what ``dataset_name`` or ``datasets:`` names and check every row.
 
     ``script``, ``mixture`` and ``training`` are TRL's ScriptArguments, DatasetMixtureConfig and trainer
     config. ``eval`` is read only with ``eval_strategy``. Without a format only an empty split is refused.
-    Raises UserError, with the row number where a row is at fault.
+    A ``sample`` takes the place of all rows, except of a stream's. Raises UserError, with the row number where a row is
+    at fault.
     """
     with showing(training):
-        return _load(script, mixture, training, format, tokenizer, added_token_ids or [])
+        return _load(script, mixture, training, format, tokenizer, added_token_ids or [], sample)
 
 
 def _load(
@@ -66,6 +69,7 @@ def _load(
     format: DataFormat | None,
     tokenizer: Any,
     added_token_ids: list[int],
+    sample: Sample | None,
 ) -> RunData:
     splits = sources.read(script, mixture, seed=training.seed)
     wanted = {"train": (script.dataset_train_split, "dataset_train_split")}
@@ -76,8 +80,12 @@ def _load(
     policy = getattr(script, "user_special_tokens", "error")
     origin = [part.path for part in mixture.datasets] or [script.dataset_name]
     ready = {}
-    for name, dataset in found.items():
+    for name, whole in found.items():
+        dataset, streaming = whole, isinstance(whole, datasets.IterableDataset)
+        if sample is not None and not streaming:
+            dataset = sample.of(whole)
         ready[name], counts = _split(name, dataset, training, format, tokenizer, report, policy, origin)
+        counts.whole = None if streaming else len(whole)
         if name == "train":
             report.train = counts
         else:

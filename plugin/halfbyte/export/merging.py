@@ -16,6 +16,7 @@ from halfbyte.export.deltas import Deltas
 from halfbyte.export.origin import Origin
 from halfbyte.export.shards import Shards
 from halfbyte.quantization import packed, streamed
+from halfbyte.quantization.skeleton import without_weights
 from halfbyte.task import SEQUENCE_CLASSIFICATION
 from halfbyte.terminal.passes import Pass
 
@@ -51,7 +52,7 @@ class _Norms:
 
 def skeleton(origin: Origin, dtype: torch.dtype) -> PreTrainedModel:
     """The merged model without its weights."""
-    return streamed.skeleton(origin.directory, quantization=None, dtype=dtype, task=origin.task)
+    return without_weights(origin.directory, quantization=None, dtype=dtype, task=origin.task)
 
 
 def bytes_of(model: PreTrainedModel) -> int:

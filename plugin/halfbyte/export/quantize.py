@@ -10,6 +10,7 @@ from halfbyte.export.merging import bytes_of, write_configuration
 from halfbyte.export.published import published
 from halfbyte.export.shards import Shards
 from halfbyte.quantization import packed, streamed
+from halfbyte.quantization.skeleton import without_weights
 from halfbyte.task import CAUSAL_LM
 from halfbyte.terminal.passes import Pass
 
@@ -54,7 +55,7 @@ def quantize(
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=dtype,
     )
-    plain = streamed.skeleton(directory, quantization=None, dtype=dtype, task=CAUSAL_LM)
+    plain = without_weights(directory, quantization=None, dtype=dtype, task=CAUSAL_LM)
     with published(output, bytes_of(plain) // 2) as aside:
         source = streamed.read(directory, quantization=settings, dtype=dtype, task=CAUSAL_LM)
         shards, counted = Shards(aside, most), [0, 0]

@@ -19,6 +19,7 @@ from halfbyte.export.page import picture
 from halfbyte.export.schemes import COMPARED, SIZES, Scheme
 from halfbyte.files import replace_file
 from halfbyte.quantization import streamed
+from halfbyte.quantization.skeleton import without_weights
 from halfbyte.task import CAUSAL_LM
 from halfbyte.terminal.passes import Pass
 
@@ -73,7 +74,7 @@ def _weights(name: str, directory: Path, every: Sequence[Scheme]) -> Report:
 def packed_names(directory: Path) -> list[str]:
     """The weights that a 4-bit base has packed."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = streamed.skeleton(directory, quantization=settings, dtype=torch.float32, task=CAUSAL_LM)
+    model = without_weights(directory, quantization=settings, dtype=torch.float32, task=CAUSAL_LM)
     return [name for name, weight in model.named_parameters() if hasattr(weight, "quant_type")]
 
 

@@ -7,7 +7,6 @@ and values, ``I`` and ``O`` the input and output features of any linear map. Ten
 (the compute dtype) unless another one is named.
 """
 
-from halfbyte.fast.budget import check as check_memory_budget
 from halfbyte.fast.fusion import fuse, refusal, unfuse
 from halfbyte.fast.layer import fell_back
 from halfbyte.fast.report import FusionReport
@@ -17,7 +16,6 @@ __all__ = [
     "PARTS",
     "FusionReport",
     "Scope",
-    "check_memory_budget",
     "fell_back",
     "fuse",
     "refusal",

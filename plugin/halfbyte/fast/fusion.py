@@ -13,8 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig
 
 from halfbyte import distributed
-from halfbyte.data.lengths import Lengths, most_tokens
-from halfbyte.fast import autocast, batches, budget, head, layer, linear
+from halfbyte.fast import autocast, batches, head, layer, linear
 from halfbyte.fast.report import ON, FusionReport
 from halfbyte.fast.scope import Scope
 from halfbyte.fast.scores import USUAL
@@ -35,22 +34,14 @@ def fuse(
     scope: Scope | None = None,
     args: TrainingArguments | None = None,
     collator: Any = None,
-    lengths: Lengths | None = None,
-    token_budget: int | None = None,
     checkpointing: bool = True,
-    memory_budget: str = "auto",
-    recorded_level: int | None = None,
 ) -> FusionReport:
     """Fuse what is covered in ``model``, as far as ``scope`` allows; the rest stays as it is.
 
-    Nothing is copied or renamed: parameters, adapters and hooks stay PEFT's. ``args``, ``collator`` and the ``lengths``
-    of the training rows are a trainer's, ``token_budget`` the most tokens of a micro-batch; without ``args`` (a loop of
-    one's own) nothing says how many tokens a step has.
-    Fused layers keep all intermediates without ``checkpointing``; with it, what ``memory_budget`` allows
-    (``recorded_level`` where a resumed run has decided already), and nothing but their input without ``args``.
+    Nothing is copied or renamed: parameters, adapters and hooks stay PEFT's. ``args`` and ``collator`` are a trainer's;
+    a loop of one's own has none. Fused layers keep all intermediates without ``checkpointing``, and nothing but their
+    input with it, until :func:`halfbyte.memory.choose` allows more.
     With ``args`` it is a collective: batches are padding-free on all ranks or on none.
-
-    Raises :class:`UserError` for an invalid ``memory_budget``.
     """
     scope = Scope() if scope is None else scope
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -71,25 +62,14 @@ def fuse(
         base.set_attn_implementation(attention)
         unpadded = agreed
     linears, plain = _fuse_linears(base) if "linears" in scope.parts else (0, {})
-    layers, level, choice = 0, None, None
+    layers, level = 0, None
     apart: dict[str, int] = {}
     if "layers" in scope.parts and _has_4bit_adapters(model):
         level = layer.LEVELS[0] if checkpointing else layer.LEVELS[-1]
         layers, apart = _fuse_layers(model, level, args)
-    if layers and checkpointing and args is not None:
-        free = unpadded == ON
-        if lengths is None:
-            tokens = _tokens(args, base, scope.sides)
-        else:
-            sizes = lengths.sizes(padded=not free, shared=trees and free)
-            size = args.per_device_train_batch_size
-            tokens = most_tokens(sizes, size, padded=not free, budget=token_budget)
-        choice = budget.apply(model, memory_budget, tokens, recorded_level)
-        level = choice.level if choice is not None else level
     return FusionReport(
         layers=layers,
         level=level,
-        memory=choice,
         layers_apart=apart,
         linears=linears,
         plain=plain,
@@ -122,12 +102,6 @@ def _told(args: Any) -> tuple[str, ...]:
     return (*USUAL, "mean_logits", *(("log_sum_sq_probs",) if args.use_weighting else ()))
 
 
-def _tokens(args: Any, base: PreTrainedModel, sides: int) -> int:
-    """The most tokens that one forward can have on one rank, where the rows do not say."""
-    length = getattr(args, "max_length", None) or base.config.get_text_config().max_position_embeddings
-    return int(sides * length * args.per_device_train_batch_size)
-
-
 def _has_4bit_adapters(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and any(isinstance(each, Linear4bit) for each in model.modules())
 
@@ -140,7 +114,15 @@ def _fuse_layers(model: Any, level: int, args: TrainingArguments | None) -> tupl
     count = 0
     apart: Counter[str] = Counter()
     base = model.get_base_model()
-    hidden = torch.empty(0, dtype=base.get_input_embeddings().weight.dtype, device=base.device)
+    # Where the step runs: a planned model is on meta.
+    device = (
+        args.device
+        if args is not None
+        else torch.device("cpu")
+        if base.device.type == "meta"
+        else base.device
+    )
+    hidden = torch.empty(0, dtype=base.get_input_embeddings().weight.dtype, device=device)
     for module in base.modules():
         if isinstance(module, GradientCheckpointingLayer):
             reason = layer.fuse(module, model.active_adapter, level)

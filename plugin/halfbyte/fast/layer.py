@@ -14,7 +14,7 @@ from halfbyte.fast.forest import Forest
 from halfbyte.fast.layer_call import LEVELS, LayerCall
 from halfbyte.fast.rope import Rotary
 
-__all__ = ["LEVELS", "FusedForward", "fell_back", "fuse", "unfuse"]
+__all__ = ["LEVELS", "FusedForward", "fell_back", "fuse", "fused_layers", "unfuse"]
 
 # Keyword arguments that the fused form computes with.
 READ = frozenset({"attention_mask", "position_ids", "position_embeddings", "cu_seq_lens_q"})
@@ -74,10 +74,14 @@ def never_fused(layer: nn.Module, hidden: Tensor) -> str | None:
 def fell_back(model: nn.Module) -> dict[str, int]:
     """Return why fused layers of ``model`` ran their original forward while training, and how often in all."""
     reasons: Counter[str] = Counter()
-    for module in model.modules():
-        if isinstance(module.forward, FusedForward):
-            reasons += module.forward.reasons
+    for each in fused_layers(model):
+        reasons += each.reasons
     return dict(reasons)
+
+
+def fused_layers(model: nn.Module) -> list["FusedForward"]:
+    """Return the forwards of the layers of ``model`` that are fused."""
+    return [each.forward for each in model.modules() if isinstance(each.forward, FusedForward)]
 
 
 class FusedForward:

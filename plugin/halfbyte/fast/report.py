@@ -1,13 +1,31 @@
 """The fusion report: what of a run is fused, and why the rest is not."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from halfbyte.fast.budget import Choice
 from halfbyte.terminal.wording import plural
 
 ON = "on"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The save level that was chosen, and why: bytes on one rank, for ``tokens`` a forward.
+
+    ``recorded`` means that the level comes from the checkpoint and was not chosen here.
+    """
+
+    level: int
+    budget: str
+    available: int | None
+    needed: int
+    tokens: int
+    recorded: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields in JSON's types."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

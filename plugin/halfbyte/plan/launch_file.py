@@ -61,6 +61,30 @@ def inspect(path: Path, gpus: int) -> Launch:
         ) from error
 
 
+def request(path: Path) -> Request:
+    """Return what the launch file at ``path`` requests. Raises UserError as :func:`inspect` does."""
+    inspect(path, 0)
+    text = read(path, _MOST).decode()
+    if path.suffix == ".sh":
+        named = re.search(r"--config_file\s+(\S+)", text)
+        assert named is not None  # as inspected
+        inner = request(path.parent / Path(named[1]).name)
+        nodes, here = _slurm(text)
+        return replace(inner, processes=nodes * here, machines=nodes)
+    content = yaml.safe_load(text)
+    if content.get("kind") == "TrainJob":
+        trainer = content["spec"]["trainer"]
+        nodes = int(trainer.get("numNodes", 1))
+        return Request("ddp", nodes * int(trainer.get("numProcPerNode", 1)), nodes)
+    return from_config(content)
+
+
+def _slurm(text: str) -> tuple[int, int]:
+    """The nodes and the GPUs of each that a Slurm script asks for."""
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
+    return int(directives.get("nodes", 1)), int(directives.get("gpus-per-node", 1))
+
+
 def _accelerate(path: Path, config: dict[str, Any], gpus: int) -> Launch:
     unknown = sorted(set(config) - {f.name for f in fields(ClusterConfig)})
     request = from_config(config)
@@ -127,7 +151,7 @@ def _script(path: Path, gpus: int) -> Launch:
     if checked.returncode:
         launch.problems.append(checked.stderr.strip())
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
-    nodes, per_node = int(directives.get("nodes", 1)), int(directives.get("gpus-per-node", 1))
+    nodes, per_node = _slurm(text)
     if directives.get("ntasks-per-node") != "1":
         launch.problems.append("each node must start one launcher; write #SBATCH --ntasks-per-node=1")
     launch.runs = f"DDP, {per_node} processes on each of {nodes} machines, on GPUs"

@@ -6,7 +6,7 @@ Only this package touches bitsandbytes' weights.
 from halfbyte.quantization.checkpoint import fingerprint, require
 from halfbyte.quantization.coverage import Coverage, measure_coverage
 from halfbyte.quantization.dtype import choose_compute_dtype
-from halfbyte.quantization.load import compute_in_float32, load_base
+from halfbyte.quantization.load import compute_in_float32, load_base, planned
 from halfbyte.quantization.shape import Shape, shape_of
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "fingerprint",
     "load_base",
     "measure_coverage",
+    "planned",
     "require",
     "shape_of",
 ]

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 import bitsandbytes as bnb
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import UserError
+from halfbyte.quantization.size import count_of, packed_bytes, state_bytes
 from halfbyte.task import SEQUENCE_CLASSIFICATION
 
 REQUIRED_SHARE = 0.95
@@ -93,10 +93,9 @@ def measure_coverage(model: PreTrainedModel) -> Coverage:
                 continue
             seen.add(id(parameter))
             if isinstance(parameter, bnb.nn.Params4bit):
-                state = parameter.quant_state
-                weights_in_4_bits += state.shape.numel()
-                in_16_bits += 2 * state.shape.numel()
-                in_4_bits += parameter.nbytes + _state_bytes(state)
+                weights_in_4_bits += count_of(parameter)
+                in_16_bits += 2 * count_of(parameter)
+                in_4_bits += packed_bytes(parameter) + state_bytes(parameter)
                 continue
             in_16_bits += 2 * parameter.numel()
             in_4_bits += parameter.nbytes
@@ -123,14 +122,6 @@ def _left_out_kind(
     if parameter.dim() == 2 and parameter.shape[0] in experts - {None}:
         return "routers"
     return "norms and biases" if parameter.dim() < 2 else None
-
-
-def _state_bytes(state: bnb.functional.QuantState) -> int:
-    """Bytes of a quantization state: block scales and, when nested, the scales of the scales."""
-    tensors = [state.absmax, state.code]
-    if state.nested:
-        tensors += [state.offset, state.state2.absmax, state.state2.code]
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 def _megabytes(size: int) -> str:

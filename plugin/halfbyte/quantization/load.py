@@ -18,6 +18,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from halfbyte import store
 from halfbyte.errors import UserError
 from halfbyte.quantization import stored
+from halfbyte.quantization.skeleton import without_weights
 from halfbyte.task import CAUSAL_LM, Task
 from halfbyte.terminal.wording import first_line, shorten
 
@@ -78,6 +79,34 @@ def load_base(
             said = f"{name_or_path!r}: transformers has no class for {task.name} with it; use another model"
         raise UserError(said, option="model_name_or_path") from error
     # No caller of a training model reads the cache, and padding-free attention is wrong with one.
+    model.config.use_cache = False
+    _prepare_linears(model, dtype)
+    return model
+
+
+def planned(
+    name_or_path: str,
+    *,
+    quantization: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    task: Task = CAUSAL_LM,
+) -> PreTrainedModel:
+    """Return what :func:`load_base` would load, without weights and on meta.
+
+    Raises :class:`UserError` for a configuration that is missing, or that no class takes.
+    """
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+    _check_own_quantization(
+        name_or_path, _own_quantization(_configuration(name_or_path, origin)), quantization
+    )
+    try:
+        model = without_weights(name_or_path, quantization=quantization, dtype=dtype, task=task, **origin)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"cannot plan with the model {name_or_path!r}: {first_line(error)}", option="model_name_or_path"
+        ) from error
     model.config.use_cache = False
     _prepare_linears(model, dtype)
     return model

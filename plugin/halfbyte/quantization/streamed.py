@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import AutoHfQuantizer
 
 from halfbyte.errors import UserError
 from halfbyte.quantization import packed
 from halfbyte.quantization.checkpoint import weight_files
 from halfbyte.quantization.load import load_base
+from halfbyte.quantization.skeleton import without_weights
 from halfbyte.quantization.stored import located
 from halfbyte.task import Task
 
@@ -111,7 +110,7 @@ def stream(
     parameters as they are: under other names, merged or split, in other formats than safetensors, or kept in float32
     by the architecture.
     """
-    model = skeleton(directory, quantization=quantization, dtype=dtype, task=task, **origin)
+    model = without_weights(directory, quantization=quantization, dtype=dtype, task=task, **origin)
     files = weight_files(directory)
     if not files or any(path.suffix != ".safetensors" for path in files):
         return None
@@ -125,31 +124,6 @@ def stream(
     if set(model.state_dict()) - held - tied - set(new):
         return None
     return Streamed(directory, model)
-
-
-def skeleton(
-    directory: Path,
-    *,
-    quantization: BitsAndBytesConfig | None,
-    dtype: torch.dtype,
-    task: Task,
-    **origin: Any,
-) -> PreTrainedModel:
-    """Return the model of ``directory`` without weights, on meta, its linear layers as ``quantization`` makes them."""
-    config = transformers.AutoConfig.from_pretrained(directory, **origin)
-    if (own := own_quantization(directory)) is not None:
-        quantization = BitsAndBytesConfig.from_dict(own)
-        del config.quantization_config
-    for name, value in task.model_kwargs.items():
-        setattr(config, name, value)
-    auto = getattr(transformers, task.auto_class)
-    with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config, dtype=dtype, **origin)
-    if quantization is not None and quantization.load_in_4bit:
-        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
-        quantizer.preprocess_model(model=model, device_map={"": "cpu"})
-        config.quantization_config = quantizer.quantization_config
-    return model
 
 
 def unquantized(name: str, revision: str) -> Path:

@@ -13,13 +13,15 @@ from transformers.trainer_utils import has_length
 from halfbyte.checkpoint.history import checkpoints
 from halfbyte.errors import Stopped
 from halfbyte.files import replace_file
+from halfbyte.memory import Peak
 from halfbyte.terminal.wording import first_line, say
 from halfbyte.tracking import summary
 from halfbyte.tracking.card import model_card
 from halfbyte.tracking.figures import DEFAULT, Figures
+from halfbyte.tracking.held_memory import HeldMemory, beside_predicted
 from halfbyte.tracking.metrics import MetricsLog, Throughput
 from halfbyte.tracking.progress import RunProgress
-from halfbyte.tracking.record import Phases, RunRecord, peak_memory_bytes, read_record
+from halfbyte.tracking.record import RunRecord, read_record
 from halfbyte.tracking.rows import Row, read_rows
 from halfbyte.tracking.samples import SamplesLog
 from halfbyte.tracking.samples import lines as sample_lines
@@ -49,6 +51,7 @@ class Tracker(TrainerCallback):
         next_command: str | None = None,
         resume_command: str | None = None,
         again_command: str | None = None,
+        peak: Peak | None = None,
     ) -> None:
         self.record = record
         self.record.update(figures=figures.as_dict())
@@ -57,7 +60,7 @@ class Tracker(TrainerCallback):
         self._main = main
         self._next_command, self._resume_command = next_command, resume_command
         self._again_command = again_command  # where there is nothing to resume from
-        self._throughput, self._phases = Throughput(), Phases()
+        self._throughput, self._held = Throughput(), HeldMemory(Peak() if peak is None else peak)
         self._figures = figures
         self._progress = RunProgress(bar=bar, figures=figures)
         self._wandb: WandbRun | None = None
@@ -91,9 +94,9 @@ class Tracker(TrainerCallback):
         counted_tokens: float | None = None,
         **kwargs: Any,
     ) -> None:
+        self._held.loaded(kwargs.get("model"))
         if not self._main:
             return
-        self._phases.over("load")
         self.record.update(status="running", steps=state.global_step, total_steps=state.max_steps)
         self.record.update(next=self._goes_on)  # for a run that is killed
         earlier = read_record(self.record.path)
@@ -111,7 +114,7 @@ class Tracker(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
             self.record.update(steps=state.global_step)
-            self._phases.over("train")
+            self._held.over("train")
             self._throughput.step()
             self._progress.step(state.global_step)
 
@@ -145,7 +148,7 @@ class Tracker(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
             self._progress.evaluated()
-            self._phases.over("evaluate")
+            self._held.over("evaluate")
             self._throughput.resume()
 
     def on_predict(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -153,7 +156,7 @@ class Tracker(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._main:
-            self._phases.over("save")
+            self._held.over("save")
             self.record.update(next=self._goes_on)
             self._write_record()
             if self._wandb is not None:
@@ -163,12 +166,15 @@ class Tracker(TrainerCallback):
             self._throughput.resume()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        peaks = gather_object([peak_memory_bytes()])  # a collective: every rank comes here
+        # A collective: every rank comes here.
+        peaks, measured = zip(*gather_object([(self._held.peak(), self._held.of_training())]), strict=True)
         if self._main:
             if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self._kept_step = state.best_global_step
                 self.record.update(best_checkpoint=Path(state.best_model_checkpoint).name)
-            self.record.update(peak_memory_bytes=peaks)
+            self.record.update(peak_memory_bytes=list(peaks))
+            if found := beside_predicted(self.record, measured):
+                self.record.update(memory=found)
             self._progress.end()
 
     # What the run calls.
@@ -184,7 +190,7 @@ class Tracker(TrainerCallback):
 
     def sampled(self, rows: list[Row]) -> None:
         """Write, print and report one round of completions, on rank 0; the time of the round is not training's."""
-        self._phases.over("sample")
+        self._held.over("sample")
         self._samples.append(rows)
         self._progress.lines(sample_lines(rows, self.record["total_steps"]))
         if self._wandb is not None:
@@ -202,8 +208,8 @@ class Tracker(TrainerCallback):
         self._finished = True
         self._progress.end()
         if not self.record["peak_memory_bytes"]:  # stopped before the ranks could say
-            self.record.update(peak_memory_bytes=[peak_memory_bytes()])
-        self.record.update(status=status, next=next_command, peak_memory_by_phase=dict(self._phases.peaks))
+            self.record.update(peak_memory_bytes=[self._held.peak()])
+        self.record.update(status=status, next=next_command, peak_memory_by_phase=dict(self._held.phases))
         there = self.record.output_dir.is_dir()  # if it was taken away, that is not undone
         if status == "completed":
             self._write_record()

@@ -123,19 +123,6 @@ def peak_memory_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-class Phases:
-    """Which phase of a run held the most memory: ``peaks`` has those that held more than all before them, in bytes."""
-
-    def __init__(self) -> None:
-        self.peaks: dict[str, int] = {}
-        self._highest = 0
-
-    def over(self, phase: str) -> None:
-        """Lay a rise of the process's peak since the last call to ``phase``."""
-        if (peak := peak_memory_bytes()) > self._highest:
-            self.peaks[phase] = self._highest = peak
-
-
 def plain(value: Any) -> Any:
     """Return ``value`` in types that JSON has: NaN and infinity become None, tensors of one element numbers."""
     if value is None or isinstance(value, bool | int | str):

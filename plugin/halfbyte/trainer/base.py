@@ -14,6 +14,7 @@ from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.data import Prompts
 from halfbyte.data.batching import Batching
 from halfbyte.fast import FusionReport
+from halfbyte.memory import Memory, Workload
 from halfbyte.quantization import Coverage
 
 if TYPE_CHECKING:
@@ -61,13 +62,15 @@ class BuildReport:
     """What building a trainer found: how much of the base is in four bits, and what of the step is fused.
 
     ``precomputed`` is whether references are computed before training, where that was to be decided; ``batching`` the
-    micro-batches of ``max_tokens_per_batch``.
+    micro-batches of ``max_tokens_per_batch``; ``memory`` what a step of ``workload`` is predicted to hold.
     """
 
     coverage: Coverage = field(default_factory=Coverage)
     fusion: FusionReport = field(default_factory=FusionReport)
     precomputed: bool | None = None
     batching: Batching | None = None
+    workload: Workload | None = None
+    memory: Memory | None = None
 
     def lines(self) -> list[str]:
         """What of the step is fused, and how its batches are made, to print before the first."""

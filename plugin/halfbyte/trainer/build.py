@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -12,16 +13,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from trl import DPOTrainer
 
-from halfbyte import adapters, fast, optimizers
+from halfbyte import adapters, fast, memory, optimizers
 from halfbyte.data.batching import Batching
 from halfbyte.data.lengths import Lengths
 from halfbyte.errors import UserError
 from halfbyte.fast.pairs import PairsAsTrees
+from halfbyte.memory import Place
 from halfbyte.quantization import Coverage
 from halfbyte.trainer import trial
 from halfbyte.trainer.base import BuildReport, Conduct
 from halfbyte.trainer.compose import compose
 from halfbyte.trainer.token_budget import order_seed
+from halfbyte.trainer.workload import workload_of
 
 _EVA_BATCHES = 32
 
@@ -45,6 +48,7 @@ def build(
     args: Any,
     mixins: tuple[type, ...],
     *,
+    place: Place,
     conduct: Conduct | None = None,
     fresh_adapter: bool,
     initialization: str | None = None,
@@ -59,10 +63,11 @@ def build(
 ) -> Trainer:
     """Construct ``trainer_cls`` under ``mixins`` over a loaded ``model``; its ``report`` is a :class:`BuildReport`.
 
-    ``parts`` of the fast step may apply, all that fit the class by default; ``sides`` is the number of sequences that
-    a row brings to one forward. ``fresh_adapter`` says that the adapter is new, so that the base is the reference of a
-    preference trainer. ``kwargs`` are the trainer's own. Raises :class:`UserError` for an optimizer or schedule that
-    cannot be made, and for a model whose loss TRL cannot compute.
+    ``place`` is where the step runs, which decides what its fused layers may keep. ``parts`` of the fast step may
+    apply, all that fit the class by default; ``sides`` is the number of sequences that a row brings to one forward.
+    ``fresh_adapter`` says that the adapter is new, so that the base is the reference of a preference trainer.
+    ``kwargs`` are the trainer's own. Raises :class:`UserError` for an optimizer or schedule that cannot be made, and
+    for a model whose loss TRL cannot compute.
     """
     composed = compose(trainer_cls, mixins)
     if args.gradient_checkpointing:
@@ -76,23 +81,26 @@ def build(
         trial.check_loss(trainer, model)
         if fresh_adapter:
             adapters.drop_reference_copy(model)
-            if initialization == "eva":
+            if initialization == "eva" and not memory.is_planned(model):
                 adapters.initialize_eva(model, _first_batches(trainer, lengths, token_budget))
-        refusal = fast.refusal(args)
+        scope, refusal = _scope(trainer, trainer_cls, parts, sides), fast.refusal(args)
         if refusal is not None or not fused:
             fusion = fast.FusionReport(mode="none", reason=refusal or "as given")
         else:
             fusion = fast.fuse(
                 model,
-                scope=_scope(trainer, trainer_cls, parts, sides),
+                scope=scope,
                 args=args,
                 collator=trainer.data_collator,
-                lengths=lengths,
-                token_budget=token_budget,
                 checkpointing=args.gradient_checkpointing,
-                memory_budget=memory_budget,
-                recorded_level=save_level,
             )
+        workload = workload_of(args, model, lengths, fusion, scope.sides, token_budget, place)
+        if args.gradient_checkpointing:
+            choice = memory.choose(
+                model, memory_budget, workload, recorded=save_level, available=place.available
+            )
+            if choice is not None:
+                fusion = replace(fusion, memory=choice, level=choice.level)
         trainer.loraplus_lr_ratio = loraplus_lr_ratio
         trainer.unpads_batches = fusion.padding_free
         if fusion.trees:
@@ -100,11 +108,23 @@ def build(
         if token_budget is not None:
             assert lengths is not None
             trainer.batching = _batching(trainer, lengths, token_budget, fusion)
-        trainer.report = BuildReport(coverage=coverage, fusion=fusion, batching=trainer.batching)
+        trainer.report = BuildReport(
+            coverage=coverage,
+            fusion=fusion,
+            batching=trainer.batching,
+            workload=workload,
+            memory=memory.predict(model, workload),
+        )
+
+    def ready(trainer: Any) -> None:
+        with torch.device("cpu"):
+            finish(trainer)
 
     # Before the constructor returns: what it runs the model for must be computed as every step is.
-    with _hidden(args, "model_init_kwargs", "chat_template_path"):
-        return composed(model=model, args=args, conduct=conduct, ready=finish, **kwargs)
+    # TRL's constructor adds adapters: on meta, where a planned model is.
+    place_made = torch.device("meta") if memory.is_planned(model) else nullcontext()
+    with place_made, _hidden(args, "model_init_kwargs", "chat_template_path"):
+        return composed(model=model, args=args, conduct=conduct, ready=ready, **kwargs)
 
 
 def _scope(

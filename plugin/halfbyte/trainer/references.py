@@ -17,6 +17,7 @@ from halfbyte.data.batching import Batching
 from halfbyte.errors import UserError
 from halfbyte.fast.scope import keeps
 from halfbyte.files import digest_of
+from halfbyte.memory import is_planned
 from halfbyte.resilience.memory import advised, reference_advice
 from halfbyte.terminal.wording import plural, say
 from halfbyte.trainer import reference_identity, reference_pass, reference_shard
@@ -76,7 +77,7 @@ class PrecomputedReferences(Mixin):
         elif wanted:
             _require_rows(sets)
         self.args.precompute_ref_log_probs = self.precompute_ref_logps = wanted
-        if not wanted:
+        if not wanted or is_planned(self._reference):
             return
         size = self.args.precompute_ref_batch_size
         if self.train_dataset is not None:
@@ -94,7 +95,8 @@ class PrecomputedReferences(Mixin):
 
     def _note(self, ahead: bool, why: str) -> None:
         how = "computed once, before training" if ahead else "computed in every step"
-        say(f"reference log-probabilities: {how} ({why})", error=self.conduct is None)
+        if not is_planned(self._reference):
+            say(f"reference log-probabilities: {how} ({why})", error=self.conduct is None)
         self.report = replace(self.report, precomputed=ahead)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -158,6 +160,8 @@ class PrecomputedReferences(Mixin):
 
     def _is_cached(self, dataset: Any) -> bool:
         """Return whether all references of ``dataset`` are in the store; the weights are hashed if any may be."""
+        if is_planned(self._reference):
+            return False
         pairs, _ = reference_identity.pairs(dataset, self.args)
         if not distributed.agree(parts.holds(store.REFERENCES, pairs=pairs)):
             return False

@@ -9,6 +9,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from halfbyte.adapters import evaluating
 from halfbyte.errors import UserError
+from halfbyte.memory import is_planned
 from halfbyte.terminal.wording import first_line, shorten
 
 _TOKENS = 8
@@ -34,6 +35,8 @@ def check_loss(trainer: Trainer, model: PreTrainedModel | PeftModel) -> None:
     """
     base: Any = _base(model)
     if not _has_fused_head(base) or is_deepspeed_zero3_enabled():  # there, no rank holds a whole weight
+        return
+    if is_planned(base):
         return
     name = type(base).__name__
     vocabulary = base.get_input_embeddings().weight

@@ -1,0 +1,57 @@
+"""``halfbyte plan RECIPE --config FILE``: would it fit, how long would it take, and what would it train on."""
+
+import json
+import sys
+from pathlib import Path
+
+from halfbyte import caches, config
+from halfbyte import recipe as recipes
+from halfbyte.commands.parser import Parser
+from halfbyte.terminal.wording import say
+
+
+def main(arguments: list[str]) -> int:
+    """Print the plan; return 1 if the run would not fit. Raises UserError for what a run would refuse."""
+    parser = Parser("plan")
+    parser.add_argument("recipe", metavar="RECIPE", help="the recipe, with its options behind it")
+    parser.add_argument("--launch", type=Path, metavar="FILE", help="the launch file to plan for")
+    parser.add_argument("--gpu", metavar="SIZE", help='memory of a GPU and how many, as in "24GB x 2"')
+    parser.add_argument("--full", action="store_true", help="read all rows, not 2,000 and the longest")
+    parser.add_argument(
+        "--probe", action="store_true", help="train a few steps here, for the time of an epoch"
+    )
+    parser.add_argument(
+        "--tokens_per_second", type=float, help="what one device computes, for the time of an epoch"
+    )
+    parser.add_argument(
+        "--preview", type=int, metavar="N", help="show the first N rows as they are trained on"
+    )
+    parser.add_argument("--row", type=int, metavar="K", help="show row K, counted from 1")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given, options = parser.parse_beside(arguments)
+    claims = [entry for entry in recipes.entries() if entry.name == given.recipe]
+    if not claims:
+        recipes.load(given.recipe)  # refuses the unknown name
+    written = config.collect(options)
+    config.refuse_early(written, f"halfbyte {given.recipe}", keys=True, recipe=claims[0].object)
+    caches.provide()
+    if "trl" not in sys.modules:
+        say("halfbyte: loading PyTorch, Transformers and TRL ...", error=True)
+    from halfbyte.plan import page, plan, preview, probe, target
+    from halfbyte.plan.rehearsal import Rehearsal
+
+    recipe = recipes.load(given.recipe)
+    rehearsal = Rehearsal.of(given.recipe, recipe, options, target.find(given.gpu, given.launch))
+    if given.preview is not None or given.row is not None:
+        shown = [given.row] if given.row is not None else range(1, given.preview + 1)
+        if given.json:
+            say(json.dumps([each.as_dict() for each in preview.previews(rehearsal, shown)]))
+        else:
+            preview.show(rehearsal, shown)
+        return 0
+    rate = given.tokens_per_second
+    if given.probe and rate is None:
+        rate = probe.tokens_per_second(given.recipe, options)
+    found = plan.plan(rehearsal, full=given.full, tokens_per_second=rate)
+    say(*([json.dumps(found.as_dict(), indent=2)] if given.json else page.page(found)))
+    return int(found.verdict == "does not fit")

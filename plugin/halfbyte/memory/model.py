@@ -1,0 +1,155 @@
+"""The parts of a rank's memory at the peak of a step, in bytes.
+
+What is resident (:mod:`halfbyte.memory.resident`) stays for the whole run; what a step adds
+(:mod:`halfbyte.memory.step`) is largest when the forward has just ended: every layer keeps what its backward reads,
+and either the LM head scores its last chunk or the last layer runs its backward. Where a step is small, the peak is
+the optimizer's instead: all gradients are there, and no activation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from halfbyte.memory import resident, step
+
+# What a process on a CPU holds beside tensors: what loading and training import; by the bytes of a value, as many times
+# what the products of a layer work with (copies that oneDNN makes, and memory that malloc has free in pieces); and a
+# share of what attention works with. Measured by tests/benchmarks/memory.py (oneDNN without AMX, glibc).
+_IMPORTS = 36 * 2**20
+_COPIES = {2: 1.15, 4: 0.55}
+_PIECES = 0.4
+# The share of what a step adds that CUDA's allocator reserves beside it: assumed, since torch counts tensors only.
+_RESERVED = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a step runs: under which strategy, on how many ranks, on which kind of device.
+
+    ``available`` is what a step may take on one of them beside the model, in bytes; None: what is free there now.
+    """
+
+    strategy: str = "single"
+    world_size: int = 1
+    device: str = "cpu"
+    available: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one step of one rank computes, and how its state is held.
+
+    ``tokens`` is the most that one forward has, ``longest`` that of a sequence in it; a row brings ``sides`` of them.
+    ``accumulation`` is the number of micro-batches in a step, ``optim`` the optimizer's name. ``checkpointing``
+    concerns layers that are not fused; without ``chunked_head`` TRL's own scores the tokens.
+    """
+
+    tokens: int
+    longest: int
+    optim: str
+    sides: int = 1
+    accumulation: int = 1
+    checkpointing: bool = True
+    chunked_head: bool = True
+    strategy: str = "single"
+    world_size: int = 1
+    device: str = "cpu"
+
+    @property
+    def ranks_that_share(self) -> int:
+        """The number of ranks that hold one base between them."""
+        return self.world_size if self.strategy in ("fsdp2", "zero3") else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What one rank holds at the peak of a step, in bytes; the parts add up to ``total``.
+
+    ``pageable`` is the share of ``optimizer`` that moves to the host where the device is full, and is not added.
+    """
+
+    four_bit_weights: int
+    quantization_state: int
+    other_weights: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    working: int
+    gathered: int
+    buckets: int
+    slack: int
+    pageable: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts().values())
+
+    @property
+    def loaded(self) -> int:
+        """What is there before the first step."""
+        return self.four_bit_weights + self.quantization_state + self.other_weights + self.adapters
+
+    def parts(self) -> dict[str, int]:
+        """Return the bytes of each part by name."""
+        return {name: size for name, size in asdict(self).items() if name != "pageable"}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the parts, the total and what can be paged out, in JSON's types."""
+        return {**self.parts(), "pageable": self.pageable, "total": self.total}
+
+
+def is_planned(model: nn.Module) -> bool:
+    """Whether ``model`` has no weights and is there to be planned with."""
+    return next(model.parameters()).is_meta
+
+
+def predict(model: nn.Module, workload: Workload, level: int | None = None) -> Memory:
+    """Return what a rank holds at the peak of a step of ``model``, loaded or on meta, its fused layers at ``level``.
+
+    None stands for the level that they have. ``model`` is whole: not sharded yet.
+    """
+    return _at_its_peak(model, workload, step.activations(model, workload, level))
+
+
+def by_level(model: nn.Module, workload: Workload) -> Mapping[int, Memory]:
+    """Return :func:`predict` for every save level of the fused layers."""
+    return {level: predict(model, workload, level) for level in step.LEVELS}
+
+
+def _at_its_peak(model: nn.Module, workload: Workload, added: step.Activations) -> Memory:
+    base, share = resident.weights(model), workload.ranks_that_share
+    trained = base.trained // share
+    state = resident.optimizer_state(model, workload.optim) // share
+    gathered = resident.gathered(model) if share > 1 else 0
+    buckets = base.trained if workload.strategy == "ddp" and workload.world_size > 1 else 0
+    # In the backward of the last layer only its own gradients are there, unless an earlier micro-batch left all.
+    early = trained if workload.accumulation > 1 else trained // max(added.layers, 1)
+    kept, working, gradients = added.kept, added.working, early
+    if kept + working + early < trained:
+        kept, working, gradients = 0, 0, trained
+    return Memory(
+        four_bit_weights=base.four_bit // share,
+        quantization_state=base.quantization_state,
+        other_weights=base.other // share,
+        adapters=base.adapters // share,
+        optimizer=state,
+        gradients=gradients,
+        activations=kept,
+        working=working,
+        gathered=gathered,
+        buckets=buckets,
+        slack=_slack(workload, added, step.item_size(model)),
+        pageable=state if resident.is_paged(workload.optim) else 0,
+    )
+
+
+def _slack(workload: Workload, added: step.Activations, size: int) -> int:
+    if workload.device == "cuda":
+        return int(_RESERVED * (added.kept + added.working))
+    copies = _COPIES.get(size, max(_COPIES.values())) * added.products
+    pieces = (1 + _PIECES) * added.working
+    return _IMPORTS + int(max(copies + max(added.working, added.products), pieces) - added.working)

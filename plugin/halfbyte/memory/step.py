@@ -1,0 +1,181 @@
+"""What a step adds to a loaded model: what its layers keep from forward to backward, and the working memory.
+
+Widths are values of a token: H of the stream, A of the queries (Nq*D), K of the keys (Nkv*D), F of the MLP. The counts
+follow :mod:`halfbyte.fast.layer_call` line by line; a test compares what is kept with what autograd saves.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from halfbyte.fast.attention import _working_dtype
+from halfbyte.fast.family import Decoder, Linears
+from halfbyte.fast.layer import LEVELS, FusedForward
+from halfbyte.fast.scores import chunk_rows
+
+__all__ = ["LEVELS", "Activations", "activations", "kept_per_token"]
+
+_LOG_SUM_BYTES = 4
+_FLOAT32 = 4
+_IDS = 6 * 8  # of a token: its id, label and position, twice
+# TRL's own head (trl 1.16, trainer/utils.py): the tokens of a chunk, and how often it holds their logits in float32.
+_TRL_CHUNK, _TRL_COPIES = 32_768, 9
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that are kept of all layers, and that are needed for a while beside them; the number of ``layers``.
+
+    ``products`` is what the matrix products of one layer's MLP work with: it may be less than ``working``.
+    """
+
+    kept: int
+    working: int
+    products: int
+    layers: int
+
+
+def activations(model: nn.Module, workload: Any, level: int | None = None) -> Activations:
+    """Return what a step of ``workload`` adds to ``model``, its fused layers at ``level`` (None: at their own)."""
+    tokens, kept, layers, working, products = workload.tokens, 0, 0, 0, 0
+    for layer in model.modules():
+        if not isinstance(layer, GradientCheckpointingLayer):
+            continue
+        layers += 1
+        if isinstance(layer.forward, FusedForward):
+            decoder, at = layer.forward.decoder, layer.forward.level if level is None else level
+            size = _stream(decoder).element_size()
+            kept += tokens * kept_per_token(decoder, at, size)
+            again = tokens * _recomputed(decoder, at, size)
+            of_mlp = _of_mlp(decoder, at, size, tokens)
+            products = max(products, of_mlp)
+            working = max(working, again + of_mlp, again + _of_attention(decoder, at, size, workload))
+        else:
+            size, whole = _whole_per_token(layer)
+            kept += tokens * (size if workload.checkpointing else whole)
+            working = max(working, tokens * whole if workload.checkpointing else 0)
+    head = _head(model, workload) + _around(model, tokens)
+    return Activations(kept, max(working, head) + tokens * _IDS, products, layers)
+
+
+def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
+    """Return the bytes that one layer keeps of a token from forward to backward, in a dtype of ``size`` bytes."""
+    stream, (attended, keys) = _stream(decoder).numel(), _widths(decoder)
+    values = stream
+    other = 0
+    if level >= 1:
+        values += stream + attended + _ranks(decoder.out) + _ranks(decoder.down)
+        other += decoder.heads * _LOG_SUM_BYTES
+    if level >= 2:
+        values += attended + 2 * keys + _ranks(decoder.qkv)
+    if level >= 3:
+        values += _outputs(decoder.gate_up) + _ranks(decoder.gate_up)
+    return values * size + other
+
+
+def _recomputed(decoder: Decoder, level: int, size: int) -> int:
+    """Bytes of a token that level 0 computes again before the backward of a layer: what level 2 has kept."""
+    return kept_per_token(decoder, 2, size) - kept_per_token(decoder, 0, size) if level == 0 else 0
+
+
+def _of_mlp(decoder: Decoder, level: int, size: int, tokens: int) -> int:
+    """Bytes that the backward of the MLP works with: the weights in the dtype of the products, and values of tokens."""
+    stream, gate_up = _stream(decoder).numel(), _outputs(decoder.gate_up)
+    features = gate_up // 2
+    again = 0 if level >= 3 else gate_up + _ranks(decoder.gate_up)
+    # The gradients of gate and up, the product, and those of the output and of the norm's input, with its output.
+    values = again + gate_up + features + 4 * stream
+    weights = (gate_up + features) * stream
+    return (tokens * values + weights) * size
+
+
+def _of_attention(decoder: Decoder, level: int, size: int, workload: Any) -> int:
+    """Bytes that the backward of attention works with: the gradients of its heads, twice, and what a device adds."""
+    stream, (attended, keys) = _stream(decoder).numel(), _widths(decoder)
+    heads = attended + 2 * keys
+    values = 2 * heads + 4 * stream + (heads if level == 1 else 0)
+    total = workload.tokens * values * size
+    if workload.device != "cpu":
+        # Flash attention adds the gradients of queries up in float32.
+        return int(total + workload.tokens * attended * _FLOAT32)
+    if _in_float32(decoder):
+        # Copies of do, q, k, v and o, and all of one sequence packed by heads, with their gradients.
+        copies = 3 * attended + 2 * keys if size < _FLOAT32 else 0
+        total += (workload.tokens * copies + workload.longest * (4 * attended + 6 * keys)) * _FLOAT32
+    return int(total)
+
+
+def _head(model: nn.Module, workload: Any) -> int:
+    """Bytes that scoring the last chunk takes: its logits in the dtype of the head and in float32, and gradients."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Linear):
+        return 0
+    vocabulary, hidden = head.weight.shape
+    size = head.weight.element_size()
+    if not workload.chunked_head:
+        return int(min(workload.tokens, _TRL_CHUNK) * vocabulary * _TRL_COPIES * _FLOAT32)
+    chunk = min(chunk_rows(vocabulary, workload.device), workload.tokens)
+    # Logits, twice in float32 (probabilities beside them for the entropy), and the gradient.
+    logits = chunk * vocabulary * (2 * size + 2 * _FLOAT32)
+    return int(logits + workload.tokens * hidden * size)
+
+
+def _around(model: nn.Module, tokens: int) -> int:
+    """Bytes of the stream behind the layers while the head is computed: the last norm in float32 and its output."""
+    config: Any = model.config
+    width = config.get_text_config().hidden_size
+    size = item_size(model)
+    return int(tokens * (width * (2 * _FLOAT32 + 2 * size)))
+
+
+def item_size(model: nn.Module) -> int:
+    """Return the bytes of a value of the stream: the base's dtype that is not packed."""
+    return next(p.element_size() for p in model.parameters() if p.is_floating_point())
+
+
+def _whole_per_token(layer: nn.Module) -> tuple[int, int]:
+    """Bytes of a token in a layer that runs its own forward: of its input, and of all that autograd keeps.
+
+    An estimate: each LoRA linear keeps its input in float32, as PEFT casts it; norms, attention and the activation
+    keep about eight times the stream.
+    """
+    linears = [each for each in layer.modules() if isinstance(each, LoraLayer | nn.Linear)]
+    outer = [each for each in linears if isinstance(each, LoraLayer)] or linears
+    widths = [_features(each) for each in outer]
+    if not widths:
+        return 0, 0
+    stream = min(widths)
+    size = item_size(layer)
+    return stream * size, sum(widths) * _FLOAT32 + 8 * stream * size
+
+
+def _features(linear: Any) -> int:
+    found: int = linear.in_features
+    return found
+
+
+def _in_float32(decoder: Decoder) -> bool:
+    return _working_dtype(_stream(decoder).dtype) == torch.float32
+
+
+def _stream(decoder: Decoder) -> torch.Tensor:
+    weight: torch.Tensor = decoder.input_norm.module.weight
+    return weight
+
+
+def _widths(decoder: Decoder) -> tuple[int, int]:
+    """Values of a token in its queries, and in its keys: Nq*D and Nkv*D."""
+    return decoder.heads * decoder.head_size, decoder.kv_heads * decoder.head_size
+
+
+def _outputs(linears: Linears) -> int:
+    widths: list[Any] = [each.out_features for each in linears]
+    return sum(widths)
+
+
+def _ranks(linears: Linears) -> int:
+    return sum(max(each.r.values()) for each in linears if isinstance(each, LoraLayer))

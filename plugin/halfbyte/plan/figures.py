@@ -1,0 +1,108 @@
+"""What a planned run trains on: rows, tokens and steps of all the data, told from the rows that were read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from halfbyte.data import RunData
+from halfbyte.data.lengths import Lengths
+from halfbyte.data.sample import LONGEST
+
+_DRAWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One epoch of a run, and how many of them; None where the rows do not say.
+
+    ``rows`` are those that train, ``read`` of them were looked at. ``tokens`` are computed in one epoch, ``padding`` is
+    the share of a batch that is none of them; ``truncated`` is the share of rows that lose tokens to ``max_length``.
+    """
+
+    rows: int | None
+    read: int | None
+    tokens: int | None
+    longest: int | None
+    padding: float | None
+    truncated: float | None
+    batch: int
+    steps_per_epoch: int | None
+    steps: int | None
+    epochs: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields in JSON's types."""
+        return asdict(self)
+
+
+def figures(trainer: Any, rows: RunData) -> Figures:
+    """Return the figures of the run that ``trainer``, built over ``rows``, stands for."""
+    args, report, ranks = trainer.args, rows.report.train, trainer.report.workload.world_size
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    lengths = Lengths.of(trainer.train_dataset, args)
+    given = args.max_steps if args.max_steps > 0 else None
+    if report.whole is None:  # a stream
+        return Figures(
+            rows=None, read=None, tokens=None, longest=None, padding=None, truncated=None, batch=size,
+            steps_per_epoch=None, steps=given, epochs=None,
+        )  # fmt: skip
+    read, whole = report.rows or 0, report.whole
+    prepared = len(trainer.train_dataset)
+    kept = round(prepared * whole / max(read, 1))
+    batches = _batches(trainer, kept, prepared, ranks)
+    per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    steps = given or math.ceil(args.num_train_epochs * per_epoch)
+    tokens = longest = padding = None
+    if lengths is not None:
+        fusion = trainer.report.fusion
+        sizes = lengths.sizes(padded=False, shared=fusion.trees)
+        tokens, longest = _total(sizes, kept), int(np.maximum.reduce(lengths.sides).max())
+        free = fusion.padding_free or fusion.trees
+        padding = 0.0 if free else _padding(lengths, args.per_device_train_batch_size)
+    elif report.tokens is not None:
+        tokens = round(report.tokens * whole / max(read, 1))
+    return Figures(
+        rows=kept,
+        read=read,
+        tokens=tokens,
+        longest=longest,
+        padding=padding,
+        truncated=None if report.truncated is None else report.truncated / max(prepared, 1),
+        batch=size,
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        epochs=steps / per_epoch,
+    )
+
+
+def _batches(trainer: Any, kept: int, prepared: int, ranks: int) -> int:
+    """The micro-batches of one epoch on one rank."""
+    if trainer.batching is not None:
+        return math.ceil(len(trainer.batching) * kept / max(prepared, 1) / ranks)
+    return math.ceil(math.ceil(kept / trainer.args.per_device_train_batch_size) / ranks)
+
+
+def _total(sizes: np.ndarray, rows: int) -> int:
+    """The sum over ``rows`` rows of which those of ``sizes`` are a sample, with the longest of them."""
+    if len(sizes) >= rows:
+        return int(sizes.sum())
+    ordered = np.sort(sizes)
+    return int(ordered[-LONGEST:].sum() + ordered[:-LONGEST].mean() * (rows - LONGEST))
+
+
+def _padding(lengths: Lengths, size: int) -> float:
+    """The share of padding in batches of ``size`` rows that are drawn at random."""
+    sizes: Sequence[np.ndarray] = [lengths.sizes(padded=flag) for flag in (False, True)]
+    own, padded = sizes
+    draw = np.random.default_rng(0)
+    real = total = 0
+    for _ in range(_DRAWS):
+        order = draw.permutation(len(own))
+        for start in range(0, len(own), size):
+            rows = order[start : start + size]
+            real += int(own[rows].sum())
+            total += int(len(rows) * padded[rows].max())
+    return 1 - real / max(total, 1)

@@ -1,0 +1,96 @@
+"""A run up to its first step, without weights: its own settings, rows and trainer, over a model on meta."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Trainer
+
+from halfbyte import data, fast, loading, memory, resolve
+from halfbyte.bound import Planned, build_trainer
+from halfbyte.data import OtherRowsError, RunData
+from halfbyte.data.sample import Sample
+from halfbyte.errors import UserError
+from halfbyte.loading import Loaded
+from halfbyte.options import Options
+from halfbyte.plan.target import Target
+from halfbyte.plugin import QLoRAPlugin
+from halfbyte.recipe import Recipe, recipes_for
+from halfbyte.resolve import Decisions
+from halfbyte.run import read
+
+
+@dataclass
+class Rehearsal:
+    """What a run would be on ``target``: settings read, decisions taken, and a model without weights.
+
+    Rows and trainers are made from it, for all rows or for some.
+    """
+
+    name: str
+    recipe: Recipe
+    target: Target
+    options: Options
+    decisions: Decisions
+    tokenizer: Any
+    added_token_ids: list[int]
+    loaded: Loaded
+
+    @classmethod
+    def of(cls, name: str, recipe: Recipe, argv: list[str], target: Target) -> "Rehearsal":
+        """Read and decide as :func:`halfbyte.run.main` does; raises :class:`UserError` for what it refuses."""
+        words = {word.partition("=")[0].removeprefix("--") for word in argv}
+        settings = read(name, recipe, argv)
+        if target.device == "cuda" and not {"dtype", "bf16", "fp16"} & ({*settings.given} | words):
+            argv = [*argv, "--dtype", "bfloat16"]  # what a run chooses on a GPU of this decade
+            settings = read(name, recipe, argv)
+        try:
+            settings.check(QLoRAPlugin)
+            resolve.join(settings)
+            decisions = target.applied(resolve.for_run(settings, None), str(settings["optim"]))
+            options = Options.decided(settings, decisions)
+            tokenizer, added = loading.load_tokenizer(options.plugin, decisions, options.args)
+            loaded = loading.planned(
+                options.plugin,
+                decisions,
+                trust_remote_code=getattr(options.args, "trust_remote_code", False),
+                tokenizer=tokenizer,
+                added_token_ids=added,
+            )
+        except UserError as error:
+            settings.placed(error)
+            raise
+        return cls(name, recipe, target, options, decisions, tokenizer, added, loaded)
+
+    def rows(self, sample: Sample | None) -> RunData:
+        """Read the rows that the run would read, or a ``sample`` of them."""
+        try:
+            return data.load(
+                self.options.script,
+                self.options.mixture,
+                self.options.args,
+                self.recipe.data,
+                self.tokenizer,
+                self.added_token_ids,
+                sample,
+            )
+        except UserError as error:
+            if isinstance(error, OtherRowsError):
+                error.what += recipes_for(error.columns, error.first)
+            self.options.settings.placed(error)
+            raise
+
+    def trainer(self, rows: RunData, *, few: bool = False) -> Trainer:
+        """Build the run's trainer over ``rows``, or a ``few``: what it prepares, fuses and chooses the run would."""
+        fast.unfuse(self.loaded.model)
+        planned = Planned(self.loaded, self._available(), few)
+        try:
+            return build_trainer(self.name, self.recipe, self.options, self.decisions, rows, None, planned)
+        except UserError as error:
+            self.options.settings.placed(error)
+            raise
+
+    def _available(self) -> int:
+        """What a step may take beside the model there, as a run counts it."""
+        share = self.target.ranks if self.target.strategy in ("fsdp2", "zero3") else 1
+        held = memory.weights(self.loaded.model)
+        return int(memory.SHARE[self.target.device] * (self.target.capacity - held.held_by(share)))

@@ -1,0 +1,81 @@
+"""Where a planned run would run: the machine at hand, or GPUs and a launch file that the user names."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from halfbyte.distributed import Strategy, support
+from halfbyte.distributed.launcher import Request
+from halfbyte.errors import UserError
+from halfbyte.memory.available import host_memory
+from halfbyte.plan import launch_file
+from halfbyte.resolve import Decisions
+from halfbyte.terminal.wording import memory
+
+# What a process takes of a GPU beside torch's tensors: CUDA's context, and the libraries' workspaces.
+CONTEXT = 512 * 2**20
+_GPU = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB)?(?:\s*[x*\u00d7]\s*(\d+))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The devices of a planned run: their kind, how many, the ``strategy`` over them, and the bytes of one of them.
+
+    ``capacity`` is what a run may use of one, and ``said`` how it was come by.
+    """
+
+    device: str
+    ranks: int
+    strategy: str
+    capacity: int
+    said: str
+
+    def applied(self, decisions: Decisions, optim: str) -> Decisions:
+        """Return ``decisions`` as they would be taken there; ``optim`` is the optimizer that was asked for."""
+        values = dict(decisions.values)
+        if self.device == "cuda":
+            values["optim"] = optim
+        strategy = Strategy(self.strategy, self.ranks, self.device)
+        return replace(decisions, device=torch.device(self.device), strategy=strategy, values=values)
+
+
+def find(gpu: str | None, launch: Path | None) -> Target:
+    """Return the devices that ``gpu`` and the ``launch`` file name; without either, those of this machine.
+
+    Raises :class:`UserError` for what is neither, and for a strategy that is refused.
+    """
+    request = Request() if launch is None else launch_file.request(launch)
+    support.require(request.strategy if request.strategy in support.STRATEGIES else "other")
+    count = request.processes
+    if gpu is not None:
+        size, stated = _parse(gpu)
+        count = stated or count
+        return Target(
+            "cuda",
+            count,
+            _strategy(request, count),
+            size - CONTEXT,
+            f"{memory(size)} less {memory(CONTEXT)} for the CUDA context",
+        )
+    if torch.cuda.is_available() and not request.use_cpu:
+        _, total = torch.cuda.mem_get_info()
+        said = f"{torch.cuda.get_device_name()}, {memory(total)} less {memory(CONTEXT)} for the CUDA context"
+        return Target("cuda", count, _strategy(request, count), total - CONTEXT, said)
+    free = host_memory() // max(count // max(request.machines, 1), 1)
+    return Target(
+        "cpu", count, _strategy(request, count), free, f"{memory(free)} of memory free for each process"
+    )
+
+
+def _strategy(request: Request, ranks: int) -> str:
+    return "ddp" if request.strategy == "single" and ranks > 1 else request.strategy
+
+
+def _parse(text: str) -> tuple[int, int | None]:
+    """The bytes of one GPU, and how many there are, if the text says so; GB is what vendors call 2^30 bytes."""
+    found = _GPU.fullmatch(text.strip())
+    if found is None or float(found[1]) == 0:
+        raise UserError(f'{text!r} is no GPU; write its memory, as in `24GB` or `"24GB x 2"`', option="--gpu")
+    return int(float(found[1]) * 2**30), int(found[2]) if found[2] else None

@@ -1,0 +1,42 @@
+"""A model without weights, on meta, its linear layers as quantization makes them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from halfbyte.task import Task
+
+
+def without_weights(
+    name_or_path: str | Path,
+    *,
+    quantization: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    task: Task,
+    **origin: Any,
+) -> PreTrainedModel:
+    """Return the model that ``name_or_path`` configures, on meta, its linear layers as ``quantization`` makes them."""
+    config = transformers.AutoConfig.from_pretrained(name_or_path, **origin)
+    if isinstance(own := getattr(config, "quantization_config", None), dict):
+        quantization = BitsAndBytesConfig.from_dict(own)
+        del config.quantization_config
+    for name, value in task.model_kwargs.items():
+        setattr(config, name, value)
+    auto = getattr(transformers, task.auto_class)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, **_of_code(origin))
+    if quantization is not None and quantization.load_in_4bit:
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+        config.quantization_config = quantizer.quantization_config
+        model.hf_quantizer, model.is_loaded_in_4bit = quantizer, True
+    return model
+
+
+def _of_code(origin: dict[str, Any]) -> dict[str, Any]:
+    """What of ``origin`` a model's class takes beside its configuration, which the revision has decided."""
+    return {name: value for name, value in origin.items() if name != "revision"}

@@ -1,0 +1,168 @@
+"""A plan says what a run then does: the same memory, steps and path, from the same settings."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from halfbyte.cli import main
+from halfbyte.errors import UserError
+from halfbyte.plan import target
+from tests import tiny
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences, "pretrain": tiny.texts}
+OPTIONS = (
+    "--per_device_train_batch_size=2",
+    "--num_train_epochs=1",
+    "--report_to=none",
+    "--save_strategy=no",
+    "--dtype=float32",
+    "--max_length=64",
+)
+Planned = Callable[..., dict]
+
+
+@pytest.fixture
+def planned(capsys: pytest.CaptureFixture[str]) -> Planned:
+    """``planned(recipe, *words)``: the plan as JSON; its exit code is that of its verdict."""
+
+    def plan(recipe: str, *words: str) -> dict:
+        capsys.readouterr()
+        code = main(["plan", recipe, "--json", *words])
+        found = json.loads(capsys.readouterr().out)
+        assert code == (found["verdict"] == "does not fit")
+        return found
+
+    return plan
+
+
+@pytest.fixture
+def given(model_dir, tmp_path: Path) -> Callable[..., tuple[str, ...]]:
+    def words(recipe: str, arch: str = "llama", rows: int = 20) -> tuple[str, ...]:
+        data = tiny.write_rows(tmp_path / recipe, ROWS[recipe](rows))
+        return (f"--model_name_or_path={model_dir(arch)}", f"--dataset_name={data}", *OPTIONS)
+
+    return words
+
+
+@pytest.mark.parametrize(("recipe", "arch"), [("sft", "llama"), ("dpo", "qwen3"), ("sft", "opt")])
+def test_a_run_is_what_was_planned(given, planned: Planned, tmp_path: Path, recipe: str, arch: str) -> None:
+    words = given(recipe, arch)
+    found = planned(recipe, *words)
+    assert main([recipe, *words, f"--output_dir={tmp_path / 'run'}"]) == 0
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert found["memory"] == told["memory"]["predicted"]
+    assert found["data"]["steps"] == told["steps"]
+    assert found["data"]["rows"] == told["data"]["rows"]
+    assert any(line.startswith("fast: ") for line in found["step"])
+    if recipe == "sft":
+        assert found["data"]["tokens"] == told["data"]["tokens"]
+    assert (
+        sum(size for name, size in found["memory"].items() if name not in ("total", "pageable"))
+        == (found["memory"]["total"])
+    )
+
+
+def test_a_sample_stands_for_all_rows(given, planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfbyte.data.sample import Sample
+    from halfbyte.plan import plan
+
+    monkeypatch.setattr(plan, "Sample", lambda: Sample(rows=60, longest=10))
+    words = given("sft", rows=200)
+    told = planned("sft", *words)["data"]
+    whole = planned("sft", *words, "--full")["data"]
+    assert (told["rows"], told["read"], whole["read"]) == (whole["rows"], 70, whole["rows"])
+    assert told["longest"] == whole["longest"]
+    assert told["tokens"] == pytest.approx(whole["tokens"], rel=0.1)
+    assert told["steps"] == whole["steps"]
+
+
+def test_gpus_and_a_launch_file(given, planned: Planned) -> None:
+    words = [word for word in given("sft") if "dtype" not in word]
+    alone = planned("sft", *words, "--gpu", "24GB")
+    shared = planned("sft", *words, "--gpu", "24GB x 2", f"--launch={LAUNCH / 'fsdp2.yaml'}")
+    assert (alone["device"]["ranks"], alone["device"]["strategy"]) == (1, "single")
+    assert (shared["device"]["ranks"], shared["device"]["strategy"]) == (2, "fsdp2")
+    assert alone["device"]["capacity"] == 24 * 2**30 - target.CONTEXT
+    assert alone["memory"]["pageable"] == alone["memory"]["optimizer"] > 0  # the paged optimizer is CUDA's
+    assert shared["memory"]["four_bit_weights"] == alone["memory"]["four_bit_weights"] // 2
+    assert shared["memory"]["quantization_state"] == alone["memory"]["quantization_state"]
+    assert shared["memory"]["gathered"] > 0
+    assert shared["data"]["batch"] == 2 * alone["data"]["batch"]
+    several = planned("sft", *words, "--gpu", "24GB x 2")
+    assert several["device"]["strategy"] == "ddp"
+    assert several["memory"]["buckets"] == several["memory"]["adapters"]
+
+
+def test_what_makes_it_fit_comes_with_its_figure(
+    given, planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = given("sft")
+    whole = planned("sft", *words, "--memory_budget=min")["memory"]["total"]
+    monkeypatch.setattr(target, "host_memory", lambda: whole - 50_000)
+    found = planned("sft", *words)
+    assert found["verdict"] == "does not fit"
+    assert found["changes"][-1]["fits"]
+    assert all(change["total"] < whole for change in found["changes"])
+    written = [each.replace(": ", "=") for each in found["changes"][0]["write"].split(", ")]
+    kept = [word for word in words if word.partition("=")[0].strip("-") not in " ".join(written)]
+    smaller = planned("sft", *kept, *(f"--{each}" for each in written))
+    assert smaller["memory"]["total"] == found["changes"][0]["total"]
+
+
+def test_time_from_a_stated_rate(given, planned: Planned) -> None:
+    found = planned("sft", *given("sft"), "--tokens_per_second=100")
+    assert found["seconds_per_epoch"] == pytest.approx(found["data"]["tokens"] / 100)
+
+
+def test_a_page_says_the_verdict_first(given, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "dpo", *given("dpo")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("fits: ")
+    for part in (
+        "base, 4-bit weights",
+        "optimizer state",
+        "total",
+        "trained: ",
+        "data: 16 rows",
+        "steps: 8 of 2",
+    ):
+        assert any(part in line for line in lines), part
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--gpu", "lots"), "'lots' is no GPU"),
+        (("--launch", "no-such.yaml"), "no file no-such.yaml"),
+        (("--learning_rat", "1"), "did you mean"),
+        (("--row", "99"), "no row 99: the split has 16"),
+        (("--row", "0"), "no row 0: the split has 16"),
+    ],
+)
+def test_mistakes(given, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str) -> None:
+    assert main(["plan", "sft", *given("sft"), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "count"),
+    [("24GB", 24, None), ("80 GiB", 80, None), ("24GB x 2", 24, 2), ("16", 16, None), ("48GB*4", 48, 4)],
+)
+def test_gpus_as_they_are_written(text: str, size: int, count: int | None) -> None:
+    found = target.find(text, None)
+    assert found.capacity == size * 2**30 - target.CONTEXT
+    assert found.ranks == (count or 1)
+
+
+@pytest.mark.parametrize("text", ["", "x 2", "GB", "0GB", "-24GB"])
+def test_what_is_no_gpu(text: str) -> None:
+    with pytest.raises(UserError, match="is no GPU"):
+        target.find(text, None)
+
+
+def test_launch_files_of_clusters() -> None:
+    assert target.find("80GB", LAUNCH / "slurm.sh").ranks == 16
+    assert target.find("80GB", LAUNCH / "kubernetes.yaml").ranks == 16
