@@ -18,6 +18,7 @@ ORDER = (
     *(f"### {case.name}{suffix}" for suffix in ("", EMULATED) for case in CASES),
     OVERHEAD,
     PREPARATION,
+    MEMORY,
     SCHEMES,
     METHODS,
 )
