@@ -15,6 +15,18 @@ from halfbyte.plan.launch_file import inspect
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
+@pytest.fixture(autouse=True)
+def no_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes take seconds to start: one test starts them."""
+    if "real_ranks" not in request.fixturenames:
+        monkeypatch.setattr(doctor.all_reduce, "failure", lambda backend: None)
+
+
+@pytest.fixture
+def real_ranks() -> None:
+    """Mark a test that starts ranks."""
+
+
 def written(directory: Path, **config: object) -> Path:
     path = directory / "launch.yaml"
     path.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", **config}))
@@ -95,13 +107,48 @@ def test_a_launch_that_would_not_run_as_it_says_is_exit_1(
     assert "MULTI_GPU" in report["launch"]["problems"][0]
 
 
+def test_two_ranks_add_up(real_ranks: None) -> None:
+    assert doctor.all_reduce.failure("gloo") is None
+    assert "no-such-backend" in str(doctor.all_reduce.failure("no-such-backend"))
+
+
+def test_ranks_that_do_not_hear_each_other_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor.all_reduce, "failure", lambda backend: "no answer within 90 seconds")
+    assert main(["doctor"]) == 1
+    assert "WRONG  2 ranks, gloo" in capsys.readouterr().out
+
+
+def test_no_login_and_a_full_disk_are_warnings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "wandb_ready", lambda: False)
+    monkeypatch.setattr(doctor, "_LEAST_DISK", 2**60)
+    monkeypatch.setattr(doctor.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(doctor, "get_token", lambda: None)
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("warn ")] == [
+        "free",
+        "hub",
+        "wandb",
+    ]
+    assert "hf auth login" in printed
+    assert "wandb login" in printed
+
+
 def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--launch", str(LAUNCH / "cpu.yaml")]) == 0
     report = capsys.readouterr().out
     for name in (
         "torch",
         "trl",
+        "bitsandbytes library",
         "bitsandbytes backend",
+        "2 ranks, gloo",
+        "free disk here",
+        "hub",
         "compute dtype",
         "base cache",
         "wandb",

@@ -44,7 +44,8 @@ def _print(checks: "list[Check]", launch: "Launch | None") -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
         advice = f"; {check.mend}" if check.mend else ""
-        say(f"{'ok   ' if check.ok else 'WRONG'}  {check.name:<{width}}  {check.found}{advice}")
+        state = "WRONG" if not check.ok else "warn " if check.warn else "ok   "
+        say(f"{state}  {check.name:<{width}}  {check.found}{advice}")
     if launch is None:
         return
     say(f"{'WRONG' if launch.problems else 'ok   '}  {launch.file}: {launch.runs}")
