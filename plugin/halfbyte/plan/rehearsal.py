@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from halfbyte import data, fast, loading, memory, resolve
@@ -38,11 +39,11 @@ class Rehearsal:
     @classmethod
     def of(cls, name: str, recipe: Recipe, argv: list[str], target: Target) -> "Rehearsal":
         """Read and decide as :func:`halfbyte.run.main` does; raises :class:`UserError` for what it refuses."""
-        words = {word.partition("=")[0].removeprefix("--") for word in argv}
         settings = read(name, recipe, argv)
-        if target.device == "cuda" and not {"dtype", "bf16", "fp16"} & ({*settings.given} | words):
-            argv = [*argv, "--dtype", "bfloat16"]  # what a run chooses on a GPU of this decade
-            settings = read(name, recipe, argv)
+        here = target.device == "cuda" and torch.cuda.is_available()
+        if target.device == "cuda" and not here and not {"dtype", "bf16", "fp16"} & settings.given.keys():
+            # What a run chooses on a GPU of compute capability 8.0 or above.
+            settings = read(name, recipe, [*argv, "--dtype", "bfloat16"])
         try:
             settings.check(QLoRAPlugin)
             resolve.join(settings)
