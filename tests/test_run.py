@@ -64,6 +64,20 @@ def test_every_architecture_trains(model_dir: ModelDir, tmp_path: Path, rows, ar
     assert (output / "README.md").is_file()
 
 
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_embeddings_or_a_head_are_trained_beside_a_16_bit_base(
+    model_dir: ModelDir, tmp_path: Path, rows, module: str
+) -> None:
+    """Trained copies are float32: the trial of the loss casts as a step does."""
+    output = tmp_path / "run"
+    options = ("--model_name_or_path", str(model_dir("llama")), "--dataset_name", rows("sft"))
+    assert run("sft", output, *options, "--dtype", "bfloat16", "--lora_modules_to_save", module) == 0
+    saved = [w for name, w in load_file(output / "adapter_model.safetensors").items() if module in name]
+    base = [w for name, w in load_file(model_dir("llama") / "model.safetensors").items() if module in name]
+    assert saved[0].dtype == torch.float32
+    assert not torch.equal(saved[0].bfloat16(), base[0].bfloat16())
+
+
 def test_sft_then_dpo_from_its_adapter(model_dir: ModelDir, tmp_path: Path, capsys) -> None:
     sft, dpo = tmp_path / "sft", tmp_path / "dpo"
     chat = tiny.write_rows(tmp_path / "chat", tiny.conversations(20))

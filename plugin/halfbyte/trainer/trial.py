@@ -45,7 +45,12 @@ def check_loss(trainer: Trainer, model: PreTrainedModel | PeftModel) -> None:
     without, asked = (
         {"output_router_logits": wanted} if router else {} for wanted in (False, _has_router_loss(trainer))
     )
-    with evaluating(base), torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
+    with (
+        evaluating(base),
+        torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []),
+        # Trained copies of embeddings or head are float32 in a 16-bit base: a step casts between them.
+        _autocast(trainer.args, ids.device),
+    ):
         try:
             logits = base(input_ids=ids, **without).logits[:, :-1].float()
         except Exception as error:  # of any architecture
@@ -70,6 +75,12 @@ def check_loss(trainer: Trainer, model: PreTrainedModel | PeftModel) -> None:
             f"TRL would compute another loss than {name} does, which has more than a product between its backbone "
             f"and its logits; use another model"
         )
+
+
+def _autocast(args: Any, device: torch.device) -> torch.autocast:
+    """What the Trainer runs a step in."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    return torch.autocast(device.type, dtype=dtype, enabled=bool(args.bf16 or args.fp16))
 
 
 def _runs(base: Any, ids: torch.Tensor) -> bool:
