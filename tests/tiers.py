@@ -32,7 +32,6 @@ NOT_QUICK = (
     "tests/distributed/test_fsdp2.py",
     "tests/distributed/test_matrix.py",
     "tests/distributed/test_sharded_matrix.py",
-    "tests/export/test_memory.py",
     "tests/fast/test_arguments.py::test_generation_equals",
     "tests/fast/test_fusion.py::test_importing",
     "tests/fast/test_parity.py::test_bfloat16",

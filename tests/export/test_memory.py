@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import launch
 from tests.benchmarks import export
 
@@ -29,6 +31,7 @@ print(json.dumps(grown))
 """
 
 
+@pytest.mark.faults
 def test_memory_grows_by_files_and_not_by_the_model(tmp_path: Path) -> None:
     for name, size in (("small", 1), ("large", SIZE)):
         base = export.base(tmp_path / f"{name}-base", size, hidden=384, inner=1024)

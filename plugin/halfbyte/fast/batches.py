@@ -114,7 +114,7 @@ _probing = False
 def _arrives(model: PreTrainedModel, forest: Forest) -> bool:
     """Whether ``forest`` reaches the first attention of ``model``."""
     global _probing
-    model = with_weights(model)
+    model = with_weights(model, IMPLEMENTATION)
     device = model.get_input_embeddings().weight.device
     ids = torch.zeros(1, forest.ends[-1], dtype=torch.long, device=device)
     given: dict[str, Tensor] = {"position_ids": forest.positions().to(device)}
@@ -140,7 +140,7 @@ def _computes_pairs(model: PreTrainedModel) -> bool:
 
     So does a window, where it is shorter than the pair's sides; a longer one changes nothing here.
     """
-    model = with_weights(model)
+    model = with_weights(model, IMPLEMENTATION)
     embedding = model.get_input_embeddings().weight
     device, within = embedding.device, 1e-3 if embedding.dtype == torch.float32 else 0.1
     pair = Forest.of_lengths([3, 24, 5], PAIR.parents)  # far enough apart for a position of its own to show

@@ -19,17 +19,17 @@ _SMALL = {
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def with_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return ``model``, or, where it is on meta, a small one of its class with random weights and its attention."""
+def with_weights(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """Return ``model``, or, where it is on meta, a small one of its class with random weights and ``attention``."""
     if not model.get_input_embeddings().weight.is_meta:
         return model
     config = copy.deepcopy(model.config)
     for each in {id(config): config, id(text := config.get_text_config()): text}.values():
         _shrink(each)
     with torch.random.fork_rng(devices=[]):
-        small: Any = type(model)._from_config(config, dtype=torch.float32)
-    small.set_attn_implementation(model.config._attn_implementation)
-    found: PreTrainedModel = small.eval()
+        small: Any = type(model)(config)
+    small.set_attn_implementation(attention)
+    found: PreTrainedModel = small.float().eval()
     return found
 
 
