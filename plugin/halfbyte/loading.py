@@ -96,12 +96,25 @@ def planned(
         coverage.require()
     if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if not options.use_peft:
-        return Loaded(base, coverage)
-    with torch.device("meta"):
-        return Loaded(
-            adapters.attach(base, lora_config(options), added_token_ids=list(added_token_ids)), coverage
-        )
+    model: PreTrainedModel | PeftModel = base
+    if options.use_peft:
+        with torch.device("meta"):
+            model = adapters.attach(base, lora_config(options), added_token_ids=list(added_token_ids))
+    model.__class__ = type(type(model).__name__, (_Weightless, type(model)), {})
+    return Loaded(model, coverage)
+
+
+class _Weightless:
+    """What a model on meta does where a trainer would move it, or give it another adapter."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model: it has nothing to move."""
+        return self
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the adapter where the model is."""
+        with torch.device("meta"):
+            return super().add_adapter(*args, **kwargs)  # type: ignore[misc]
 
 
 def lora_config(options: ModelOptions) -> LoraConfig:

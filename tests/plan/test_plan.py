@@ -65,6 +65,39 @@ def test_a_run_is_what_was_planned(given, planned: Planned, tmp_path: Path, reci
     )
 
 
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("sft", ("--packing",)),
+        ("sft", ("--max_tokens_per_batch=100",)),
+        ("sft", ("--dataset_streaming", "--max_steps=2")),
+        ("sft", ("--use_peft=false", "--load_in_4bit=false")),
+        ("sft", ("--load_in_4bit=false",)),
+        ("sft", ("--load_in_8bit",)),
+        ("sft", ("--additional_special_tokens=<new>",)),
+        ("dpo", ("--fast=none",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_every_kind_of_run_is_planned(
+    given, planned: Planned, tmp_path: Path, recipe: str, more: tuple[str, ...]
+) -> None:
+    words = (*given(recipe), *more)
+    found = planned(recipe, *words)
+    assert main([recipe, *words, f"--output_dir={tmp_path / 'run'}"]) == 0
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert found["memory"] == told["memory"]["predicted"]
+    assert found["data"]["steps"] == told["steps"]
+    assert found["data"]["sequences"] == told["data"]["packed"]
+
+
+@pytest.mark.faults  # for its seconds
+def test_a_probe_measures_here(given, planned: Planned) -> None:
+    found = planned("sft", *given("sft"), "--probe")
+    assert found["tokens_per_second"] > 0
+    assert found["seconds_per_epoch"] > 0
+
+
 def test_a_sample_stands_for_all_rows(given, planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     from halfbyte.data.sample import Sample
     from halfbyte.plan import plan
@@ -137,6 +170,7 @@ def test_a_page_says_the_verdict_first(given, capsys: pytest.CaptureFixture[str]
     [
         (("--gpu", "lots"), "'lots' is no GPU"),
         (("--launch", "no-such.yaml"), "no file no-such.yaml"),
+        (("--launch", str(LAUNCH / "cpu.yaml"), "--gpu", "24GB"), "trains on CPUs"),
         (("--learning_rat", "1"), "did you mean"),
         (("--row", "99"), "no row 99: the split has 16"),
         (("--row", "0"), "no row 0: the split has 16"),

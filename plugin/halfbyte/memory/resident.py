@@ -44,7 +44,7 @@ def weights(model: nn.Module) -> Weights:
             four_bit += packed_bytes(parameter)
             state += state_bytes(parameter)
             continue
-        size = parameter.nbytes
+        size = _bytes(parameter)
         trained += size if parameter.requires_grad else 0
         if parameter.requires_grad or ".lora_" in name:
             adapters += size
@@ -98,4 +98,6 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
 
 
 def _bytes(parameter: Parameter) -> int:
+    if isinstance(parameter, bnb.nn.Int8Params):
+        return parameter.numel()  # on meta it has its dtype yet to come
     return packed_bytes(parameter) if isinstance(parameter, bnb.nn.Params4bit) else parameter.nbytes

@@ -18,11 +18,13 @@ _DRAWS = 16
 class Figures:
     """One epoch of a run, and how many of them; None where the rows do not say.
 
-    ``rows`` are those that train, ``read`` of them were looked at. ``tokens`` are computed in one epoch, ``padding`` is
-    the share of a batch that is none of them; ``truncated`` is the share of rows that lose tokens to ``max_length``.
+    ``rows`` are those that train, in ``sequences`` where they are packed; ``read`` of them were looked at. ``tokens``
+    are computed in one epoch, ``padding`` is the share of a batch that is none of them; ``truncated`` is the share of
+    rows that lose tokens to ``max_length``.
     """
 
     rows: int | None
+    sequences: int | None
     read: int | None
     tokens: int | None
     longest: int | None
@@ -46,7 +48,7 @@ def figures(trainer: Any, rows: RunData) -> Figures:
     given = args.max_steps if args.max_steps > 0 else None
     if report.whole is None:  # a stream
         return Figures(
-            rows=None, read=None, tokens=None, longest=None, padding=None, truncated=None, batch=size,
+            rows=None, sequences=None, read=None, tokens=None, longest=None, padding=None, truncated=None, batch=size,
             steps_per_epoch=None, steps=given, epochs=None,
         )  # fmt: skip
     read, whole = report.rows or 0, report.whole
@@ -64,8 +66,10 @@ def figures(trainer: Any, rows: RunData) -> Figures:
         padding = 0.0 if free else _padding(lengths, args.per_device_train_batch_size)
     elif report.tokens is not None:
         tokens = round(report.tokens * whole / max(read, 1))
+    packed = report.packed is not None
     return Figures(
-        rows=kept,
+        rows=round((read - (report.dropped or 0)) * whole / max(read, 1)) if packed else kept,
+        sequences=kept if packed else None,
         read=read,
         tokens=tokens,
         longest=longest,

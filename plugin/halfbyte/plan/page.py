@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from halfbyte.plan.figures import Figures
 from halfbyte.plan.plan import Plan
 from halfbyte.terminal.wording import aligned, count, memory, plural
 
@@ -64,6 +65,8 @@ def _data(plan: Plan) -> Iterator[str]:
         told = f"data: {plural(found.rows, 'row')}"
         if found.read is not None and found.read < found.rows:
             told += f" (told from {found.read:,}, the longest among them; --full reads all)"
+        if found.sequences is not None:
+            told += f" in {plural(found.sequences, 'packed sequence')}"
         if found.tokens is not None:
             told += f", {count(found.tokens)} tokens an epoch"
         if found.longest is not None:
@@ -75,13 +78,20 @@ def _data(plan: Plan) -> Iterator[str]:
         yield told
     if found.steps is not None:
         epochs = "" if found.epochs is None else f", {found.epochs:.3g} epochs of {found.steps_per_epoch:,}"
-        yield f"steps: {found.steps:,} of {found.batch} rows{epochs}"
+        most = "at most " if found.steps_per_epoch and found.rows and _fewer(found) else ""
+        yield f"steps: {found.steps:,} of {most}{found.batch} {'sequences' if found.sequences else 'rows'}{epochs}"
     if plan.seconds_per_epoch is not None and plan.tokens_per_second is not None:
         rate = f"{count(plan.tokens_per_second)} tokens/s a device"
         total = "" if found.epochs is None else f", {_time(plan.seconds_per_epoch * found.epochs)} in all"
         yield f"time: {_time(plan.seconds_per_epoch)} an epoch{total}, at {rate}"
     else:
         yield "time: not known; --probe measures a few steps here, --tokens_per_second N states it"
+
+
+def _fewer(found: Figures) -> bool:
+    """Whether a step has fewer rows than its batch: it closes at a number of tokens."""
+    rows = found.rows if found.sequences is None else found.sequences
+    return bool(rows and found.steps_per_epoch and rows < (found.steps_per_epoch - 1) * found.batch)
 
 
 def _changes(plan: Plan) -> Iterator[str]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from halfbyte.errors import Halted
@@ -26,7 +27,7 @@ def tokens_per_second(recipe: str, options: list[str]) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         own = {**_OFF, "max_steps": _STEPS, "output_dir": f"{scratch}/probe"}
         words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "halfbyte", recipe, *options, *words]
+        command = [sys.executable, "-m", "halfbyte", recipe, *_without(own, options), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = "\n".join(done.stderr.strip().splitlines()[-6:])
@@ -37,3 +38,14 @@ def tokens_per_second(recipe: str, options: list[str]) -> float:
     if rate is None:
         raise Halted("the probe measured no rate: this trainer does not count its tokens")
     return float(rate)
+
+
+def _without(names: Collection[str], options: list[str]) -> list[str]:
+    """The ``options`` but those of ``names``, with their values."""
+    kept, inside = [], False
+    for word in options:
+        if word.startswith("--"):
+            inside = word.removeprefix("--").partition("=")[0] in names
+        if not inside:
+            kept.append(word)
+    return kept

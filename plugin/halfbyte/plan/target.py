@@ -51,6 +51,8 @@ def find(gpu: str | None, launch: Path | None) -> Target:
     count = request.processes
     if gpu is not None:
         size, stated = _parse(gpu)
+        if request.use_cpu:
+            raise UserError(f"{launch} trains on CPUs; take one of the two out", option="--gpu")
         count = stated or count
         return Target(
             "cuda",

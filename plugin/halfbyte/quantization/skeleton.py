@@ -29,11 +29,15 @@ def without_weights(
     auto = getattr(transformers, task.auto_class)
     with torch.device("meta"):
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, **_of_code(origin))
-    if quantization is not None and quantization.load_in_4bit:
+    if quantization is not None:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})
         config.quantization_config = quantizer.quantization_config
-        model.hf_quantizer, model.is_loaded_in_4bit = quantizer, True
+        model.hf_quantizer = quantizer
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = (
+            quantization.load_in_4bit,
+            quantization.load_in_8bit,
+        )
     return model
 
 

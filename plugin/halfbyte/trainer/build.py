@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -116,15 +116,9 @@ def build(
             memory=memory.predict(model, workload),
         )
 
-    def ready(trainer: Any) -> None:
-        with torch.device("cpu"):
-            finish(trainer)
-
     # Before the constructor returns: what it runs the model for must be computed as every step is.
-    # TRL's constructor adds adapters: on meta, where a planned model is.
-    place_made = torch.device("meta") if memory.is_planned(model) else nullcontext()
-    with place_made, _hidden(args, "model_init_kwargs", "chat_template_path"):
-        return composed(model=model, args=args, conduct=conduct, ready=ready, **kwargs)
+    with _hidden(args, "model_init_kwargs", "chat_template_path"):
+        return composed(model=model, args=args, conduct=conduct, ready=finish, **kwargs)
 
 
 def _scope(
