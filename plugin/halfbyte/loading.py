@@ -82,6 +82,8 @@ def planned(
     Raises :class:`UserError` as :func:`load` does for a base too little of which would be in four bits, or for adapters
     that it cannot carry.
     """
+    if decisions.adapter is not None:
+        _check_saved(options, decisions, decisions.adapter, list(added_token_ids))
     dtype = getattr(torch, decisions.dtype) if options.use_peft else torch.float32
     base = quantization.planned(
         decisions.base,

@@ -190,6 +190,13 @@ PATCHES = (
         "PEFT constructs its layers itself; the subclass changes the forward alone",
     ),
     Patch(
+        "peft.PeftModel.__class__",
+        "loading.py:planned",
+        "a model on meta that `halfbyte plan` builds a trainer over",
+        "peft 0.21, trl 1.16",
+        "the Trainer moves a model that is not quantized, and TRL copies adapters to one that it adds on the CPU",
+    ),
+    Patch(
         "torch.optim.Optimizer.__class__",
         "distributed/sharded_optimizers.py:step_on_shards",
         "a bitsandbytes optimizer under FSDP2",

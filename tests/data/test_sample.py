@@ -36,6 +36,8 @@ def test_bytes_follow_lengths() -> None:
 def test_few_rows_are_all_taken_and_only_those_that_are_named() -> None:
     dataset = Dataset.from_list(ROWS["text"])
     assert Sample().of(dataset) is dataset
+    assert len(Sample(rows=20, longest=0).of(dataset)) == 20
+    assert list(Sample(rows=0, longest=2).of(dataset)["text"]) == ["x" * 98, "x" * 99]
     assert list(Sample(only=[7, 2]).of(dataset)["text"]) == ["x" * 7, "xx"]
     with pytest.raises(UserError, match="no row 201: the split has 100"):
         Sample(only=[200]).of(dataset)

@@ -102,11 +102,14 @@ def test_a_sample_stands_for_all_rows(given, planned: Planned, monkeypatch: pyte
     from halfbyte.data.sample import Sample
     from halfbyte.plan import plan
 
-    monkeypatch.setattr(plan, "Sample", lambda: Sample(rows=60, longest=10))
+    def small(rows: int = 60, longest: int = 10) -> Sample:
+        return Sample(rows=rows, longest=min(longest, 10))
+
+    monkeypatch.setattr(plan, "Sample", small)
     words = given("sft", rows=200)
     told = planned("sft", *words)["data"]
     whole = planned("sft", *words, "--full")["data"]
-    assert (told["rows"], told["read"], whole["read"]) == (whole["rows"], 70, whole["rows"])
+    assert (told["rows"], told["read"], whole["read"]) == (whole["rows"], 60, whole["rows"])
     assert told["longest"] == whole["longest"]
     assert told["tokens"] == pytest.approx(whole["tokens"], rel=0.1)
     assert told["steps"] == whole["steps"]
@@ -137,7 +140,7 @@ def test_what_makes_it_fit_comes_with_its_figure(
     monkeypatch.setattr(target, "host_memory", lambda: whole - 50_000)
     found = planned("sft", *words)
     assert found["verdict"] == "does not fit"
-    assert found["changes"][-1]["fits"]
+    assert found["changes"][-1]["verdict"] != "does not fit"
     assert all(change["total"] < whole for change in found["changes"])
     written = [each.replace(": ", "=") for each in found["changes"][0]["write"].split(", ")]
     kept = [word for word in words if word.partition("=")[0].strip("-") not in " ".join(written)]
@@ -170,6 +173,13 @@ def test_a_page_says_the_verdict_first(given, capsys: pytest.CaptureFixture[str]
     [
         (("--gpu", "lots"), "'lots' is no GPU"),
         (("--launch", "no-such.yaml"), "no file no-such.yaml"),
+        (("--tokens_per_second", "0"), "must be positive"),
+        (("--preview", "0"), "must be at least 1"),
+        (("--probe", "--gpu", "24GB"), "measures this machine"),
+        (
+            ("--gpu", "24GB x 2", "--launch", str(LAUNCH / "fsdp2.yaml"), "--load_in_4bit=false"),
+            "false under fsdp2",
+        ),
         (("--launch", str(LAUNCH / "cpu.yaml"), "--gpu", "24GB"), "trains on CPUs"),
         (("--learning_rat", "1"), "did you mean"),
         (("--row", "99"), "no row 99: the split has 16"),
@@ -191,7 +201,7 @@ def test_gpus_as_they_are_written(text: str, size: int, count: int | None) -> No
     assert found.ranks == (count or 1)
 
 
-@pytest.mark.parametrize("text", ["", "x 2", "GB", "0GB", "-24GB"])
+@pytest.mark.parametrize("text", ["", "x 2", "GB", "0GB", "-24GB", "24GB x 0"])
 def test_what_is_no_gpu(text: str) -> None:
     with pytest.raises(UserError, match="is no GPU"):
         target.find(text, None)
@@ -200,3 +210,30 @@ def test_what_is_no_gpu(text: str) -> None:
 def test_launch_files_of_clusters() -> None:
     assert target.find("80GB", LAUNCH / "slurm.sh").ranks == 16
     assert target.find("80GB", LAUNCH / "kubernetes.yaml").ranks == 16
+
+
+def test_a_plan_leaves_nothing_behind(given, planned: Planned, tmp_path: Path, monkeypatch) -> None:
+    """Constructing a trainer makes its directory, and a repository where it pushes to the hub."""
+    from transformers import Trainer
+
+    def refuse(self: Trainer, *_: object, **__: object) -> None:
+        raise AssertionError("a repository was made")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", refuse)
+    planned(
+        "sft", *given("sft"), "--push_to_hub=true", "--hub_model_id=x/y", f"--output_dir={tmp_path / 'run'}"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_paged_state_may_move_to_the_host(given, planned: Planned) -> None:
+    words = [word for word in given("sft") if "dtype" not in word]
+    found = planned("sft", *words, "--gpu", "24GB")["memory"]
+    place = target.find("24GB", None)
+    from dataclasses import replace
+
+    from halfbyte.memory import Memory
+
+    held = Memory(**{name: size for name, size in found.items() if name != "total"})
+    assert replace(place, capacity=held.total - held.pageable).verdict(held) == "tight"
+    assert replace(place, capacity=held.total - held.pageable - 1).verdict(held) == "does not fit"

@@ -109,7 +109,13 @@ def test_what_is_cut_and_what_is_left_out(
     length = len(whole["sequences"][0]["ids"])
     assert whole["sequences"][0]["cut"] == 0
     (cut,) = previewed(
-        capsys, "pretrain", *words[:1], f"--dataset_name={_texts(tmp_path)}", "--row=1", "--max_length=6"
+        capsys,
+        "pretrain",
+        *words[:1],
+        f"--dataset_name={_texts(tmp_path)}",
+        "--row=1",
+        "--max_length=6",
+        "--packing=false",
     )
     assert len(cut["sequences"][0]["ids"]) == 6
     assert cut["sequences"][0]["cut"] > 0

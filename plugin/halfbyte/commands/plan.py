@@ -7,7 +7,10 @@ from pathlib import Path
 from halfbyte import caches, config
 from halfbyte import recipe as recipes
 from halfbyte.commands.parser import Parser
+from halfbyte.errors import UserError
 from halfbyte.terminal.wording import say
+
+_OWN_PACKAGE = "halfbyte"
 
 
 def main(arguments: list[str]) -> int:
@@ -29,11 +32,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--row", type=int, metavar="K", help="show row K, counted from 1")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given, options = parser.parse_beside(arguments)
+    if given.tokens_per_second is not None and not given.tokens_per_second > 0:
+        raise UserError("must be positive", option="--tokens_per_second")
+    if given.preview is not None and given.preview < 1:
+        raise UserError("must be at least 1", option="--preview")
+    if given.probe and given.gpu is not None:
+        raise UserError(
+            "measures this machine; leave --gpu out, or state --tokens_per_second", option="--probe"
+        )
     claims = [entry for entry in recipes.entries() if entry.name == given.recipe]
     if not claims:
         recipes.load(given.recipe)  # refuses the unknown name
     written = config.collect(options)
-    config.refuse_early(written, f"halfbyte {given.recipe}", keys=True, recipe=claims[0].object)
+    ours = claims[0].package == _OWN_PACKAGE
+    config.refuse_early(written, f"halfbyte {given.recipe}", keys=ours, recipe=claims[0].object)
     caches.provide()
     if "trl" not in sys.modules:
         say("halfbyte: loading PyTorch, Transformers and TRL ...", error=True)

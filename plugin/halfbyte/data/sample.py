@@ -17,7 +17,7 @@ ROWS, LONGEST = 2000, 32
 class Sample:
     """Which rows to take: ``rows`` at random and the ``longest`` by bytes, or ``only`` those of these places.
 
-    Raises :class:`UserError` for a place that there is not.
+    Raises :class:`UserError` for a place that does not exist.
     """
 
     rows: int = ROWS
@@ -32,7 +32,9 @@ class Sample:
             return dataset.select(self.only)
         if len(dataset) <= self.rows + self.longest:
             return dataset
-        longest = np.argsort(row_bytes(dataset), kind="stable")[-self.longest :]
+        longest = np.empty(0, dtype=np.int64)
+        if self.longest:
+            longest = np.argsort(row_bytes(dataset), kind="stable")[-self.longest :]
         others = np.setdiff1d(np.arange(len(dataset)), longest)
         drawn = np.random.default_rng(seed).choice(others, self.rows, replace=False)
         return dataset.select(np.sort(np.concatenate([drawn, longest])))

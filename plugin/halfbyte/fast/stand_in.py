@@ -15,6 +15,7 @@ _SMALL = {
     "num_experts": 8,
     "num_local_experts": 8,
     "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
 }
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from halfbyte import distributed
 from halfbyte.memory import resident, step
 
-# What a process on a CPU holds beside tensors: what loading and training import; by the bytes of a value, as many times
-# what the products of a layer work with (copies that oneDNN makes, and memory that malloc has free in pieces); and a
-# share of what attention works with. Measured by tests/benchmarks/memory.py (oneDNN without AMX, glibc).
+# Memory of a process on a CPU beside its tensors: imports; copies of a layer's products, as a multiple of what they
+# work with, by the bytes of a value; fragmentation, as a share of the working memory. Measured by
+# tests/benchmarks/memory.py (oneDNN without AMX, glibc).
 _IMPORTS = 36 * 2**20
 _COPIES = {2: 1.15, 4: 0.55}
 _PIECES = 0.4
@@ -60,7 +61,7 @@ class Workload:
     @property
     def ranks_that_share(self) -> int:
         """The number of ranks that hold one base between them."""
-        return self.world_size if self.strategy in ("fsdp2", "zero3") else 1
+        return self.world_size if self.strategy in distributed.SHARDED else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class Memory:
 
 
 def is_planned(model: nn.Module) -> bool:
-    """Whether ``model`` has no weights and is there to be planned with."""
+    """Return whether ``model`` is on meta: without weights, there to be planned with."""
     return next(model.parameters()).is_meta
 
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halfbyte.quantization.size import packed_bytes, state_bytes
 
-# Layers whose weights are whole at one time: the one that is computed, and the next, which is on its way.
+# Layers gathered at once: the one that is computed and the one that is prefetched.
 _AHEAD = 2
 
 

@@ -112,6 +112,7 @@ def _of_attention(decoder: Decoder, level: int, size: int, workload: Any) -> int
 def _head(model: nn.Module, workload: Any) -> int:
     """Bytes that scoring the last chunk takes: its logits in the dtype of the head and in float32, and gradients."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(head, "original_module", head)  # PEFT wraps a head that is trained, or has trained rows
     if not isinstance(head, nn.Linear):
         return 0
     vocabulary, hidden = head.weight.shape

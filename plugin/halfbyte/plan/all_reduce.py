@@ -1,4 +1,4 @@
-"""Two processes that add up a number between them: whether ranks on this machine find and hear each other."""
+"""Two processes that add up a number between them: whether ranks on this machine can communicate."""
 
 import subprocess
 import sys

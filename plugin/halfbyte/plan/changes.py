@@ -1,8 +1,9 @@
 """What would make a run smaller: each change by itself, the cheapest first, with the memory that it leads to."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from halfbyte import memory
 from halfbyte.data.lengths import Lengths
 from halfbyte.memory import Memory, Place
+from halfbyte.model_options import ModelOptions
 from halfbyte.plan.target import Target
 from halfbyte.trainer.workload import workload_of
 
@@ -24,7 +26,7 @@ class Change:
     write: str
     cost: str
     total: int
-    fits: bool
+    verdict: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields in JSON's types."""
@@ -39,9 +41,20 @@ class _State:
     level: int | None
     place: Place
     lengths: Lengths | None
+    token_budget: int | None
 
 
-def changes(trainer: Any, token_budget: int | None, target: Target) -> list[Change]:
+@dataclass(frozen=True)
+class _Candidate:
+    """A change that may help; of one ``kind`` the last is the most that it can do."""
+
+    kind: str
+    write: str
+    cost: str
+    change: Callable[[_State], _State]
+
+
+def changes(trainer: Any, options: ModelOptions, target: Target) -> list[Change]:
     """Return what makes the run of ``trainer`` smaller on ``target``, up to the first change that suffices by itself.
 
     Where none does, the last entry is all of them together.
@@ -51,49 +64,51 @@ def changes(trainer: Any, token_budget: int | None, target: Target) -> list[Chan
         trainer.report.fusion.level,
         Place(strategy=target.strategy, world_size=target.ranks, device=target.device),
         Lengths.of(trainer.train_dataset, trainer.args),
+        options.max_tokens_per_batch,
     )
-    before, found, together = _total(trainer, token_budget, start).total, [], start
-    for write, cost, change in _candidates(trainer, target):
-        after = _total(trainer, token_budget, change(start)).total
-        if after >= before:
+    before, found = _held(trainer, start).total, []
+    together: dict[str, _Candidate] = {}
+    for candidate in _candidates(trainer, options, target, start.lengths):
+        after = _held(trainer, candidate.change(start))
+        if after.total >= before:
             continue
-        found.append(Change(write, cost, after, after <= target.capacity))
-        if after <= target.capacity:
+        verdict = target.verdict(after)
+        found.append(Change(candidate.write, candidate.cost, after.total, verdict))
+        if verdict == "fits":
             return found
-        together = change(together)
-    if len(found) > 1:
-        total = _total(trainer, token_budget, together).total
-        found.append(Change("all of these", "what they cost together", total, total <= target.capacity))
+        together[candidate.kind] = candidate  # the smallest batch, the shortest rows
+    if len(together) > 1:
+        state = start
+        for candidate in together.values():
+            state = candidate.change(state)
+        after = _held(trainer, state)
+        written = "; ".join(candidate.write for candidate in together.values())
+        found.append(Change(written, "all of these together", after.total, target.verdict(after)))
     return found
 
 
-def _candidates(trainer: Any, target: Target) -> Iterator[tuple[str, str, Any]]:
+def _candidates(
+    trainer: Any, options: ModelOptions, target: Target, lengths: Lengths | None
+) -> Iterator[_Candidate]:
     args = trainer.args
     if trainer.report.fusion.level:
-        yield (
+        yield _Candidate(
+            "level",
             "memory_budget: min",
             "everything is recomputed in the backward: the same numbers, slower",
             lambda state: replace(state, level=0),
         )
     if not args.gradient_checkpointing:
-        yield (
+        yield _Candidate(
+            "level",
             "gradient_checkpointing: true",
             "activations are recomputed: the same numbers, slower",
             lambda state: replace(_with(state, gradient_checkpointing=True), level=0),
         )
-    size = args.per_device_train_batch_size
-    while size > 1:
-        size = -(-size // 2)
-        accumulation = args.gradient_accumulation_steps * args.per_device_train_batch_size // size
-        yield (
-            f"per_device_train_batch_size: {size}, gradient_accumulation_steps: {accumulation}",
-            "the same training in smaller pieces",
-            lambda state, size=size, accumulation=accumulation: _with(
-                state, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
-            ),
-        )
+    yield from _smaller_batches(args, options.max_tokens_per_batch)
     if target.device == "cuda" and not str(getattr(args.optim, "value", args.optim)).endswith("8bit"):
-        yield (
+        yield _Candidate(
+            "optim",
             f"optim: {_PAGED_8BIT}",
             "the optimizer's state in 8 bits",
             lambda state: _with(state, optim=_PAGED_8BIT),
@@ -101,24 +116,47 @@ def _candidates(trainer: Any, target: Target) -> Iterator[tuple[str, str, Any]]:
     length = getattr(args, "max_length", None)
     while length is not None and length // 2 >= _LEAST_LENGTH:
         length //= 2
-        yield (
+        yield _Candidate(
+            "length",
             f"max_length: {length}",
-            f"other training: {_share_beyond(trainer, length)} of the rows are cut",
-            lambda state, length=length: _shorter(state, length),
+            f"other training: {_share_beyond(lengths, length)} of the longest rows are cut",
+            partial(_shorter, length=length),
         )
-    if target.strategy in ("single", "ddp"):
-        for ranks in (2, 4, 8):
-            if ranks >= target.ranks:
-                yield (
-                    f"accelerate launch --config_file launch/fsdp2.yaml --num_processes {ranks}",
-                    f"{ranks} devices hold one base between them",
-                    lambda state, ranks=ranks: replace(
-                        state, place=replace(state.place, strategy="fsdp2", world_size=ranks)
-                    ),
-                )
+    shards = target.device == "cuda" and target.strategy in ("single", "ddp")
+    for ranks in (2, 4, 8) if shards and options.load_in_4bit and options.use_peft else ():
+        if ranks >= target.ranks:
+            yield _Candidate(
+                "ranks",
+                f"accelerate launch --config_file launch/fsdp2.yaml --num_processes {ranks}",
+                f"{ranks} GPUs hold one base between them; divide gradient_accumulation_steps to keep the batch",
+                partial(_sharded, ranks=ranks),
+            )
 
 
-def _total(trainer: Any, token_budget: int | None, state: _State) -> Memory:
+def _smaller_batches(args: Any, tokens: int | None) -> Iterator[_Candidate]:
+    """The same training in smaller pieces: divisors of the batch; where tokens close a batch, fewer of them."""
+    rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if tokens is not None:
+        yield _Candidate(
+            "batch",
+            f"max_tokens_per_batch: {tokens // 2}, gradient_accumulation_steps: {2 * accumulation}",
+            "about the same training in smaller pieces",
+            lambda state: replace(
+                _with(state, gradient_accumulation_steps=2 * accumulation), token_budget=tokens // 2
+            ),
+        )
+        return
+    for size in sorted((each for each in range(1, rows) if rows % each == 0), reverse=True):
+        steps = accumulation * rows // size
+        yield _Candidate(
+            "batch",
+            f"per_device_train_batch_size: {size}, gradient_accumulation_steps: {steps}",
+            "the same training in smaller pieces",
+            partial(_with, per_device_train_batch_size=size, gradient_accumulation_steps=steps),
+        )
+
+
+def _held(trainer: Any, state: _State) -> Memory:
     report, model = trainer.report, trainer.model
     workload = workload_of(
         state.args,
@@ -126,7 +164,7 @@ def _total(trainer: Any, token_budget: int | None, state: _State) -> Memory:
         state.lengths,
         report.fusion,
         report.workload.sides,
-        token_budget,
+        state.token_budget,
         state.place,
     )
     return memory.predict(model, workload, state.level)
@@ -139,6 +177,10 @@ def _with(state: _State, **values: Any) -> _State:
     return replace(state, args=args)
 
 
+def _sharded(state: _State, ranks: int) -> _State:
+    return replace(state, place=replace(state.place, strategy="fsdp2", world_size=ranks))
+
+
 def _shorter(state: _State, length: int) -> _State:
     lengths = state.lengths
     if lengths is not None:
@@ -147,8 +189,7 @@ def _shorter(state: _State, length: int) -> _State:
     return replace(_with(state, max_length=length), lengths=lengths)
 
 
-def _share_beyond(trainer: Any, length: int) -> str:
-    lengths = Lengths.of(trainer.train_dataset, trainer.args)
+def _share_beyond(lengths: Lengths | None, length: int) -> str:
     if lengths is None:
         return "some"
     return f"{(np.maximum.reduce(lengths.sides) > length).mean():.0%}"

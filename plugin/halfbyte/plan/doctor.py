@@ -149,7 +149,7 @@ def _hub() -> Check:
     if get_token() is None:
         mend = "`hf auth login`, where a model is gated or private"
         return Check("hub", True, "no login", mend, warn=True)
-    return Check("hub", True, "a token is there; whether the hub takes it was not asked")
+    return Check("hub", True, "a token was found, and not verified")
 
 
 def _cache() -> Check:

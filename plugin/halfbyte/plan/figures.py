@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from halfbyte.data import RunData
 from halfbyte.data.lengths import Lengths
-from halfbyte.data.sample import LONGEST
 
 _DRAWS = 16
 
@@ -19,21 +18,27 @@ class Figures:
     """One epoch of a run, and how many of them; None where the rows do not say.
 
     ``rows`` are those that train, in ``sequences`` where they are packed; ``read`` of them were looked at. ``tokens``
-    are computed in one epoch, ``padding`` is the share of a batch that is none of them; ``truncated`` is the share of
-    rows that lose tokens to ``max_length``.
+    are computed in one epoch, ``padding`` is the share of a batch that is none of them; ``truncated`` and ``dropped``
+    are the shares of rows that lose tokens to ``max_length``, and that do not train.
     """
 
-    rows: int | None
-    sequences: int | None
-    read: int | None
-    tokens: int | None
-    longest: int | None
-    padding: float | None
-    truncated: float | None
+    rows: int | None = None
+    sequences: int | None = None
+    read: int | None = None
+    tokens: int | None = None
+    longest: int | None = None
+    padding: float | None = None
+    truncated: float | None = None
+    dropped: float | None = None
     batch: int
-    steps_per_epoch: int | None
-    steps: int | None
-    epochs: float | None
+    steps_per_epoch: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+
+    def with_longest(self, trainer: Any) -> "Figures":
+        """Return these figures with the longest row of ``trainer``, which is built over the longest."""
+        lengths = Lengths.of(trainer.train_dataset, trainer.args)
+        return self if lengths is None else replace(self, longest=_longest(lengths))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields in JSON's types."""
@@ -47,10 +52,7 @@ def figures(trainer: Any, rows: RunData) -> Figures:
     lengths = Lengths.of(trainer.train_dataset, args)
     given = args.max_steps if args.max_steps > 0 else None
     if report.whole is None:  # a stream
-        return Figures(
-            rows=None, sequences=None, read=None, tokens=None, longest=None, padding=None, truncated=None, batch=size,
-            steps_per_epoch=None, steps=given, epochs=None,
-        )  # fmt: skip
+        return Figures(batch=size, steps=given)
     read, whole = report.rows or 0, report.whole
     prepared = len(trainer.train_dataset)
     kept = round(prepared * whole / max(read, 1))
@@ -61,7 +63,7 @@ def figures(trainer: Any, rows: RunData) -> Figures:
     if lengths is not None:
         fusion = trainer.report.fusion
         sizes = lengths.sizes(padded=False, shared=fusion.trees)
-        tokens, longest = _total(sizes, kept), int(np.maximum.reduce(lengths.sides).max())
+        tokens, longest = round(float(sizes.mean()) * kept), _longest(lengths)
         free = fusion.padding_free or fusion.trees
         padding = 0.0 if free else _padding(lengths, args.per_device_train_batch_size)
     elif report.tokens is not None:
@@ -74,7 +76,8 @@ def figures(trainer: Any, rows: RunData) -> Figures:
         tokens=tokens,
         longest=longest,
         padding=padding,
-        truncated=None if report.truncated is None else report.truncated / max(prepared, 1),
+        truncated=None if report.truncated is None else report.truncated / max(read, 1),
+        dropped=(report.dropped or 0) / max(read, 1),
         batch=size,
         steps_per_epoch=per_epoch,
         steps=steps,
@@ -89,12 +92,8 @@ def _batches(trainer: Any, kept: int, prepared: int, ranks: int) -> int:
     return math.ceil(math.ceil(kept / trainer.args.per_device_train_batch_size) / ranks)
 
 
-def _total(sizes: np.ndarray, rows: int) -> int:
-    """The sum over ``rows`` rows of which those of ``sizes`` are a sample, with the longest of them."""
-    if len(sizes) >= rows:
-        return int(sizes.sum())
-    ordered = np.sort(sizes)
-    return int(ordered[-LONGEST:].sum() + ordered[:-LONGEST].mean() * (rows - LONGEST))
+def _longest(lengths: Lengths) -> int:
+    return int(np.maximum.reduce(lengths.sides).max())
 
 
 def _padding(lengths: Lengths, size: int) -> float:

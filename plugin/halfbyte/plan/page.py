@@ -10,21 +10,22 @@ from halfbyte.terminal.wording import aligned, count, memory, plural
 _PARTS = {
     "four_bit_weights": "base, 4-bit weights",
     "quantization_state": "base, quantization constants",
-    "other_weights": "base, embeddings, head and norms",
-    "adapters": "adapters",
+    "other_weights": "base, what is not in 4 bits",
+    "adapters": "adapters, or all trained weights",
     "optimizer": "optimizer state",
     "gradients": "gradients",
     "activations": "activations kept for the backward",
     "working": "working memory of a layer or the head",
     "gathered": "weights gathered from other ranks",
     "buckets": "gradient buckets of DDP",
-    "slack": "allocator, free in pieces",
+    "slack": "allocator fragmentation and imports",
 }
 
 
 def page(plan: Plan) -> list[str]:
     """Return the lines to print."""
-    return [*_verdict(plan), *_memory(plan), "", *_data(plan), "", *plan.lines, *_changes(plan)]
+    verdict = [*_verdict(plan), *plan.target.notes]
+    return [*verdict, *_memory(plan), "", *_data(plan), "", *plan.lines, *_changes(plan)]
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
@@ -33,7 +34,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
     where = f"each of {target.ranks} {_several(kind)}" if target.ranks > 1 else f"one {kind}"
     yield (
         f"{plan.verdict}: {memory(plan.memory.total)} at the peak of a step, of {memory(target.capacity)} on {where} "
-        f"({target.said}), strategy {target.strategy}"
+        f"({target.basis}), strategy {target.strategy}"
     )
 
 
@@ -64,13 +65,15 @@ def _data(plan: Plan) -> Iterator[str]:
     else:
         told = f"data: {plural(found.rows, 'row')}"
         if found.read is not None and found.read < found.rows:
-            told += f" (told from {found.read:,}, the longest among them; --full reads all)"
+            told += f" (estimated from {found.read:,}; the longest were looked at too; --full reads all)"
         if found.sequences is not None:
             told += f" in {plural(found.sequences, 'packed sequence')}"
         if found.tokens is not None:
             told += f", {count(found.tokens)} tokens an epoch"
         if found.longest is not None:
             told += f", the longest {found.longest:,}"
+        if found.dropped:
+            told += f"; {found.dropped:.1%} of the rows are dropped"
         if found.truncated:
             told += f"; {found.truncated:.1%} of the rows are truncated"
         if found.padding:
@@ -82,7 +85,11 @@ def _data(plan: Plan) -> Iterator[str]:
         yield f"steps: {found.steps:,} of {most}{found.batch} {'sequences' if found.sequences else 'rows'}{epochs}"
     if plan.seconds_per_epoch is not None and plan.tokens_per_second is not None:
         rate = f"{count(plan.tokens_per_second)} tokens/s a device"
-        total = "" if found.epochs is None else f", {_time(plan.seconds_per_epoch * found.epochs)} in all"
+        total = (
+            ""
+            if found.epochs is None
+            else f", {_time(plan.seconds_per_epoch * found.epochs)} of training steps"
+        )
         yield f"time: {_time(plan.seconds_per_epoch)} an epoch{total}, at {rate}"
     else:
         yield "time: not known; --probe measures a few steps here, --tokens_per_second N states it"
@@ -100,7 +107,7 @@ def _changes(plan: Plan) -> Iterator[str]:
     yield ""
     yield "to make it smaller, the cheapest first:"
     for change in plan.changes:
-        yield f"  {memory(change.total)}{' (fits)' if change.fits else ''}: {change.write}; {change.cost}"
+        yield f"  {memory(change.total)} ({change.verdict}): {change.write}; {change.cost}"
 
 
 def _time(seconds: float) -> str:

@@ -3,16 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.data.sample import Sample
+from halfbyte.data.sample import LONGEST, Sample
 from halfbyte.memory import Memory
 from halfbyte.plan.changes import Change, changes
 from halfbyte.plan.figures import Figures, figures
 from halfbyte.plan.rehearsal import Rehearsal
 from halfbyte.plan.target import Target
-
-# The share of a device up to which a run fits without a second thought: the allocator's pieces and the longest row of
-# tomorrow want some room.
-_COMFORTABLE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +34,7 @@ class Plan:
     @property
     def verdict(self) -> str:
         """``fits``, ``tight`` or ``does not fit``."""
-        if self.memory.total <= _COMFORTABLE * self.target.capacity:
-            return "fits"
-        return "tight" if self.memory.total <= self.target.capacity else "does not fit"
+        return self.target.verdict(self.memory)
 
     @property
     def seconds_per_epoch(self) -> float | None:
@@ -70,30 +64,40 @@ class Plan:
 
 def plan(rehearsal: Rehearsal, *, full: bool = False, tokens_per_second: float | None = None) -> Plan:
     """Plan the run of ``rehearsal``; ``full`` reads all rows. Raises :class:`UserError` for what a run would refuse."""
-    rows = rehearsal.rows(None if full else Sample())
-    trainer = rehearsal.trainer(rows)
+    sample = None if full else Sample(longest=0)
+    rows = rehearsal.rows(sample)
+    trainer = rehearsal.trainer(rows, few=sample is not None)
+    told = figures(trainer, rows)
+    sampled = told.read is not None and told.read < (rows.report.train.whole or 0)
+    lines = [trainer.report.fusion.line()] if sampled else trainer.report.lines()
+    if (
+        sampled
+    ):  # the longest rows, apart: they decide what a step holds, and would weigh too much in all else
+        longest = Sample(rows=0, longest=max(LONGEST, trainer.args.per_device_train_batch_size))
+        trainer = rehearsal.trainer(rehearsal.rows(longest), few=True)
+        told = told.with_longest(trainer)
     report, target = trainer.report, rehearsal.target
     assert report.memory is not None
-    budget = rehearsal.options.plugin.max_tokens_per_batch
-    small = report.memory.total <= _COMFORTABLE * target.capacity
-    coverage = [report.coverage.line()] if rehearsal.options.plugin.load_in_4bit else []
+    plugin = rehearsal.options.plugin
+    coverage = [report.coverage.line()] if plugin.load_in_4bit else []
+    fits = target.verdict(report.memory) == "fits"
     return Plan(
         recipe=rehearsal.name,
         base=rehearsal.decisions.base,
         target=target,
         memory=report.memory,
-        figures=figures(trainer, rows),
-        lines=(*coverage, *report.lines(), *rows.report.notes),
+        figures=told,
+        lines=(*coverage, *lines, *rows.report.notes),
         reference=_reference(report.precomputed),
         trained=sum(each.numel() for each in trainer.model.parameters() if each.requires_grad),
         parameters=_parameters(trainer.model),
-        changes=() if small else tuple(changes(trainer, budget, target)),
+        changes=() if fits else tuple(changes(trainer, plugin, target)),
         tokens_per_second=tokens_per_second,
     )
 
 
 def _reference(precomputed: bool | None) -> str | None:
-    """How the log-probabilities of a reference are come by, where there is one."""
+    """How reference log-probabilities are computed, where there are any."""
     if precomputed is None:
         return None
     return "computed once, before training" if precomputed else "computed in every step, by the same weights"

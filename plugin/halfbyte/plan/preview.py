@@ -77,7 +77,7 @@ def show(rehearsal: Rehearsal, rows: Iterable[int]) -> list[Preview]:
     found = previews(rehearsal, rows)
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     console.print(
-        "trained tokens stand in [[ ]]; the rest is context, and special tokens are shown", markup=False
+        "trained tokens are in [[ ]], the others are masked; special tokens are shown", markup=False
     )
     for each in found:
         for line in lines(each, rehearsal.tokenizer):
@@ -89,7 +89,9 @@ def _preview(rehearsal: Rehearsal, number: int) -> Preview:
     try:
         kept = _sequences(rehearsal, number)
     except UserError as error:
-        if error.option in ("--row", "dataset_streaming"):
+        # No row is left: this one is dropped. All else would stop a run.
+        if error.option is not None or error.row is not None or error.split is None:
+            error.row = number if error.row is not None else None
             raise
         return Preview(number, left_out=error.what.splitlines()[0])
     whole = _sequences(_untruncated(rehearsal), number)
@@ -115,6 +117,8 @@ def _sequences(rehearsal: Rehearsal, number: int) -> list[Tokens]:
     args.eval_strategy = "no"
     if getattr(args, "packing", False):
         args.packing = False  # a packed sequence is several rows, each as it is here
+        if args.packing_strategy != "bfd":  # which cuts rows; the others go on in the next sequence
+            args.max_length = None
     alone = replace(rehearsal, options=replace(rehearsal.options, args=args))
     rows = alone.rows(Sample(only=[number - 1]))
     if rows.report.train.whole is None:

@@ -13,9 +13,19 @@ _STEPS = 6
 _OFF = {
     "save_strategy": "no",
     "eval_strategy": "no",
+    "push_to_hub": "false",
+    "load_best_model_at_end": "false",
     "report_to": "none",
     "logging_steps": 1,
     "disable_tqdm": "true",
+}
+# Not the probe's: it begins, and leaves nothing.
+_NOT = {
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "sample_prompts",
+    "sample_steps",
+    "sample_max_new_tokens",
 }
 
 
@@ -27,7 +37,7 @@ def tokens_per_second(recipe: str, options: list[str]) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         own = {**_OFF, "max_steps": _STEPS, "output_dir": f"{scratch}/probe"}
         words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "halfbyte", recipe, *_without(own, options), *words]
+        command = [sys.executable, "-m", "halfbyte", recipe, *_without({*own, *_NOT}, options), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = "\n".join(done.stderr.strip().splitlines()[-6:])

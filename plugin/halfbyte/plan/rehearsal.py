@@ -1,15 +1,17 @@
 """A run up to its first step, without weights: its own settings, rows and trainer, over a model on meta."""
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import Trainer
 
-from halfbyte import data, fast, loading, memory, resolve
+from halfbyte import data, distributed, fast, loading, memory, resolve
 from halfbyte.bound import Planned, build_trainer
 from halfbyte.data import OtherRowsError, RunData
 from halfbyte.data.sample import Sample
+from halfbyte.distributed import launcher
 from halfbyte.errors import UserError
 from halfbyte.loading import Loaded
 from halfbyte.options import Options
@@ -18,6 +20,7 @@ from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe, recipes_for
 from halfbyte.resolve import Decisions
 from halfbyte.run import read
+from halfbyte.trainer.build import with_values
 
 
 @dataclass
@@ -44,11 +47,14 @@ class Rehearsal:
         if target.device == "cuda" and not here and not {"dtype", "bf16", "fp16"} & settings.given.keys():
             # What a run chooses on a GPU of compute capability 8.0 or above.
             settings = read(name, recipe, [*argv, "--dtype", "bfloat16"])
+        if launcher.requested().processes > 1:
+            raise UserError("a plan is made in one process; name the launch file with --launch")
         try:
             settings.check(QLoRAPlugin)
             resolve.join(settings)
             decisions = target.applied(resolve.for_run(settings, None), str(settings["optim"]))
-            options = Options.decided(settings, decisions)
+            options = _without_effects(Options.decided(settings, decisions))
+            target.check(options)
             tokenizer, added = loading.load_tokenizer(options.plugin, decisions, options.args)
             loaded = loading.planned(
                 options.plugin,
@@ -92,6 +98,12 @@ class Rehearsal:
 
     def _available(self) -> int:
         """What a step may take beside the model there, as a run counts it."""
-        share = self.target.ranks if self.target.strategy in ("fsdp2", "zero3") else 1
+        share = self.target.ranks if self.target.strategy in distributed.SHARDED else 1
         held = memory.weights(self.loaded.model)
         return int(memory.SHARE[self.target.device] * (self.target.capacity - held.held_by(share)))
+
+
+def _without_effects(options: Options) -> Options:
+    """The options of a trainer that is not to train: constructing it makes no repository and no directory."""
+    args = with_values(options.args, {"push_to_hub": False, "output_dir": tempfile.gettempdir()})
+    return replace(options, args=args)

@@ -6,16 +6,20 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.distributed import Strategy, support
+from halfbyte.distributed import SHARDED, Strategy, check_optimizer, check_quantized, support
 from halfbyte.distributed.launcher import Request
 from halfbyte.errors import UserError
+from halfbyte.memory import Memory
 from halfbyte.memory.available import host_memory
+from halfbyte.options import Options
 from halfbyte.plan import launch_file
 from halfbyte.resolve import Decisions
 from halfbyte.terminal.wording import memory
 
 # What a process takes of a GPU beside torch's tensors: CUDA's context, and the libraries' workspaces.
 CONTEXT = 512 * 2**20
+# Above this share the verdict is `tight`: fragmentation and longer rows need headroom.
+_COMFORTABLE = 0.9
 _GPU = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB)?(?:\s*[x*\u00d7]\s*(\d+))?", re.IGNORECASE)
 
 
@@ -23,22 +27,37 @@ _GPU = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB)?(?:\s*[x*\u00d7]\s*(\d+))?", re
 class Target:
     """The devices of a planned run: their kind, how many, the ``strategy`` over them, and the bytes of one of them.
 
-    ``capacity`` is what a run may use of one, and ``said`` how it was come by.
+    ``capacity`` is what a run may use of one, and ``basis`` how it was determined; ``notes`` are problems of the launch
+    file on such a machine.
     """
 
     device: str
     ranks: int
     strategy: str
     capacity: int
-    said: str
+    basis: str
+    notes: tuple[str, ...] = ()
 
     def applied(self, decisions: Decisions, optim: str) -> Decisions:
-        """Return ``decisions`` as they would be taken there; ``optim`` is the optimizer that was asked for."""
+        """Return ``decisions`` as they would be taken there; ``optim`` is the optimizer that was requested."""
         values = dict(decisions.values)
         if self.device == "cuda":
             values["optim"] = optim
         strategy = Strategy(self.strategy, self.ranks, self.device)
         return replace(decisions, device=torch.device(self.device), strategy=strategy, values=values)
+
+    def verdict(self, held: Memory) -> str:
+        """``fits``, ``tight`` (little headroom, or paged state moves to the host) or ``does not fit``."""
+        if held.total <= _COMFORTABLE * self.capacity:
+            return "fits"
+        return "tight" if held.total - held.pageable <= self.capacity else "does not fit"
+
+    def check(self, options: Options) -> None:
+        """Raise :class:`UserError` for what a run would refuse under the strategy there."""
+        if self.strategy in SHARDED:
+            check_quantized(self.strategy, options.plugin.load_in_4bit)
+            optim = options.args.optim
+            check_optimizer(str(getattr(optim, "value", optim)))
 
 
 def find(gpu: str | None, launch: Path | None) -> Target:
@@ -53,21 +72,31 @@ def find(gpu: str | None, launch: Path | None) -> Target:
         size, stated = _parse(gpu)
         if request.use_cpu:
             raise UserError(f"{launch} trains on CPUs; take one of the two out", option="--gpu")
-        count = stated or count
+        count = count if stated is None else stated
         return Target(
             "cuda",
             count,
             _strategy(request, count),
             size - CONTEXT,
             f"{memory(size)} less {memory(CONTEXT)} for the CUDA context",
+            _notes(launch, count),
         )
     if torch.cuda.is_available() and not request.use_cpu:
         _, total = torch.cuda.mem_get_info()
         said = f"{torch.cuda.get_device_name()}, {memory(total)} less {memory(CONTEXT)} for the CUDA context"
-        return Target("cuda", count, _strategy(request, count), total - CONTEXT, said)
+        notes = _notes(launch, torch.cuda.device_count())
+        return Target("cuda", count, _strategy(request, count), total - CONTEXT, said, notes)
     free = host_memory() // max(count // max(request.machines, 1), 1)
-    return Target(
-        "cpu", count, _strategy(request, count), free, f"{memory(free)} of memory free for each process"
+    said = f"{memory(free)} of memory free for each process"
+    return Target("cpu", count, _strategy(request, count), free, said, _notes(launch, 0))
+
+
+def _notes(launch: Path | None, gpus: int) -> tuple[str, ...]:
+    """What would keep the launch file from running as it says on a machine with so many GPUs."""
+    return (
+        ()
+        if launch is None
+        else tuple(f"{launch}: {each}" for each in launch_file.inspect(launch, gpus).problems)
     )
 
 
@@ -78,6 +107,6 @@ def _strategy(request: Request, ranks: int) -> str:
 def _parse(text: str) -> tuple[int, int | None]:
     """The bytes of one GPU, and how many there are, if the text says so; GB is what vendors call 2^30 bytes."""
     found = _GPU.fullmatch(text.strip())
-    if found is None or float(found[1]) == 0:
+    if found is None or float(found[1]) == 0 or found[2] == "0":
         raise UserError(f'{text!r} is no GPU; write its memory, as in `24GB` or `"24GB x 2"`', option="--gpu")
     return int(float(found[1]) * 2**30), int(found[2]) if found[2] else None

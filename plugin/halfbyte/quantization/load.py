@@ -98,9 +98,11 @@ def planned(
     Raises :class:`UserError` for a configuration that is missing, or that no class takes.
     """
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    _check_own_quantization(
-        name_or_path, _own_quantization(_configuration(name_or_path, origin)), quantization
-    )
+    config = _configuration(name_or_path, origin)
+    own = _own_quantization(config)
+    _check_own_quantization(name_or_path, own, quantization)
+    if quantization is not None and own is None:
+        quantization = _but_heads(quantization, config, task)
     try:
         model = without_weights(name_or_path, quantization=quantization, dtype=dtype, task=task, **origin)
     except (OSError, ValueError, ImportError) as error:
@@ -140,11 +142,7 @@ def _load(
 
     if quantization is None or own is not None:
         return load(name, **origin)
-    read = _READ_AS_NUMBERS.get(config.get_text_config().model_type, ())
-    if task.unquantized or read:
-        # A new head is trained from scratch: 4 bits would freeze it.
-        quantization = copy.copy(quantization)
-        quantization.llm_int8_skip_modules = [*task.unquantized, *(("lm_head", *read) if read else ())]
+    quantization = _but_heads(quantization, config, task)
     description = None
     if quantization.load_in_4bit and _can_be_stored(task, origin, options):
         stored.download(name, origin["revision"])
@@ -169,6 +167,16 @@ def _load(
     # What is trained on this base must name the base, not the store.
     model.name_or_path = model.config._name_or_path = name
     return model
+
+
+def _but_heads(quantization: BitsAndBytesConfig, config: Any, task: Task) -> BitsAndBytesConfig:
+    """``quantization`` without a new head, which 4 bits would freeze, and without what a model reads as numbers."""
+    read = _READ_AS_NUMBERS.get(config.get_text_config().model_type, ())
+    if not task.unquantized and not read:
+        return quantization
+    quantization = copy.copy(quantization)
+    quantization.llm_int8_skip_modules = [*task.unquantized, *(("lm_head", *read) if read else ())]
+    return quantization
 
 
 def _configuration(name: str, origin: dict[str, Any]) -> Any:
