@@ -8,13 +8,12 @@ import signal
 import sys
 import traceback
 
-from halfbyte import caches, commands
+from halfbyte import commands
 from halfbyte import recipe as recipes
 from halfbyte.errors import FailedElsewhereError, Halted, Stopped, UserError
 from halfbyte.terminal import descriptors, quiet, streams
-from halfbyte.terminal.wording import CONFIGURATIONS, on_local_rank_0, say, show
+from halfbyte.terminal.wording import CONFIGURATIONS, on_local_rank_0, show
 
-_OWN_PACKAGE = "halfbyte"
 _MAX_LINES = 8  # of an error that is not ours; with our own lines around it at most ten
 
 
@@ -115,21 +114,10 @@ def _unprinted(arguments: list[str]) -> int:
 
 def _train(name: str, arguments: list[str]) -> int:
     """Run the recipe ``name``; what needs no import of torch is refused before it."""
-    from halfbyte import config
     from halfbyte.resilience.orphan import end_with_the_launcher
 
     end_with_the_launcher()
-    claims = [entry for entry in recipes.entries() if entry.name == name]
-    if not claims:
-        recipes.load(name)  # refuses the unknown name
-    recipes.check(claims)
-    written = config.collect(arguments)
-    ours = claims[0].package == _OWN_PACKAGE
-    config.refuse_early(written, f"halfbyte {name}", keys=ours, recipe=claims[0].object)
-    caches.provide()
-    if "trl" not in sys.modules:
-        say("halfbyte: loading PyTorch, Transformers and TRL ...", error=True)
-    recipe = recipes.load(name)
+    recipe, written = recipes.named(name, arguments)
     from halfbyte import run
 
     return run.main(name, recipe, arguments, written)

@@ -6,21 +6,24 @@ Listing reads package metadata only; the one recipe that is named is imported.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from halfbyte import commands
+from halfbyte import caches, commands
 from halfbyte.errors import UserError
 from halfbyte.task import CAUSAL_LM, Task
-from halfbyte.terminal.wording import first_line, nearest, shorten, suggestion
+from halfbyte.terminal.wording import first_line, nearest, say, shorten, suggestion
 from halfbyte.tracking.figures import DEFAULT, Figures
 
 if TYPE_CHECKING:
+    from halfbyte.config import Written
     from halfbyte.data import DataFormat
 
 GROUP = "halfbyte.recipes"
+_OWN_PACKAGE = "halfbyte"
 _INSTALL = "a recipe of another package is installed with that package: pip install PACKAGE"
 
 # Names that the command line keeps for itself.
@@ -133,6 +136,27 @@ def load(name: str) -> Recipe:
             f"not a halfbyte.Recipe"
         )
     return recipe
+
+
+def named(name: str, arguments: list[str]) -> tuple[Recipe, Written]:
+    """Return the recipe ``name`` and its ``arguments``, collected; says that it takes a while, where it does.
+
+    Raises :class:`UserError` as :func:`load` does, and for every mistake in the arguments that shows before torch and
+    the recipe are imported.
+    """
+    from halfbyte import config
+
+    claims = [entry for entry in entries() if entry.name == name]
+    if not claims:
+        load(name)  # refuses the unknown name
+    check(claims)
+    written = config.collect(arguments)
+    ours = claims[0].package == _OWN_PACKAGE
+    config.refuse_early(written, f"halfbyte {name}", keys=ours, recipe=claims[0].object)
+    caches.provide()
+    if "trl" not in sys.modules:
+        say("halfbyte: loading PyTorch, Transformers and TRL ...", error=True)
+    return load(name), written
 
 
 def recipes_for(columns: Collection[str], first: Mapping[str, Any]) -> str:

@@ -1,16 +1,12 @@
 """``halfbyte plan RECIPE --config FILE``: would it fit, how long would it take, and what would it train on."""
 
 import json
-import sys
 from pathlib import Path
 
-from halfbyte import caches, config
 from halfbyte import recipe as recipes
 from halfbyte.commands.parser import Parser
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import say
-
-_OWN_PACKAGE = "halfbyte"
 
 
 def main(arguments: list[str]) -> int:
@@ -40,19 +36,10 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             "measures this machine; leave --gpu out, or state --tokens_per_second", option="--probe"
         )
-    claims = [entry for entry in recipes.entries() if entry.name == given.recipe]
-    if not claims:
-        recipes.load(given.recipe)  # refuses the unknown name
-    written = config.collect(options)
-    ours = claims[0].package == _OWN_PACKAGE
-    config.refuse_early(written, f"halfbyte {given.recipe}", keys=ours, recipe=claims[0].object)
-    caches.provide()
-    if "trl" not in sys.modules:
-        say("halfbyte: loading PyTorch, Transformers and TRL ...", error=True)
+    recipe, _ = recipes.named(given.recipe, options)
     from halfbyte.plan import page, plan, preview, probe, target
     from halfbyte.plan.rehearsal import Rehearsal
 
-    recipe = recipes.load(given.recipe)
     rehearsal = Rehearsal.of(given.recipe, recipe, options, target.find(given.gpu, given.launch))
     if given.preview is not None or given.row is not None:
         shown = [given.row] if given.row is not None else range(1, given.preview + 1)

@@ -10,6 +10,13 @@ from transformers import PreTrainedModel
 from halfbyte.fast.linear import FusedLinear4bit
 
 
+def entered(args: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.autocast:
+    """Return the autocast that a trainer with ``args`` enters on ``device``, off for tensors of its own ``dtype``."""
+    sixteen = torch.bfloat16 if args.bf16 else torch.float16
+    enabled = bool(args.bf16 or args.fp16) and dtype != sixteen
+    return torch.autocast(device.type, dtype=sixteen, enabled=enabled)
+
+
 def leave(model: PreTrainedModel) -> str:
     """Run ``model`` outside autocast if all of it has autocast's dtype; return ``off: ...`` or ``kept: ...``.
 

@@ -140,9 +140,9 @@ def _fuse_layers(model: Any, level: int, args: TrainingArguments | None) -> tupl
 
 def _autocast(hidden: torch.Tensor, args: TrainingArguments | None) -> torch.autocast:
     """The autocast that a trainer with ``args`` enters; none in a loop of one's own."""
-    sixteen = torch.bfloat16 if args is not None and args.bf16 else torch.float16
-    enabled = args is not None and (args.bf16 or args.fp16) and hidden.dtype != sixteen
-    return torch.autocast(hidden.device.type, dtype=sixteen, enabled=enabled)
+    if args is None:
+        return torch.autocast(hidden.device.type, enabled=False)
+    return autocast.entered(args, hidden.device, hidden.dtype)
 
 
 def _fuse_linears(base: nn.Module) -> tuple[int, dict[str, int]]:

@@ -63,7 +63,7 @@ def changes(trainer: Any, options: ModelOptions, target: Target) -> list[Change]
         trainer.args,
         trainer.report.fusion.level,
         Place(strategy=target.strategy, world_size=target.ranks, device=target.device),
-        Lengths.of(trainer.train_dataset, trainer.args),
+        trainer.report.lengths,
         options.max_tokens_per_batch,
     )
     before, found = _held(trainer, start).total, []

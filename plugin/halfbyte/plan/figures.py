@@ -37,7 +37,7 @@ class Figures:
 
     def with_longest(self, trainer: Any) -> "Figures":
         """Return these figures with the longest row of ``trainer``, which is built over the longest."""
-        lengths = Lengths.of(trainer.train_dataset, trainer.args)
+        lengths = trainer.report.lengths
         return self if lengths is None else replace(self, longest=_longest(lengths))
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def figures(trainer: Any, rows: RunData) -> Figures:
     """Return the figures of the run that ``trainer``, built over ``rows``, stands for."""
     args, report, ranks = trainer.args, rows.report.train, trainer.report.workload.world_size
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-    lengths = Lengths.of(trainer.train_dataset, args)
+    lengths = trainer.report.lengths
     given = args.max_steps if args.max_steps > 0 else None
     if report.whole is None:  # a stream
         return Figures(batch=size, steps=given)

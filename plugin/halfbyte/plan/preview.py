@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from halfbyte.data.sample import Sample
 from halfbyte.errors import UserError
+from halfbyte.fast.pairs import common_prefix
 from halfbyte.plan.rehearsal import Rehearsal
 from halfbyte.terminal.streams import printable
 from halfbyte.terminal.wording import plural
@@ -55,7 +56,7 @@ def lines(preview: Preview, tokenizer: Any) -> Iterator[Text]:
     if preview.left_out is not None:
         yield Text(f"row {preview.row}: left out: {preview.left_out}")
         return
-    shared = _shared([each.ids for each in preview.sequences]) if len(preview.sequences) > 1 else 0
+    shared = common_prefix(*(each.ids for each in preview.sequences)) if len(preview.sequences) > 1 else 0
     told = ", ".join(
         f"{each.name} {plural(len(each.ids), 'token')}, {sum(each.trained):,} trained"
         for each in preview.sequences
@@ -160,16 +161,6 @@ def _of_columns(dataset: Any) -> Iterator[Tokens]:
     for example in dataset:
         prompt, completion = list(example["prompt_ids"]), list(example["completion_ids"])
         yield Tokens("row", prompt + completion, [False] * len(prompt) + [True] * len(completion))
-
-
-def _shared(sides: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sides begin with."""
-    count = 0
-    for tokens in zip(*sides, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        count += 1
-    return count
 
 
 def _rendered(sequence: Tokens, part: slice, tokenizer: Any) -> Text:

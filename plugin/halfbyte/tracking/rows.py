@@ -1,4 +1,4 @@
-"""Files of JSON rows that a run appends to, one a line, and that a resumed run goes on with."""
+"""Files of JSON rows that a run appends to, one a line, and that a resumed run continues."""
 
 import json
 from pathlib import Path

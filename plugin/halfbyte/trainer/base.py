@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from halfbyte.checkpoint.manifest import Manifest
 from halfbyte.data import Prompts
 from halfbyte.data.batching import Batching
+from halfbyte.data.lengths import Lengths
 from halfbyte.fast import FusionReport
 from halfbyte.memory import Memory, Workload
 from halfbyte.quantization import Coverage
@@ -62,7 +63,8 @@ class BuildReport:
     """What building a trainer found: how much of the base is in four bits, and what of the step is fused.
 
     ``precomputed`` is whether references are computed before training, where that was to be decided; ``batching`` the
-    micro-batches of ``max_tokens_per_batch``; ``memory`` what a step of ``workload`` is predicted to hold.
+    micro-batches of ``max_tokens_per_batch``; ``memory`` what a step of ``workload`` is predicted to hold; ``lengths``
+    those of the training rows, where they say.
     """
 
     coverage: Coverage = field(default_factory=Coverage)
@@ -70,6 +72,7 @@ class BuildReport:
     precomputed: bool | None = None
     batching: Batching | None = None
     workload: Workload | None = None
+    lengths: Lengths | None = None
     memory: Memory | None = None
 
     def lines(self) -> list[str]:

@@ -113,6 +113,7 @@ def build(
             fusion=fusion,
             batching=trainer.batching,
             workload=workload,
+            lengths=lengths,
             memory=memory.predict(model, workload),
         )
 

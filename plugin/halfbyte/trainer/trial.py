@@ -9,6 +9,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from halfbyte.adapters import evaluating
 from halfbyte.errors import UserError
+from halfbyte.fast import autocast
 from halfbyte.memory import is_planned
 from halfbyte.terminal.wording import first_line, shorten
 
@@ -49,7 +50,7 @@ def check_loss(trainer: Trainer, model: PreTrainedModel | PeftModel) -> None:
         evaluating(base),
         torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []),
         # Trained copies of embeddings or head are float32 in a 16-bit base: a step casts between them.
-        _autocast(trainer.args, ids.device),
+        autocast.entered(trainer.args, ids.device),
     ):
         try:
             logits = base(input_ids=ids, **without).logits[:, :-1].float()
@@ -75,12 +76,6 @@ def check_loss(trainer: Trainer, model: PreTrainedModel | PeftModel) -> None:
             f"TRL would compute another loss than {name} does, which has more than a product between its backbone "
             f"and its logits; use another model"
         )
-
-
-def _autocast(args: Any, device: torch.device) -> torch.autocast:
-    """What the Trainer runs a step in."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16
-    return torch.autocast(device.type, dtype=dtype, enabled=bool(args.bf16 or args.fp16))
 
 
 def _runs(base: Any, ids: torch.Tensor) -> bool:
