@@ -29,6 +29,7 @@ def rows(tmp_path: Path) -> str:
     return tiny.write_rows(tmp_path / "rows", tiny.conversations(24))
 
 
+@pytest.mark.faults
 def test_an_interrupt_ends_with_130_and_is_recorded(model_dir: ModelDir, tmp_path: Path, rows: str) -> None:
     output = tmp_path / "run"
     command = [sys.executable, "-u", "-m", "halfbyte", *options(model_dir("llama"), rows, output, 100_000)]

@@ -227,6 +227,7 @@ def test_a_merge_is_made_on_the_dequantized_base(model_dir: ModelDir, tmp_path: 
     assert torch.allclose(merged(ids).logits, trained, atol=1e-5)
 
 
+@pytest.mark.distributed
 def test_two_processes_do_what_one_does(model_dir: ModelDir, tmp_path: Path) -> None:
     """The loop and a TRL trainer, on one process here and on two under ``accelerate launch``."""
     arguments = (str(model_dir("llama")), str(tmp_path))

@@ -86,17 +86,14 @@ def test_its_recipes_are_listed_beside_the_shipped_ones(site: Path) -> None:
     }
 
 
-def test_config_trainer_and_summary_are_enough(site: Path, tmp_path: Path, model: str) -> None:
+@pytest.mark.usefixtures("imported")
+def test_config_trainer_and_summary_are_enough(tmp_path: Path, model: str) -> None:
     rows = tiny.write_rows(tmp_path / "rows", tiny.conversations(12))
     (tmp_path / "run.yaml").write_text(f"model_name_or_path: {model}\ndataset_name: {rows}\nloss_scale: 1\n")
     output, shipped = tmp_path / "run", tmp_path / "shipped"
     options = ("--model_name_or_path", model, "--dataset_name", rows, *TRAINING)
-    done = launch.halfbyte(
-        *("scaled-sft", "--config", str(tmp_path / "run.yaml"), *TRAINING),
-        *("--output_dir", str(output), "--loss_scale", "3"),
-        PYTHONPATH=str(site),
-    )
-    assert done.returncode == 0, done.stderr
+    words = ("--config", str(tmp_path / "run.yaml"), *TRAINING, "--output_dir", str(output))
+    assert main(["scaled-sft", *words, "--loss_scale", "3"]) == 0
     assert_trained(output, "scaled-sft")
     assert record(output)["data"]["tokens"] > 0  # counted, although the recipe names no format
     config = record(output)["config"]
@@ -108,15 +105,17 @@ def test_config_trainer_and_summary_are_enough(site: Path, tmp_path: Path, model
     assert logged(output, "loss")[0] == pytest.approx(3 * logged(shipped, "loss")[0], rel=1e-6)
 
 
-def test_a_build_function_makes_a_trainer_with_a_reward(site: Path, tmp_path: Path, model: str) -> None:
+@pytest.mark.usefixtures("imported")
+def test_a_build_function_makes_a_trainer_with_a_reward(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = tiny.write_rows(tmp_path / "rows", [{"prompt": tiny.text(n)} for n in range(12)])
     output = tmp_path / "run"
     grpo = ("--num_generations", "2", "--max_completion_length", "8", "--forbidden", "a", "--beta", "0.1")
     paths = ("--model_name_or_path", model, "--dataset_name", rows, "--output_dir", str(output))
-    done = launch.halfbyte("brevity", *paths, *grpo, *TRAINING, PYTHONPATH=str(site))
-    assert done.returncode == 0, done.stderr
+    assert main(["brevity", *paths, *grpo, *TRAINING]) == 0
     assert_trained(output, "brevity")
-    assert done.stdout.count("rewarding 2 completions") >= 2
+    assert capsys.readouterr().out.count("rewarding 2 completions") >= 2
     rewards = logged(output, "rewards/without_the_letter/mean")
     assert len(rewards) == 2
     assert all(reward < 0 for reward in rewards)

@@ -72,7 +72,8 @@ def test_killing_a_rank_ends_the_job(model_dir, tmp_path: Path, rows: str, site:
     assert error.count("\nerror: ") <= 1
 
 
-@pytest.mark.parametrize("place", ["build", pytest.param("step", marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("place", ["build", "step"])
 def test_a_rank_that_raises_says_so_once(model_dir, tmp_path: Path, rows: str, site: str, place: str) -> None:
     options = ("--failing_rank", "1", "--failing_at", place)
     begun = time.monotonic()

@@ -103,6 +103,7 @@ def test_other_models_go_accelerates_own_way(monkeypatch: pytest.MonkeyPatch) ->
 # What is refused.
 
 
+@pytest.mark.distributed
 def test_the_bare_cpu_launch_is_refused(tmp_path: Path) -> None:
     """accelerate would train with DDP here, without a warning."""
     rows = tiny.write_rows(tmp_path / "rows", tiny.texts(8))

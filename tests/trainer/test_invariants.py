@@ -48,7 +48,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("what", ["weights", pytest.param("labels", marks=pytest.mark.distributed)])
+@pytest.mark.distributed
+@pytest.mark.parametrize("what", CASES)
 def test_a_rank_that_differs_stops_the_run(tmp_path: Path, model_dir: Callable[..., Path], what: str) -> None:
     message, steps = CASES[what]
     site = packages.write(tmp_path / "site", "diverging", ENTRY_POINTS)
