@@ -1,7 +1,6 @@
 """Decisions are taken once, and alike for the command line and for training arguments."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,4 +122,4 @@ def test_reentrant_checkpointing_under_ddp_is_refused(
     decided(args)
     options = resolve._by_name(QLoRAPlugin(), args, "a-model")
     with pytest.raises(UserError, match="use_reentrant: true fails under DDP"):
-        resolve._training(options, {"report_to"}, SimpleNamespace(device=CPU, num_processes=2), {}, [])
+        resolve._training(options, {"report_to"}, "cpu", 2, {}, [])

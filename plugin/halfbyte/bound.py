@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
 from transformers import Trainer
 
 from halfbyte import adapters, data
 from halfbyte.assembly import assemble
 from halfbyte.data import RunData
+from halfbyte.data.batching import micro_batches
 from halfbyte.errors import UserError
 from halfbyte.loading import Loaded
 from halfbyte.options import Options
@@ -60,9 +62,22 @@ def build_trainer(
         raise UserError(f"the recipe {name!r} must build its trainer with `plugin.trainer(...)`")
     if recipe.data is not None and not (planned is not None and planned.few):
         data.check_labels(trainer, rows.report)
+        _check_batches(trainer)
     if conduct is not None and conduct.checkpoint is not None and options.plugin.use_peft:
         adapters.check_checkpoint(trainer.model, str(conduct.checkpoint))
     return trainer
+
+
+def _check_batches(trainer: Trainer) -> None:
+    """Raise :class:`UserError` for a run whose every batch would be its last, and dropped."""
+    if isinstance(rows := trainer.train_dataset, Dataset):
+        args = trainer.args
+        micro_batches(
+            len(rows),
+            args.per_device_train_batch_size,
+            trainer.report.workload.world_size,
+            drop_last=args.dataloader_drop_last,
+        )
 
 
 class RunPlugin(QLoRAPlugin):

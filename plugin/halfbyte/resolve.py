@@ -77,8 +77,11 @@ def join(settings: Settings) -> PartialState:
     return PartialState(cpu=on_cpu, **options)
 
 
-def for_run(settings: Settings, manifest: Manifest | None) -> Decisions:
-    """Decide for the command line; ``manifest`` is that of the checkpoint that the run resumes from."""
+def for_run(settings: Settings, manifest: Manifest | None, planned: Strategy | None = None) -> Decisions:
+    """Decide for the command line; ``manifest`` is that of the checkpoint that the run resumes from.
+
+    ``planned`` is where a run that is planned here would run, in place of the devices of this process.
+    """
     for key in ("fsdp", "fsdp_config", "deepspeed"):
         if key in settings.given:
             raise UserError(
@@ -91,7 +94,7 @@ def for_run(settings: Settings, manifest: Manifest | None) -> Decisions:
             "it restarts the run with a smaller batch; write `on_oom: accumulate`, which keeps the batch",
             option="auto_find_batch_size",
         )
-    found = decide(settings, settings.given.keys(), manifest)
+    found = decide(settings, settings.given.keys(), manifest, planned)
     unsupported.check_samples(settings, found.strategy.name)
     if "use_cpu" in settings.given or torch.cuda.is_available():
         return found
@@ -112,14 +115,21 @@ def for_loop(
     return decide(options, {"report_to", *_chosen(model)})
 
 
-def decide(options: Any, given: Collection[str], manifest: Manifest | None = None) -> Decisions:
+def decide(
+    options: Any,
+    given: Collection[str],
+    manifest: Manifest | None = None,
+    planned: Strategy | None = None,
+) -> Decisions:
     """Settle what ``options`` leave open; ``given`` names those that the user wrote, which are kept or refused.
 
-    ``options`` is a mapping, by option name. Raises :class:`UserError`, with the option at fault.
+    Where a run is only ``planned``, it is decided for its devices. ``options`` is a mapping, by option name. Raises
+    :class:`UserError`, with the option at fault.
     """
     state = PartialState()
     recorded = manifest.config if manifest is not None else _NOTHING
-    strategy = distributed.strategy_in_use(on_cpu="use_cpu" in given and bool(options["use_cpu"]))
+    strategy = planned or distributed.strategy_in_use(on_cpu="use_cpu" in given and bool(options["use_cpu"]))
+    device = state.device if planned is None else torch.device(planned.device)
     moved, remaining = init_kwargs.take_over(options, given)
     options, given = ChainMap(moved, options), {*given, *moved}
     values: dict[str, Any] = {**moved, **({} if remaining is None else {"model_init_kwargs": remaining})}
@@ -145,9 +155,9 @@ def decide(options: Any, given: Collection[str], manifest: Manifest | None = Non
         storage, note = fsdp2.quantization_storage(options["bnb_4bit_quant_storage"], getattr(torch, dtype))
         lines += [] if note is None else [note]
     if "optim" in options:
-        _training(options, given, state, values, lines)
+        _training(options, given, device.type, strategy.world_size, values, lines)
     return Decisions(
-        device=state.device,
+        device=device,
         strategy=strategy,
         dtype=dtype,
         base=base,
@@ -169,17 +179,22 @@ def _take_over_adapter(options: Any, given: Collection[str], adapter: str, value
 
 
 def _training(
-    options: Any, given: Collection[str], state: PartialState, values: dict[str, Any], lines: list[str]
+    options: Any,
+    given: Collection[str],
+    device_type: str,
+    processes: int,
+    values: dict[str, Any],
+    lines: list[str],
 ) -> None:
     """Settle what a Trainer's arguments must have for 4-bit training."""
-    unsupported.check(options, state.device.type, state.num_processes)
-    optim, line = optimizers.resolve(_name(options["optim"]), state.device.type)
+    unsupported.check(options, device_type, processes)
+    optim, line = optimizers.resolve(_name(options["optim"]), device_type)
     if line is not None:
         values["optim"] = optim
         lines.append(line)
     if options["ddp_find_unused_parameters"] is None and options["use_peft"]:
         values["ddp_find_unused_parameters"] = False
-        if state.num_processes > 1:
+        if processes > 1:
             lines.append("ddp_find_unused_parameters: false, since adapters take part in every step")
     dropout = values.get("lora_dropout", options["lora_dropout"])
     if dropout and options.get("disable_dropout"):

@@ -69,6 +69,15 @@ def test_scored_pairs() -> None:
     assert Lengths.of(rows, SimpleNamespace(max_length=10)).sizes(padded=True).tolist() == [10]
 
 
+def test_completions() -> None:
+    rows = Dataset.from_list(
+        [{"prompt_ids": [1] * 3, "completion_ids": [2] * n, "KL_completion_ids": [3] * 9} for n in (4, 20)]
+    )
+    lengths = Lengths.of(rows, SimpleNamespace(max_length=10))
+    assert lengths.sizes(padded=False).tolist() == [7, 10]
+    assert most_tokens(lengths.sizes(padded=True), 2, padded=True) == 20
+
+
 def test_rows_that_do_not_say() -> None:
     args: Any = SimpleNamespace(max_length=10)
     packed = Dataset.from_list([{"input_ids": [1, 2], "seq_lengths": [1, 1]}])

@@ -1,9 +1,10 @@
 """A sample has the longest rows, by the bytes of whatever columns there are, and others drawn at random."""
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
-from halfbyte.data.sample import Sample, row_bytes
+from halfbyte.data.sample import Sample, first_numbers, placed, row_bytes
 from halfbyte.errors import UserError
 
 ROWS = {
@@ -21,7 +22,7 @@ def test_the_longest_are_there(kind: str) -> None:
     dataset = Dataset.from_list(ROWS[kind])
     sizes = row_bytes(dataset)
     assert len(sizes) == len(dataset)
-    taken = Sample(rows=20, longest=5).of(dataset)
+    taken = dataset.select(Sample(rows=20, longest=5).places(dataset))
     assert len(taken) == 25
     longest = set(map(str, (dataset[int(place)] for place in sizes.argsort(kind="stable")[-5:])))
     assert longest <= set(map(str, taken))
@@ -35,9 +36,19 @@ def test_bytes_follow_lengths() -> None:
 
 def test_few_rows_are_all_taken_and_only_those_that_are_named() -> None:
     dataset = Dataset.from_list(ROWS["text"])
-    assert Sample().of(dataset) is dataset
-    assert len(Sample(rows=20, longest=0).of(dataset)) == 20
-    assert list(Sample(rows=0, longest=2).of(dataset)["text"]) == ["x" * 98, "x" * 99]
-    assert list(Sample(only=[7, 2]).of(dataset)["text"]) == ["x" * 7, "xx"]
+    assert Sample().places(dataset) is None
+    assert len(Sample(rows=20, longest=0).places(dataset)) == 20
+    assert Sample(rows=0, longest=2).places(dataset).tolist() == [98, 99]
+    assert Sample(only=[7, 2]).places(dataset).tolist() == [7, 2]
     with pytest.raises(UserError, match="no row 201: the split has 100"):
-        Sample(only=[200]).of(dataset)
+        Sample(only=[200]).places(dataset)
+
+
+def test_rows_of_a_sample_have_their_numbers_in_the_split() -> None:
+    places = np.array([3, 7, 8, 20, 30, 99])
+    assert first_numbers(places, [1, 2]) == "4, 8"
+    assert first_numbers(None, [1, 2]) == "1, 2"
+    assert first_numbers(places, [1, 2, 3, 4, 5, 6]) == "4, 8, 9, 21, 31, ..."
+    with pytest.raises(UserError) as caught, placed(places):
+        raise UserError("wrong", split="train", row=6)
+    assert caught.value.row == 100

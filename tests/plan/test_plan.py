@@ -1,6 +1,7 @@
 """A plan says what a run then does: the same memory, steps and path, from the same settings."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from halfbyte.plan import target
 from tests import tiny
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences, "pretrain": tiny.texts}
+ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences, "kto": tiny.labelled, "pretrain": tiny.texts}
 OPTIONS = (
     "--per_device_train_batch_size=2",
     "--num_train_epochs=1",
@@ -76,6 +77,7 @@ def test_a_run_is_what_was_planned(given, planned: Planned, tmp_path: Path, reci
         ("sft", ("--load_in_8bit",)),
         ("sft", ("--additional_special_tokens=<new>",)),
         ("dpo", ("--fast=none",)),
+        ("kto", ("--train_sampling_strategy=sequential",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
@@ -89,6 +91,18 @@ def test_every_kind_of_run_is_planned(
     assert found["memory"] == told["memory"]["predicted"]
     assert found["data"]["steps"] == told["steps"]
     assert found["data"]["sequences"] == told["data"]["packed"]
+
+
+def test_the_last_batch_may_be_dropped(given, planned: Planned, tmp_path: Path, capsys) -> None:
+    words = [word for word in given("sft") if "batch_size" not in word] + ["--dataloader_drop_last"]
+    three, many = (f"--per_device_train_batch_size={rows}" for rows in (3, 99))
+    found, output = planned("sft", *words, three)["data"], f"--output_dir={tmp_path / 'run'}"
+    assert main(["sft", *words, three, output]) == 0
+    assert found["steps"] == json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 5
+    assert (found["rows"], found["left_out"]) == (15, 1)
+    for command in (["plan", "sft"], ["sft", output, "--overwrite_output_dir"]):
+        assert main([*command, *words, many]) == 2
+        assert "do not fill a batch of 99" in capsys.readouterr().err
 
 
 @pytest.mark.faults  # for its seconds
@@ -115,6 +129,31 @@ def test_a_sample_stands_for_all_rows(given, planned: Planned, monkeypatch: pyte
     assert told["steps"] == whole["steps"]
 
 
+@pytest.mark.parametrize("wrong", ["role", "equal"])
+def test_an_error_names_the_row_of_the_data_set(
+    model_dir, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    """And not its place in the sample, of which there are fewer than 60."""
+    from halfbyte.data.sample import Sample
+    from halfbyte.plan import plan
+
+    monkeypatch.setattr(plan, "Sample", lambda **_: Sample(rows=60, longest=0))
+    rows = tiny.preferences(200)
+    for row in rows[150:]:
+        if wrong == "role":
+            row["chosen"] = [{"role": "nobody", "content": "a"}]
+        else:
+            row["rejected"] = row["chosen"]
+    words = (
+        f"--model_name_or_path={model_dir('llama')}",
+        f"--dataset_name={tiny.write_rows(tmp_path / 'd', rows)}",
+    )
+    assert main(["plan", "dpo", *words, *OPTIONS]) == 2
+    said = re.search(r"row (\d+)", capsys.readouterr().err)
+    assert said is not None
+    assert int(said[1]) > 150
+
+
 def test_gpus_and_a_launch_file(given, planned: Planned) -> None:
     words = [word for word in given("sft") if "dtype" not in word]
     alone = planned("sft", *words, "--gpu", "24GB")
@@ -130,6 +169,12 @@ def test_gpus_and_a_launch_file(given, planned: Planned) -> None:
     several = planned("sft", *words, "--gpu", "24GB x 2")
     assert several["device"]["strategy"] == "ddp"
     assert several["memory"]["buckets"] == several["memory"]["adapters"]
+
+
+@pytest.mark.parametrize("option", ["--tf32=true", "--activation_offloading", "--fp16"])
+def test_a_gpu_is_asked_what_only_it_can_do(given, planned: Planned, option: str) -> None:
+    words = [word for word in given("sft") if "dtype" not in word]
+    assert planned("sft", *words, option, "--gpu=24GB")["device"]["device"] == "cuda"
 
 
 def test_what_makes_it_fit_comes_with_its_figure(
@@ -181,6 +226,12 @@ def test_a_page_says_the_verdict_first(given, capsys: pytest.CaptureFixture[str]
             "false under fsdp2",
         ),
         (("--launch", str(LAUNCH / "cpu.yaml"), "--gpu", "24GB"), "trains on CPUs"),
+        (("--use_cpu", "--gpu", "24GB"), "true trains on the CPU"),
+        (("--activation_offloading",), "this run is on the CPU"),
+        (
+            ("--gradient_checkpointing_kwargs={use_reentrant: true}", "--gpu", "24GB x 2"),
+            "use_reentrant: true fails under DDP",
+        ),
         (("--learning_rat", "1"), "did you mean"),
         (("--row", "99"), "no row 99: the split has 16"),
         (("--row", "0"), "no row 0: the split has 16"),

@@ -152,7 +152,15 @@ def test_what_it_cannot_be_combined_with(
 
 def test_rows_of_unknown_length(model_dir: ModelDir, tmp_path: Path) -> None:
     plugin = QLoRAPlugin(dtype="float32", max_tokens_per_batch=99)
+    args = plain_trl.arguments(SFTConfig, tmp_path, max_steps=1)
+    rows = Dataset.from_list(tiny.texts(4)).to_iterable_dataset()
+    with pytest.raises(UserError, match="the rows of SFTTrainer do not say how many tokens they are"):
+        plugin.trainer(SFTTrainer, model=str(model_dir("llama")), args=args, train_dataset=rows)
+
+
+def test_rows_that_meet_in_one_batch_beforehand(model_dir: ModelDir, tmp_path: Path) -> None:
+    plugin = QLoRAPlugin(dtype="float32", max_tokens_per_batch=99)
     args = plain_trl.arguments(KTOConfig, tmp_path, max_steps=1)
     rows = Dataset.from_list(tiny.labelled(4))
-    with pytest.raises(UserError, match="the rows of KTOTrainer do not say how many tokens they are"):
+    with pytest.raises(UserError, match="KTO compares the rows of one micro-batch"):
         plugin.trainer(KTOTrainer, model=str(model_dir("llama")), args=args, train_dataset=rows)

@@ -1,10 +1,30 @@
-"""Micro-batches by a budget of tokens: which rows meet in one, decided once for a run."""
+"""Micro-batches: how many rows make, and those of a budget of tokens, decided once for a run."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from halfbyte.errors import UserError
+
+
+def micro_batches(rows: int, size: int, ranks: int, *, drop_last: bool) -> int:
+    """Return the micro-batches of ``size`` rows that one of ``ranks`` has in an epoch of ``rows``.
+
+    Raises :class:`UserError` where ``drop_last`` leaves none.
+    """
+    if not drop_last:
+        return math.ceil(math.ceil(rows / size) / ranks)
+    found = rows // size // ranks
+    if not found:
+        raise UserError(
+            f"the {rows:,} rows do not fill a batch of {size} on each of {ranks} ranks, and all would be dropped; "
+            "take it out, or write a smaller per_device_train_batch_size",
+            option="dataloader_drop_last",
+        )
+    return found
 
 
 @dataclass(frozen=True)

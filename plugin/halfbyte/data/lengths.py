@@ -8,14 +8,22 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from halfbyte.data.preparation.counting import PAIRS, SCORED_PAIRS, list_batches, list_lengths, list_values
+from halfbyte.data.preparation.counting import (
+    COMPLETIONS,
+    PAIRS,
+    SCORED_PAIRS,
+    list_batches,
+    list_lengths,
+    list_values,
+)
 
 
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of each row after truncation, int64 ``[rows]``: of each of its ``sides``, and of their ``common`` prefix.
 
-    A row of SFT has one side. The width of a padded batch is a multiple of ``multiple``.
+    A row of SFT has one side, and one of KTO: what it estimates its KL term on is another forward. The width of a
+    padded batch is a multiple of ``multiple``.
     """
 
     sides: tuple[np.ndarray, ...]
@@ -74,8 +82,15 @@ def _starts(counts: np.ndarray) -> np.ndarray:
 
 
 def _of_sequences(ids: pa.ListArray, args: Any) -> tuple[np.ndarray, np.ndarray]:
-    found = list_lengths(ids)
-    return _cut(found, args), np.zeros_like(found)
+    return _of_lengths(list_lengths(ids), args)
+
+
+def _of_completions(prompt: pa.ListArray, completion: pa.ListArray, args: Any) -> Any:
+    return _of_lengths(list_lengths(prompt) + list_lengths(completion), args)
+
+
+def _of_lengths(whole: np.ndarray, args: Any) -> tuple[np.ndarray, np.ndarray]:
+    return _cut(whole, args), np.zeros_like(whole)
 
 
 def _of_pairs(prompt: pa.ListArray, chosen: pa.ListArray, rejected: pa.ListArray, args: Any) -> Any:
@@ -102,5 +117,6 @@ def _cut(whole: np.ndarray, args: Any) -> np.ndarray:
 _MEASURES: tuple[tuple[tuple[str, ...], Callable[..., Any]], ...] = (
     (PAIRS.columns, _of_pairs),
     (SCORED_PAIRS.columns, _of_scored_pairs),
+    (COMPLETIONS.columns, _of_completions),
     (("input_ids",), _of_sequences),
 )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from halfbyte.data.formats import DataFormat
 from halfbyte.terminal.wording import plural
 
@@ -14,7 +16,7 @@ class SplitReport:
     ``rows`` and ``sha`` describe the split as read, before anything is dropped; ``tokens`` are those of one
     epoch, after truncation; ``truncated`` counts rows that lost tokens to ``max_length`` and still train.
     ``lost_rows`` have no label left after truncation; ``long_rows`` exceed ``max_length`` where nothing is truncated.
-    ``whole`` are the rows of a split of which only a sample was read.
+    ``whole`` are the rows of a split of which only a sample was read, those of ``places``, from 0.
     """
 
     streaming: bool = False
@@ -28,6 +30,7 @@ class SplitReport:
     lost_rows: int = 0
     long_rows: int = 0
     whole: int | None = None
+    places: np.ndarray | None = field(default=None, repr=False)
     counted: bool = False
     # the rows.RowCheck that the rows passed, to find one that fails later
     check: Any = field(default=None, repr=False)

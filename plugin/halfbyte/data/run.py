@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
+import numpy as np
 from trl import extract_prompt
 
 from halfbyte.data import calls, nested, sources, unread
@@ -21,7 +22,7 @@ from halfbyte.data.prompts import Prompts
 from halfbyte.data.prompts import load as load_prompts
 from halfbyte.data.report import DataReport, SplitReport
 from halfbyte.data.rows import RowCheck, digest
-from halfbyte.data.sample import Sample
+from halfbyte.data.sample import Sample, placed
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import shorten
 
@@ -81,11 +82,14 @@ def _load(
     origin = [part.path for part in mixture.datasets] or [script.dataset_name]
     ready = {}
     for name, whole in found.items():
-        dataset, streaming = whole, isinstance(whole, datasets.IterableDataset)
-        if sample is not None and not streaming:
-            dataset = sample.of(whole)
-        ready[name], counts = _split(name, dataset, training, format, tokenizer, report, policy, origin)
-        counts.whole = None if streaming else len(whole)
+        streaming = isinstance(whole, datasets.IterableDataset)
+        places = None if sample is None or streaming else sample.places(whole)
+        dataset = whole if places is None else whole.select(places)
+        with placed(places):
+            ready[name], counts = _split(
+                name, dataset, training, format, tokenizer, report, policy, origin, places
+            )
+        counts.whole, counts.places = None if streaming else len(whole), places
         if name == "train":
             report.train = counts
         else:
@@ -123,6 +127,7 @@ def _split(
     report: DataReport,
     policy: str,
     origin: list[str],
+    places: np.ndarray | None = None,
 ) -> tuple[Any, SplitReport]:
     streaming = isinstance(dataset, datasets.IterableDataset)
     with reading(*origin):
@@ -190,10 +195,10 @@ def _split(
     else:
         check.all(dataset)
     if conversational:
-        dataset = delimiters.settle(name, dataset, layout, tokenizer, policy, report, check.template)
+        dataset = delimiters.settle(name, dataset, layout, tokenizer, policy, report, check.template, places)
     if streaming:
         return dataset, counts
-    equal.refuse_identical(dataset, name, format)
+    equal.refuse_identical(dataset, name, format, places)
     if format.remark is not None and (remark := format.remark(dataset, training)) is not None:
         report.notes.append(f"{name}: {remark}")
     return dataset, counts

@@ -1,6 +1,7 @@
 """Some rows of a split in the place of all: drawn at random, with the longest, which decide what a step needs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,20 +25,40 @@ class Sample:
     longest: int = LONGEST
     only: Sequence[int] | None = None
 
-    def of(self, dataset: Dataset, seed: int = 0) -> Dataset:
-        """Return the rows of ``dataset`` that are taken, in its order: all of them where that is no more."""
+    def places(self, dataset: Dataset, seed: int = 0) -> np.ndarray | None:
+        """Return the places in ``dataset`` of the rows that are taken, from 0 and in its order; None: all of them."""
         if self.only is not None:
             if beyond := [place for place in self.only if not 0 <= place < len(dataset)]:
                 raise UserError(f"no row {beyond[0] + 1}: the split has {len(dataset):,}", option="--row")
-            return dataset.select(self.only)
+            return np.array(self.only)
         if len(dataset) <= self.rows + self.longest:
-            return dataset
+            return None
         longest = np.empty(0, dtype=np.int64)
         if self.longest:
             longest = np.argsort(row_bytes(dataset), kind="stable")[-self.longest :]
         others = np.setdiff1d(np.arange(len(dataset)), longest)
         drawn = np.random.default_rng(seed).choice(others, self.rows, replace=False)
-        return dataset.select(np.sort(np.concatenate([drawn, longest])))
+        return np.sort(np.concatenate([drawn, longest]))
+
+
+@contextmanager
+def placed(places: np.ndarray | None) -> Iterator[None]:
+    """Name the row of the whole split in an error about one of its sample, which has the rows of these ``places``."""
+    try:
+        yield
+    except UserError as error:
+        error.row = None if error.row is None else number(places, error.row)
+        raise
+
+
+def number(places: np.ndarray | None, row: int) -> int:
+    """The number of ``row`` of a sample in the whole split; both count from 1."""
+    return row if places is None else int(places[row - 1]) + 1
+
+
+def first_numbers(places: np.ndarray | None, rows: Sequence[int]) -> str:
+    """The numbers of the first few ``rows`` of a sample in the whole split, for a message."""
+    return ", ".join(str(number(places, row)) for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
 
 
 def row_bytes(dataset: Dataset) -> np.ndarray:

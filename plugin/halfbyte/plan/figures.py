@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.data import RunData
+from halfbyte.data.batching import micro_batches
 from halfbyte.data.lengths import Lengths
 
 _DRAWS = 16
@@ -19,7 +20,8 @@ class Figures:
 
     ``rows`` are those that train, in ``sequences`` where they are packed; ``read`` of them were looked at. ``tokens``
     are computed in one epoch, ``padding`` is the share of a batch that is none of them; ``truncated`` and ``dropped``
-    are the shares of rows that lose tokens to ``max_length``, and that do not train.
+    are the shares of rows that lose tokens to ``max_length``, and that do not train. ``left_out`` rows, or sequences,
+    do not fill the last batch of an epoch where ``dataloader_drop_last`` is set.
     """
 
     rows: int | None = None
@@ -30,6 +32,7 @@ class Figures:
     padding: float | None = None
     truncated: float | None = None
     dropped: float | None = None
+    left_out: int = 0
     batch: int
     steps_per_epoch: int | None = None
     steps: int | None = None
@@ -55,8 +58,11 @@ def figures(trainer: Any, rows: RunData) -> Figures:
         return Figures(batch=size, steps=given)
     read, whole = report.rows or 0, report.whole
     prepared = len(trainer.train_dataset)
-    kept = round(prepared * whole / max(read, 1))
+    there = kept = round(prepared * whole / max(read, 1))
     batches = _batches(trainer, kept, prepared, ranks)
+    if args.dataloader_drop_last:  # other rows in each epoch, as many of them
+        kept = batches * args.per_device_train_batch_size * ranks
+    used = whole / max(read, 1) * kept / max(there, 1)
     per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     steps = given or math.ceil(args.num_train_epochs * per_epoch)
     tokens = longest = padding = None
@@ -67,10 +73,10 @@ def figures(trainer: Any, rows: RunData) -> Figures:
         free = fusion.padding_free or fusion.trees
         padding = 0.0 if free else _padding(lengths, args.per_device_train_batch_size)
     elif report.tokens is not None:
-        tokens = round(report.tokens * whole / max(read, 1))
+        tokens = round(report.tokens * used)
     packed = report.packed is not None
     return Figures(
-        rows=round((read - (report.dropped or 0)) * whole / max(read, 1)) if packed else kept,
+        rows=round((read - (report.dropped or 0)) * used) if packed else kept,
         sequences=kept if packed else None,
         read=read,
         tokens=tokens,
@@ -78,6 +84,7 @@ def figures(trainer: Any, rows: RunData) -> Figures:
         padding=padding,
         truncated=None if report.truncated is None else report.truncated / max(read, 1),
         dropped=(report.dropped or 0) / max(read, 1),
+        left_out=there - kept,
         batch=size,
         steps_per_epoch=per_epoch,
         steps=steps,
@@ -87,9 +94,10 @@ def figures(trainer: Any, rows: RunData) -> Figures:
 
 def _batches(trainer: Any, kept: int, prepared: int, ranks: int) -> int:
     """The micro-batches of one epoch on one rank."""
+    args = trainer.args
     if trainer.batching is not None:
         return math.ceil(len(trainer.batching) * kept / max(prepared, 1) / ranks)
-    return math.ceil(math.ceil(kept / trainer.args.per_device_train_batch_size) / ranks)
+    return micro_batches(kept, args.per_device_train_batch_size, ranks, drop_last=args.dataloader_drop_last)
 
 
 def _longest(lengths: Lengths) -> int:

@@ -76,6 +76,8 @@ def _data(plan: Plan) -> Iterator[str]:
             told += f"; {found.dropped:.1%} of the rows are dropped"
         if found.truncated:
             told += f"; {found.truncated:.1%} of the rows are truncated"
+        if found.left_out:
+            told += f"; {found.left_out:,} more do not fill the last batch (dataloader_drop_last)"
         if found.padding:
             told += f"; {found.padding:.0%} of a batch is padding"
         yield told

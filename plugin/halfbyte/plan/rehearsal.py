@@ -9,8 +9,9 @@ from transformers import Trainer
 
 from halfbyte import data, distributed, fast, loading, memory, resolve
 from halfbyte.bound import Planned, build_trainer
+from halfbyte.config import Settings
 from halfbyte.data import OtherRowsError, RunData
-from halfbyte.data.sample import Sample
+from halfbyte.data.sample import Sample, number
 from halfbyte.distributed import launcher
 from halfbyte.errors import UserError
 from halfbyte.loading import Loaded
@@ -43,18 +44,15 @@ class Rehearsal:
     def of(cls, name: str, recipe: Recipe, argv: list[str], target: Target) -> "Rehearsal":
         """Read and decide as :func:`halfbyte.run.main` does; raises :class:`UserError` for what it refuses."""
         settings = read(name, recipe, argv)
-        here = target.device == "cuda" and torch.cuda.is_available()
-        if target.device == "cuda" and not here and not {"dtype", "bf16", "fp16"} & settings.given.keys():
-            # What a run chooses on a GPU of compute capability 8.0 or above.
-            settings = read(name, recipe, [*argv, "--dtype", "bfloat16"])
+        if target.device == "cuda" and not torch.cuda.is_available():
+            settings = _as_on_a_gpu(settings, name, recipe, argv)
         if launcher.requested().processes > 1:
             raise UserError("a plan is made in one process; name the launch file with --launch")
         try:
             settings.check(QLoRAPlugin)
             resolve.join(settings)
-            decisions = target.applied(resolve.for_run(settings, None), str(settings["optim"]))
+            decisions = resolve.for_run(settings, None, target.planned)
             options = _without_effects(Options.decided(settings, decisions))
-            target.check(options)
             tokenizer, added = loading.load_tokenizer(options.plugin, decisions, options.args)
             loaded = loading.planned(
                 options.plugin,
@@ -93,6 +91,9 @@ class Rehearsal:
         try:
             return build_trainer(self.name, self.recipe, self.options, self.decisions, rows, None, planned)
         except UserError as error:
+            split = rows.report.split(error.split or "")
+            if split is not None and error.row is not None:
+                error.row = number(split.places, error.row)
             self.options.settings.placed(error)
             raise
 
@@ -103,7 +104,26 @@ class Rehearsal:
         return int(memory.SHARE[self.target.device] * (self.target.capacity - held.held_by(share)))
 
 
+def _as_on_a_gpu(settings: Settings, name: str, recipe: Recipe, argv: list[str]) -> Settings:
+    """The settings of a run on a GPU, where there is none: what only it could take here, it is not asked about."""
+    if settings["use_cpu"]:
+        raise settings.placed(
+            UserError(
+                "true trains on the CPU, and --gpu plans for a GPU; take one of the two out", option="use_cpu"
+            )
+        )
+    if not {"dtype", "bf16", "fp16"} & settings.given.keys():
+        # What a run chooses on a GPU of compute capability 8.0 or above.
+        settings = read(name, recipe, [*argv, "--dtype", "bfloat16"])
+    return settings.with_values(tf32=None)
+
+
 def _without_effects(options: Options) -> Options:
-    """The options of a trainer that is not to train: constructing it makes no repository and no directory."""
-    args = with_values(options.args, {"push_to_hub": False, "output_dir": tempfile.gettempdir()})
-    return replace(options, args=args)
+    """The options of a trainer that is not to train: constructing it makes no repository and no directory.
+
+    Nor does it ask for a GPU, with float16's gradient scaler or activations that go to the host and back.
+    """
+    values = {"push_to_hub": False, "output_dir": tempfile.gettempdir(), "activation_offloading": False}
+    if not torch.cuda.is_available():
+        values |= {"fp16": False, "mixed_precision": "bf16" if options.args.bf16 else "no"}
+    return replace(options, args=with_values(options.args, values))

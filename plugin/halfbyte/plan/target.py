@@ -1,19 +1,17 @@
 """Where a planned run would run: the machine at hand, or GPUs and a launch file that the user names."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from halfbyte.distributed import SHARDED, Strategy, check_optimizer, check_quantized, support
+from halfbyte.distributed import Strategy, support
 from halfbyte.distributed.launcher import Request
 from halfbyte.errors import UserError
 from halfbyte.memory import Memory
 from halfbyte.memory.available import host_memory
-from halfbyte.options import Options
 from halfbyte.plan import launch_file
-from halfbyte.resolve import Decisions
 from halfbyte.terminal.wording import memory
 
 # What a process takes of a GPU beside torch's tensors: CUDA's context, and the libraries' workspaces.
@@ -38,26 +36,16 @@ class Target:
     basis: str
     notes: tuple[str, ...] = ()
 
-    def applied(self, decisions: Decisions, optim: str) -> Decisions:
-        """Return ``decisions`` as they would be taken there; ``optim`` is the optimizer that was requested."""
-        values = dict(decisions.values)
-        if self.device == "cuda":
-            values["optim"] = optim
-        strategy = Strategy(self.strategy, self.ranks, self.device)
-        return replace(decisions, device=torch.device(self.device), strategy=strategy, values=values)
+    @property
+    def planned(self) -> Strategy:
+        """The strategy as a run that is decided there has it."""
+        return Strategy(self.strategy, self.ranks, self.device)
 
     def verdict(self, held: Memory) -> str:
         """``fits``, ``tight`` (little headroom, or paged state moves to the host) or ``does not fit``."""
         if held.total <= _COMFORTABLE * self.capacity:
             return "fits"
         return "tight" if held.total - held.pageable <= self.capacity else "does not fit"
-
-    def check(self, options: Options) -> None:
-        """Raise :class:`UserError` for what a run would refuse under the strategy there."""
-        if self.strategy in SHARDED:
-            check_quantized(self.strategy, options.plugin.load_in_4bit)
-            optim = options.args.optim
-            check_optimizer(str(getattr(optim, "value", optim)))
 
 
 def find(gpu: str | None, launch: Path | None) -> Target:

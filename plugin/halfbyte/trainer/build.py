@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
-from trl import DPOTrainer
+from trl import DPOTrainer, KTOTrainer
 
 from halfbyte import adapters, fast, memory, optimizers
 from halfbyte.data.batching import Batching
@@ -152,7 +152,9 @@ def _hidden(args: Any, *fields: str) -> Iterator[None]:
 def _check_token_budget(trainer: Any, lengths: Lengths | None) -> None:
     """Raise :class:`UserError` for a trainer whose micro-batches cannot be made by tokens."""
     loading, reason = trainer.args.accelerator_config, None
-    if lengths is None:
+    if isinstance(trainer, KTOTrainer):
+        reason = "KTO compares the rows of one micro-batch, whose number it fixes beforehand"
+    elif lengths is None:
         reason = f"the rows of {type(trainer).__name__} do not say how many tokens they are"
     elif loading.dispatch_batches or loading.split_batches:
         reason = "dispatch_batches and split_batches split a batch by rows"

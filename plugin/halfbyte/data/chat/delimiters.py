@@ -22,6 +22,7 @@ from halfbyte.data.formats import Layout
 from halfbyte.data.nested import loosened
 from halfbyte.data.report import DataReport
 from halfbyte.data.rows import numbered
+from halfbyte.data.sample import first_numbers
 from halfbyte.errors import UserError
 
 # The contents of a probe's messages; everything else in the rendered text comes from the template.
@@ -63,11 +64,13 @@ def settle(
     policy: str,
     report: DataReport,
     template: str | None = None,
+    places: np.ndarray | None = None,
 ) -> Any:
     """Return the split with delimiters in its messages and tools handled by ``policy``; note counts in ``report``.
 
     With ``error`` a delimiter raises UserError with its row; ``escape`` puts a
     space after its first character; ``allow`` leaves it. A stream is handled as it is read, and not counted.
+    ``places`` are those of the rows of a sample.
     """
     check = _Check(turn_delimiters(tokenizer, template), tokenizer, template, layout, policy)
     if isinstance(dataset, datasets.IterableDataset):  # a later file may have what the first row has not
@@ -87,8 +90,8 @@ def settle(
         report.notes.append(f"{split}: added tokens in messages, trained unchanged: {_counts(others)}")
     if not rows:
         return dataset
-    where = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
     if policy == "error":
+        where = first_numbers(places, rows)
         raise _forged(_counts(turns), split, among=f"{len(rows):,} of {len(dataset):,} rows ({where}): ")
     done = "escaped" if policy == "escape" else "unchanged"
     report.notes.append(

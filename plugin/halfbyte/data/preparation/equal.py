@@ -9,6 +9,7 @@ import numpy as np
 from halfbyte.data.formats import DataFormat
 from halfbyte.data.preparation.counting import Prepared
 from halfbyte.data.rows import numbered
+from halfbyte.data.sample import first_numbers
 from halfbyte.errors import UserError
 
 MOST = 0.01  # the share of rows with equal sides that is taken for an accident
@@ -16,17 +17,21 @@ SEEN = 1000  # rows of a stream before that share means anything
 NUMBER = "row number"  # the column that numbers the rows of a split while they are prepared, from 1
 
 
-def refuse_identical(dataset: Any, split: str, format: DataFormat) -> None:
-    """Raise UserError where more than 1% of the rows have identical sides, as it can be seen before tokenization."""
+def refuse_identical(dataset: Any, split: str, format: DataFormat, places: np.ndarray | None = None) -> None:
+    """Raise UserError where more than 1% of the rows have identical sides, as it can be seen before tokenization.
+
+    ``places`` are those of the rows of a sample.
+    """
     if compared := format.compares(dataset.column_names):
         rows = numbered(dataset, list(compared), doing=f"comparing {split}")
-        _refuse(split, [number for number, row in rows if format.equal(row)], len(dataset), None)
+        same = [number for number, row in rows if format.equal(row)]
+        _refuse(split, same, len(dataset), None, places)
 
 
-def with_numbers(dataset: Any) -> Any:
-    """The same rows of a Dataset or IterableDataset, numbered in a column of their own."""
+def with_numbers(dataset: Any, places: np.ndarray | None = None) -> Any:
+    """The same rows of a Dataset or IterableDataset, numbered in a column of their own; of a sample by ``places``."""
     if not isinstance(dataset, datasets.IterableDataset):
-        return dataset.add_column(NUMBER, range(1, len(dataset) + 1))
+        return dataset.add_column(NUMBER, np.arange(1, len(dataset) + 1) if places is None else places + 1)
     features = dataset.features
     if features is not None:
         features = datasets.Features({**features, NUMBER: datasets.Value("int64")})
@@ -78,9 +83,11 @@ def _number(row: dict[str, Any], index: int) -> dict[str, Any]:
     return {**row, NUMBER: index + 1}
 
 
-def _refuse(split: str, equal: list[int], rows: int, max_length: int | None) -> None:
+def _refuse(
+    split: str, equal: list[int], rows: int, max_length: int | None, places: np.ndarray | None = None
+) -> None:
     if len(equal) > MOST * rows:
-        first = ", ".join(map(str, equal[:5])) + (", ..." if len(equal) > 5 else "")
+        first = first_numbers(places, equal)
         cut = "" if max_length is None else f" as trained, with max_length {max_length},"
         raise UserError(
             f"chosen and rejected are equal{cut} in {len(equal):,} of {rows:,} rows (row {first})\n"

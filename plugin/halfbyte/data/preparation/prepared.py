@@ -81,7 +81,7 @@ class CountedRows:
         dataset, args, format = given.arguments["dataset"], given.arguments["args"], self.rows_report.format
         comparing = format is not None and bool(format.compares(_columns(dataset)))
         if comparing:
-            given.arguments["dataset"] = equal.with_numbers(dataset)
+            given.arguments["dataset"] = equal.with_numbers(dataset, counts.places)
         kl = getattr(self, "calculate_KL", None)  # of KTO
         ready = tokenized = self._tokenized(prepare, given, counts, name)
         if ready is None:
