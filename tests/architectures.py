@@ -13,16 +13,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from trl import SFTConfig, SFTTrainer
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from halfbyte import QLoRAPlugin
+from halfbyte import QLoRAPlugin, multimodal
 from halfbyte.errors import UserError
 from halfbyte.fast import batches
 from halfbyte.fast.forest import Forest
+from halfbyte.task import CAUSAL_LM
 from tests import tiny
 
 _LARGEST = 20_000_000  # weights; a shape that stays larger is not walked
@@ -51,6 +56,17 @@ _SIZES: dict[int, str] = {
     0: "bos_token_id num_kv_shared_layers",
 }  # fmt: skip
 _BY_FIELD = {name: size for size, names in _SIZES.items() for name in names.split()}
+# Arguments of one step in a test.
+_STEP: dict[str, Any] = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 # What an architecture requires beside.
 _MORE: dict[str, dict[str, Any]] = {
     "falcon_mamba": {"state_size": 2},
@@ -72,6 +88,13 @@ _MORE: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
                "num_mem_blocks": 1, "n_mamba_heads": 8, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "mistral_large4_text": {"num_key_value_heads": 4},
+    **{name: {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}}
+       for name in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text", "glm_ocr_text")},
+    **{name: {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": section,
+                                  "partial_rotary_factor": 0.5}}
+       for name, section in (("glm4v_text", [1, 1, 2]), ("glm4v_moe_text", [1, 1, 2]))},
 }  # fmt: skip
 
 
@@ -81,9 +104,11 @@ def config(name: str, **more: Any) -> PretrainedConfig:
 
 
 def model(name: str, **more: Any) -> PreTrainedModel:
-    """A random model of the architecture ``name`` in float32, the same each time."""
+    """A random model of the architecture ``name`` in float32, the same each time; a multimodal one whole."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(name, **more), dtype=torch.float32)
+    found = config(name, **more)
+    auto = getattr(transformers, multimodal.auto_class(found, CAUSAL_LM))
+    return auto.from_config(found, dtype=torch.float32)
 
 
 def prepare_pairs(model: PreTrainedModel) -> str | None:
@@ -120,19 +145,9 @@ def save(directory: Path, name: str, **more: Any) -> str:
 
 def step(directory: str, output: Path, plugin: dict[str, Any] | None = None, **options: Any) -> Any:
     """Take one SFT step on the base in ``directory``; return the trainer, and the adapters that did not move."""
-    arguments = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_length": 64}
-    arguments |= {
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    args = SFTConfig(output_dir=str(output), **{**_STEP, "max_length": 64, **options})
     trainer = QLoRAPlugin(dtype="float32", lora_r=4, **(plugin or {})).trainer(
-        SFTTrainer,
-        model=directory,
-        args=SFTConfig(output_dir=str(output), **{**arguments, **options}),
-        train_dataset=Dataset.from_list(tiny.texts(8)),
+        SFTTrainer, model=directory, args=args, train_dataset=Dataset.from_list(tiny.texts(8))
     )
     trainer.train()
     still = [
@@ -143,15 +158,31 @@ def step(directory: str, output: Path, plugin: dict[str, Any] | None = None, **o
     return trainer, still
 
 
+def dpo_loss(directory: str, output: Path, plugin: dict[str, Any] | None = None, **options: Any) -> float:
+    """The loss of the first DPO step on the base in ``directory``."""
+    args = DPOConfig(output_dir=str(output), **{**_STEP, "logging_steps": 1, **options})
+    trainer = QLoRAPlugin(dtype="float32", lora_r=4, **(plugin or {})).trainer(
+        DPOTrainer, model=directory, args=args, train_dataset=Dataset.from_list(tiny.preferences(4))
+    )
+    trainer.train()
+    return next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+
+
 def _shrunk(cls: type[PretrainedConfig], **more: Any) -> PretrainedConfig:
     fields = {*inspect.signature(cls.__init__).parameters}
     fields |= {name for base in cls.__mro__ for name in vars(base).get("__annotations__", {})}
     aliases = getattr(cls, "attribute_map", {})
     values = {name: size for name, size in _BY_FIELD.items() if name in fields or name in aliases}
     values = {name: size for name, size in values.items() if aliases.get(name) not in values}
-    for name, part in getattr(cls, "sub_configs", {}).items():
-        if part is not AutoConfig:
-            values[name] = _shrunk(part).to_dict()
+    parts = getattr(cls, "sub_configs", {})
+    if AutoConfig in parts.values():
+        default = cls()
+    for name, part in parts.items():
+        if part is AutoConfig:
+            if (own := getattr(default, name, None)) is None:
+                continue
+            part = type(own)
+        values[name] = _shrunk(part, **_MORE.get(part.model_type, {})).to_dict()
     return cls(**{**values, **more})
 
 
@@ -178,4 +209,7 @@ def _walk(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _walk(sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    _walk(
+        sys.argv[1:]
+        or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+    )

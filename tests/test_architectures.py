@@ -5,14 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3Config, PretrainedConfig
 
 from halfbyte import QLoRAPlugin
 from halfbyte.errors import UserError
 from halfbyte.fast.forest import ROOT
 from tests import architectures
-
-VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture
@@ -45,32 +42,6 @@ def test_every_adapter_is_moved_by_text(base, tmp_path: Path, name: str) -> None
         assert adapted(trainer.model) == TRAINS[name]
     paths = [path for path, _ in trainer.model.named_parameters() if ".lora_A" in path]
     assert not any("encoder_attn" in path for path in paths)
-
-
-def multimodal() -> PretrainedConfig:
-    text = architectures.config("gemma3_text").to_dict()
-    vision = {
-        **VISION,
-        "image_size": 8,
-        "patch_size": 4,
-        "vision_use_head": False,
-        "model_type": "siglip_vision_model",
-    }
-    return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-
-
-def test_the_vision_tower_of_a_multimodal_checkpoint_gets_no_adapter(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = multimodal()
-    monkeypatch.setattr(architectures, "config", lambda _: found)
-    base = architectures.save(tmp_path / "base", "gemma3")
-    trainer, still = architectures.step(base, tmp_path / "out")
-    paths = [path for path, _ in trainer.model.named_parameters() if ".lora_A" in path]
-    assert not still
-    assert paths
-    assert not any("vision" in path or "projector" in path for path in paths)
-    assert "without a gradient from text: model.vision_tower" in capsys.readouterr().err
 
 
 ROUTER = r"router_aux_loss_coef: \w+ has no load-balancing loss that TRL can compute .*; write `router_aux_loss_coef: 0"

@@ -92,6 +92,7 @@ def planned(
         revision=decisions.revision,
         trust_remote_code=trust_remote_code,
         task=by_peft_type(options.lora_task_type),
+        entire=not options.use_peft,
     )
     coverage = quantization.measure_coverage(base)
     if options.load_in_4bit:
@@ -193,6 +194,7 @@ def _load_base(
         revision=decisions.revision,
         trust_remote_code=trust_remote_code,
         task=by_peft_type(options.lora_task_type),
+        entire=not options.use_peft,
         **init_kwargs,
     )
     if fsdp2.requested():

@@ -1,7 +1,7 @@
 """The linear layers that text trains: all linear layers of the decoder, found by one short forward and backward."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from halfbyte.multimodal import language_model
 from halfbyte.task import SEQUENCE_CLASSIFICATION
 
 # Layers that fused kernels of state-space models read past an adapter (PEFT 0.21 refuses adapters on them).
@@ -35,19 +36,37 @@ def linears(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     another token): vision towers, attention to an encoder, poolers and what kernels read past an adapter are not.
     Where no forward can be made (ZeRO-3 holds no whole weight; the model requires other inputs) all count as reached.
     """
-    head = model.get_output_embeddings()
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not head
-        and not (head is None and _in_new_head(name))
-    }
+    found = _layers(model)
     reached = None if is_deepspeed_zero3_enabled() else _reached(model, found)
     passed_over = _READ_BY_KERNELS.get(model.config.get_text_config().model_type, set())
     places = {place(name) for name in (found if reached is None else reached)}
     chosen = [name for name in found if place(name) in places and name.rpartition(".")[2] not in passed_over]
     return chosen, sorted(found.keys() - set(chosen))
+
+
+def matched(model: PreTrainedModel, targets: str | Collection[str]) -> list[str]:
+    """Return the paths of the layers inside the decoder that ``targets`` name as PEFT does: by ends, or a pattern."""
+
+    def is_target(name: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in targets)
+
+    return [name for name in _layers(model) if is_target(name)]
+
+
+def _layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers by path, without a head; of a multimodal model those of its language model."""
+    head = model.get_output_embeddings()
+    within = language_model(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and not (head is None and _in_new_head(name))
+        and (within is None or name.startswith(f"{within}."))
+    }
 
 
 def _in_new_head(name: str) -> bool:

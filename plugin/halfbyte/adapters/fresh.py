@@ -14,6 +14,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from halfbyte import multimodal
 from halfbyte.adapters import decoder, patterns
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import first_line, plural, say, suggestion
@@ -72,6 +73,9 @@ def attach(
     _check_excluded(model, config)
     if config.target_modules == "all-linear":
         _target_the_decoder(model, config)
+    elif multimodal.language_model(model) is not None:
+        # By path: the same names in a tower, which whoever serves the adapter has, are no targets.
+        config.target_modules = set(decoder.matched(model, config.target_modules))
     added = sorted(added_token_ids)
     if added:
         config.trainable_token_indices = _rows_to_train(model, added)

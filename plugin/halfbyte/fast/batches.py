@@ -82,7 +82,10 @@ def _uncovered(
         return "neftune_noise_alpha scales its noise by the length of a padded row"
     if loading.dispatch_batches or loading.split_batches:
         return "dispatch_batches and split_batches split a batch by rows"
-    if model._is_stateful or not set(getattr(model.config, "layer_types", None) or ()) <= layers:
+    if (
+        model._is_stateful
+        or not set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= layers
+    ):
         return f"{type(model).__name__} has layers that carry a state along the row"
     return None
 

@@ -1,11 +1,13 @@
 """How much of a loaded base is in 4 bits, and what is not."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import bitsandbytes as bnb
 from torch import nn
 from transformers import PreTrainedModel
 
+from halfbyte import multimodal
 from halfbyte.errors import UserError
 from halfbyte.quantization.size import count_of, packed_bytes, state_bytes
 from halfbyte.task import SEQUENCE_CLASSIFICATION
@@ -19,7 +21,8 @@ class Coverage:
 
     ``sixteen_bit_weights`` counts the weights that should be in 4 bits and are not, by parameter;
     ``unquantized_classes`` are the classes of their modules. ``left_out`` counts the bytes of what stays in 16 bits by
-    design.
+    design. ``not_loaded`` are the parts of a multimodal checkpoint that text does not reach, and ``auto_class`` loads
+    the whole of it.
     """
 
     bytes_16bit: int = 0
@@ -28,6 +31,8 @@ class Coverage:
     sixteen_bit_weights: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     unquantized_classes: tuple[str, ...] = ()
+    not_loaded: tuple[str, ...] = ()
+    auto_class: str | None = None
 
     @property
     def four_bit_share(self) -> float:
@@ -35,21 +40,28 @@ class Coverage:
         total = self.four_bit_weights + sum(self.sixteen_bit_weights.values())
         return self.four_bit_weights / total if total else 0.0
 
-    def as_dict(self) -> dict[str, float | int | dict[str, int]]:
+    def as_dict(self) -> dict[str, Any]:
         """Return what run.json records of the base."""
+        whole = (
+            {"auto_class": self.auto_class, "not_loaded": list(self.not_loaded)} if self.auto_class else {}
+        )
         return {
             "bytes_16bit": self.bytes_16bit,
             "bytes_4bit": self.bytes_4bit,
             "four_bit_share": self.four_bit_share,
             "left_out_bytes": self.left_out,
+            **whole,
         }
 
     def line(self) -> str:
         """Return one line for people: sizes, the share in 4 bits, and what stays in 16 bits by design."""
         left = ", ".join(f"{kind} {_megabytes(size)}" for kind, size in self.left_out.items())
+        absent = (
+            f"; {', '.join(self.not_loaded)} not loaded, which text does not reach" if self.not_loaded else ""
+        )
         return (
             f"base: {_megabytes(self.bytes_16bit)} in 16 bits, {_megabytes(self.bytes_4bit)} as loaded; "
-            f"{self.four_bit_share:.1%} of its matrix weights in 4 bits, beside them {left}"
+            f"{self.four_bit_share:.1%} of its matrix weights in 4 bits, beside them {left}{absent}"
         )
 
     def require(self) -> None:
@@ -81,6 +93,7 @@ def measure_coverage(model: PreTrainedModel) -> Coverage:
     Left out by design: embeddings, the output head or a classification head, routers, and everything of one
     dimension (norms, biases).
     """
+    others = tuple(f"{name}." for name in multimodal.other_parts(model))
     heads = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     seen: set[int] = set()
     in_16_bits = in_4_bits = weights_in_4_bits = 0
@@ -100,12 +113,23 @@ def measure_coverage(model: PreTrainedModel) -> Coverage:
             in_16_bits += 2 * parameter.numel()
             in_4_bits += parameter.nbytes
             kind = _left_out_kind(name, module, parameter, id(module) in heads, model.config)
+            if others and f"{name}.".startswith(others):
+                kind = "towers and projectors"
             if kind is None:
                 unquantized[f"{name}.{leaf}"] = parameter.numel()
                 classes[type(module).__name__] = None
             else:
                 left_out[kind] = left_out.get(kind, 0) + parameter.nbytes
-    return Coverage(in_16_bits, in_4_bits, weights_in_4_bits, unquantized, left_out, tuple(classes))
+    return Coverage(
+        in_16_bits,
+        in_4_bits,
+        weights_in_4_bits,
+        unquantized,
+        left_out,
+        tuple(classes),
+        not_loaded=tuple(multimodal.left_out(model)),
+        auto_class=multimodal.AUTO_CLASS if multimodal.language_model(model) else None,
+    )
 
 
 def _left_out_kind(

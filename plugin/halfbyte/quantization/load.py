@@ -8,14 +8,13 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from halfbyte import store
+from halfbyte import multimodal, store
 from halfbyte.errors import UserError
 from halfbyte.quantization import stored
 from halfbyte.quantization.skeleton import without_weights
@@ -37,10 +36,12 @@ def load_base(
     revision: str = "main",
     trust_remote_code: bool = False,
     task: Task = CAUSAL_LM,
+    entire: bool = False,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a 16-bit or pre-quantized checkpoint onto ``device`` and make it safe to train on.
 
+    Of a multimodal checkpoint the language model is loaded, and with ``entire`` the rest, frozen.
     ``quantization`` applies to a 16-bit checkpoint. A checkpoint that is quantized already keeps its own
     quantization, which must be bitsandbytes' 4-bit; only its compute dtype is replaced by ``dtype``. The random
     state of torch is left as it was.
@@ -56,6 +57,7 @@ def load_base(
                 dtype,
                 device,
                 task,
+                entire,
                 {"revision": revision, "trust_remote_code": trust_remote_code},
                 {**task.model_kwargs, **model_init_kwargs},
             )
@@ -79,7 +81,9 @@ def load_base(
             said = f"{name_or_path!r}: transformers has no class for {task.name} with it; use another model"
         raise UserError(said, option="model_name_or_path") from error
     # No caller of a training model reads the cache, and padding-free attention is wrong with one.
-    model.config.use_cache = False
+    model.config.use_cache = model.config.get_text_config().use_cache = False
+    for part in multimodal.other_parts(model):
+        model.get_submodule(part).requires_grad_(False)
     _prepare_linears(model, dtype)
     return model
 
@@ -92,6 +96,7 @@ def planned(
     revision: str = "main",
     trust_remote_code: bool = False,
     task: Task = CAUSAL_LM,
+    entire: bool = False,
 ) -> PreTrainedModel:
     """Return what :func:`load_base` would load, without weights and on meta.
 
@@ -104,12 +109,14 @@ def planned(
     if quantization is not None and own is None:
         quantization = _but_heads(quantization, config, task)
     try:
-        model = without_weights(name_or_path, quantization=quantization, dtype=dtype, task=task, **origin)
+        model = without_weights(
+            name_or_path, quantization=quantization, dtype=dtype, task=task, entire=entire, **origin
+        )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"cannot plan with the model {name_or_path!r}: {first_line(error)}", option="model_name_or_path"
         ) from error
-    model.config.use_cache = False
+    model.config.use_cache = model.config.get_text_config().use_cache = False
     _prepare_linears(model, dtype)
     return model
 
@@ -120,13 +127,14 @@ def _load(
     dtype: torch.dtype,
     device: torch.device,
     task: Task,
+    entire: bool,
     origin: dict[str, Any],
     options: dict[str, Any],
 ) -> PreTrainedModel:
     config = _configuration(name, origin)
     own = _own_quantization(config)
     _check_own_quantization(name, own, quantization)
-    auto = getattr(transformers, task.auto_class)
+    auto = multimodal.model_class(config, task, entire=entire)
 
     def load(source: str | Path, *, to: torch.device = device, **more: Any) -> PreTrainedModel:
         with suppress_seqcls_warning():  # a new head in the place of the language model's was requested
@@ -170,12 +178,15 @@ def _load(
 
 
 def _but_heads(quantization: BitsAndBytesConfig, config: Any, task: Task) -> BitsAndBytesConfig:
-    """``quantization`` without a new head, which 4 bits would freeze, and without what a model reads as numbers."""
-    read = _READ_AS_NUMBERS.get(config.get_text_config().model_type, ())
-    if not task.unquantized and not read:
+    """``quantization`` without a new head, which 4 bits would freeze, what a model reads as numbers, and towers."""
+    kept = [
+        *_READ_AS_NUMBERS.get(config.get_text_config().model_type, ()),
+        *multimodal.kept_in_16_bits(config, task),
+    ]
+    if not task.unquantized and not kept:
         return quantization
     quantization = copy.copy(quantization)
-    quantization.llm_int8_skip_modules = [*task.unquantized, *(("lm_head", *read) if read else ())]
+    quantization.llm_int8_skip_modules = [*task.unquantized, *(("lm_head", *kept) if kept else ())]
     return quantization
 
 

@@ -8,6 +8,7 @@ import transformers
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from halfbyte.multimodal import model_class
 from halfbyte.task import Task
 
 
@@ -17,6 +18,7 @@ def without_weights(
     quantization: BitsAndBytesConfig | None,
     dtype: torch.dtype,
     task: Task,
+    entire: bool = False,
     **origin: Any,
 ) -> PreTrainedModel:
     """Return the model that ``name_or_path`` configures, on meta, its linear layers as ``quantization`` makes them."""
@@ -26,7 +28,7 @@ def without_weights(
         del config.quantization_config
     for name, value in task.model_kwargs.items():
         setattr(config, name, value)
-    auto = getattr(transformers, task.auto_class)
+    auto = model_class(config, task, entire=entire)
     with torch.device("meta"):
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, **_of_code(origin))
     if quantization is not None:

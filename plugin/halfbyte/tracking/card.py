@@ -148,14 +148,15 @@ def _use(values: Mapping[str, Any], base: str, adapter: bool, where: str | None)
             "`halfbyte merge` makes a model of it that needs no PEFT, in the base as it was trained on. Merged into "
             "the 16-bit base it is another one.\n"
         )
-    code = _usage(f"path/to/{public(base)}" if is_local(base) else base, where, config, adapter)
+    name = f"path/to/{public(base)}" if is_local(base) else base
+    code = _usage(name, where, config, adapter, values["base"].get("auto_class"))
     return ["\n".join([*lines, f"```python\n{code}\n```"])]
 
 
-def _usage(base: str, name: str, config: Mapping[str, Any], adapter: bool) -> str:
+def _usage(base: str, name: str, config: Mapping[str, Any], adapter: bool, whole: str | None) -> str:
     trained = task.by_peft_type(config.get("lora_task_type") or task.CAUSAL_LM.peft_type)
     auto, extra = (
-        trained.auto_class,
+        (trained is task.CAUSAL_LM and whole) or trained.auto_class,
         "".join(f", {key}={value!r}" for key, value in trained.model_kwargs.items()),
     )
     if not adapter:
