@@ -182,7 +182,8 @@ def _shrunk(cls: type[PretrainedConfig], **more: Any) -> PretrainedConfig:
             if (own := getattr(default, name, None)) is None:
                 continue
             part = type(own)
-        values[name] = _shrunk(part, **_MORE.get(part.model_type, {})).to_dict()
+        given = {**_MORE.get(part.model_type, {}), **more.pop(name, {})}
+        values[name] = _shrunk(part, **given).to_dict()
     return cls(**{**values, **more})
 
 

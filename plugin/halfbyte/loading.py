@@ -17,6 +17,7 @@ from halfbyte.model_options import ModelOptions
 from halfbyte.quantization import Coverage
 from halfbyte.resolve import Decisions
 from halfbyte.task import by_peft_type
+from halfbyte.terminal.wording import say
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def planned(
     coverage = quantization.measure_coverage(base)
     if options.load_in_4bit:
         coverage.require()
+    for line in coverage.parts():
+        say(line, error=True)
     if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model: PreTrainedModel | PeftModel = base
@@ -202,6 +205,8 @@ def _load_base(
     coverage = quantization.measure_coverage(base)
     if options.load_in_4bit:
         coverage.require()
+    for line in coverage.parts():
+        say(line, error=True)
     return base, coverage
 
 

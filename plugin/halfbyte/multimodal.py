@@ -11,12 +11,21 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from halfbyte.errors import UserError
 from halfbyte.task import CAUSAL_LM, SEQUENCE_CLASSIFICATION, Task
 from halfbyte.terminal.wording import plural
 
+_CLASSES: dict[str, Any] = {
+    CAUSAL_LM.name: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    SEQUENCE_CLASSIFICATION.name: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
 # The auto class of whole multimodal models.
 AUTO_CLASS = "AutoModelForImageTextToText"
 # What transformers' classes call the language model inside their backbone.
@@ -35,12 +44,10 @@ def model_class(config: PretrainedConfig, task: Task, *, entire: bool = False) -
     auto = getattr(transformers, task.auto_class)
     if not is_multimodal(config):
         return auto
-    if task == CAUSAL_LM:
-        found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    elif type(config) in auto._model_mapping:
-        found = auto._model_mapping[type(config)]
-    else:
+    classes = _CLASSES.get(task.name, {})
+    if type(config) not in classes:
         return auto
+    found = classes[type(config)]
     return whole(found) if entire or config.model_type in _READ_BY_TEXT else alone(found)
 
 
@@ -142,7 +149,7 @@ class _Alone(_Checked):
     """A mixin over a multimodal class of transformers."""
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         path = language_model(self)
         if path is None:
             raise UserError(
@@ -160,6 +167,14 @@ class _Alone(_Checked):
         classes = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules or () if name in classes}
         self._keys_to_ignore_on_load_unexpected.add(_BESIDE.format(re.escape(path.rpartition(".")[2])))
+
+    def set_attn_implementation(self: Any, attn_implementation: Any, **kwargs: Any) -> None:
+        """Set it for the language model: transformers warns of configurations that no module has."""
+        if isinstance(attn_implementation, str):
+            text = self.config.get_text_config()
+            names = [name for name in self.config.sub_configs if getattr(self.config, name, None) is text]
+            attn_implementation = dict.fromkeys(("", *names), attn_implementation)
+        super().set_attn_implementation(attn_implementation, **kwargs)  # type: ignore[misc]
 
 
 class Absent(nn.Module):

@@ -272,7 +272,7 @@ def test_parts_that_are_no_text_are_refused(tmp_path: Path, kind: str, streaming
     parts = [{"type": "text", "text": "see"}, {"type": kind, kind: "a.png"}]
     rows = [{"messages": [HI, BYE]}, {"messages": [turn("user", parts), BYE]}]
     path = written(tmp_path, "a.jsonl", rows)
-    with refusal("train row 2", "message 1", f"'{kind}'", "text models only"):
+    with refusal("train row 2", "message 1", f"'{kind}'", "training is on text"):
         list(run_data(path, dataset_streaming=streaming).train)
 
 

@@ -45,11 +45,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> str:
 def train(tmp_path_factory: pytest.TempPathFactory, model_dir, site: str) -> Callable[..., Outcome]:
     """``train("sft", processes=2)``: six fp32 steps over the same global batches on any number of processes."""
 
-    def run(recipe: str, *, processes: int, adapter: Path | None = None) -> Outcome:
+    def run(recipe: str, *, processes: int, adapter: Path | None = None, base: str | None = None) -> Outcome:
         root = tmp_path_factory.mktemp(f"{recipe}-{processes}")
         output, seen = root / "run", root / "seen"
         config = {
-            "model_name_or_path": str(model_dir("llama")) if adapter is None else None,
+            "model_name_or_path": (base or str(model_dir("llama"))) if adapter is None else None,
             "adapter_name_or_path": str(adapter) if adapter is not None else None,
             "dataset_name": tiny.write_rows(root / "rows", ROWS[recipe](40)),
             "per_device_train_batch_size": GLOBAL_BATCH // processes,

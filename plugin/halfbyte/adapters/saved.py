@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte import names
+from halfbyte import multimodal, names
 from halfbyte.adapters import config, fresh, lineage, patterns, tensors
 from halfbyte.errors import UserError, about
 from halfbyte.task import TASKS, Task
@@ -141,6 +141,7 @@ def continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
         patterns.check(model, saved)
     except UserError as error:
         raise UserError(f"{Path(adapter) / config.FILE}: {error}") from error
+    tensors.check_parts(adapter, multimodal.left_out(model))
     peft_model = tensors.load(model, adapter)
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):
         raise UserError(f"the adapter {adapter!r} has no trainable weights")

@@ -48,6 +48,16 @@ def check_tensors(adapter: str, config: Mapping[str, Any]) -> None:
                 )
 
 
+def check_parts(adapter: str, absent: Sequence[str]) -> None:
+    """Raise :class:`UserError` if ``adapter`` has weights of the ``absent`` parts of a multimodal model."""
+    for part in absent:
+        if any(f".{part}." in name for name in _header(adapter)[1]):
+            raise UserError(
+                f"the adapter {adapter!r} has weights of {part}, and training on text loads the language model alone; "
+                "start a fresh adapter"
+            )
+
+
 def load(model: PreTrainedModel, adapter: str) -> PeftModel:
     """Put the adapter in the directory ``adapter`` on ``model``, trainable, and return the PEFT model.
 

@@ -91,7 +91,7 @@ def unlike_text(part: Any) -> str | None:
         return None
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind != "text":
-        return f"a part of type {shorten(kind)!r}; text models only: leave such rows out"
+        return f"a part of type {shorten(kind)!r}; training is on text: leave such rows out"
     return f'{describe(part)} as a part; write {{"type": "text", "text": ...}}'
 
 

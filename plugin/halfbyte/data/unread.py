@@ -89,7 +89,7 @@ def settle(seen: Seen, layout: Layout, *, deciding: Sequence[str]) -> tuple[Any,
     for name in unread:
         if name in MEDIA and seen.holds(name):
             raise UserError(
-                f"the data has {name!r}: text models only; leave the column out with `columns:`",
+                f"the data has {name!r}: training is on text; leave the column out with `columns:`",
                 split=seen.split,
             )
     if (wish := layout.unread_wish(seen.first)) is not None:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from halfbyte.errors import UserError
 from halfbyte.export import held_out, measure
 from halfbyte.export.held_out import HeldOut
 from halfbyte.export.measure import Measured
 from halfbyte.export.origin import Origin
+from halfbyte.multimodal import model_class
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.quantization import compute_in_float32
 from halfbyte.quantization.streamed import own_quantization
@@ -106,7 +106,7 @@ def _candidates(
     origin: Origin, adapter: Path, directory: Path, alternatives: bool
 ) -> dict[str, Callable[[], Any]]:
     """What is compared with the model as trained, each loaded when it is its turn."""
-    auto: Any = getattr(transformers, origin.task.auto_class)
+    auto = model_class(AutoConfig.from_pretrained(origin.directory), origin.task)
     place = {"": 0 if torch.cuda.is_available() else "cpu"}
 
     def load(path: Path, **more: Any) -> PreTrainedModel:

@@ -196,8 +196,8 @@ def _card(result: Result, options: Options, origin: Origin) -> str:
         f"`{public(origin.name)}` with {merged} merged into {how}, in "
         f"{dtype_name(result.dtype)}, by halfbyte. `{MERGE_RECORD}` has the details.",
         "```\n" + "\n".join(result.lines()) + "\n```",
-        f"```python\nfrom transformers import AutoTokenizer, {origin.task.auto_class}\n\n"
-        f'model = {origin.task.auto_class}.from_pretrained(".", dtype="auto")\n'
+        f"```python\nfrom transformers import AutoTokenizer, {origin.auto_class}\n\n"
+        f'model = {origin.auto_class}.from_pretrained(".", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,6 +1,7 @@
 """A base with adapters merged into it, written parameter by parameter: dequantized, merged in float32, cast once."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,8 @@ def write(
 
     ``plain`` is its :func:`skeleton`, in the dtype to write. The weights are those of training, dequantized from four
     bits to float32, or with ``into_original`` the checkpoint's own. An embedding of fewer rows than ``tokenizer`` has
-    tokens grows, as it did for training. Raises :class:`UserError` where a tensor of an adapter fits nothing.
+    tokens grows, as it did for training. Of a multimodal checkpoint the other parts are written
+    as they are. Raises :class:`UserError` where a tensor of an adapter fits nothing.
     """
     dtype = plain.dtype
     source = streamed.read(
@@ -86,10 +88,12 @@ def write(
     )
     shards, untied, norms = Shards(directory, most), False, _Norms()
     for name, tensor in _merged(source, plain, deltas, len(tokenizer), norms):
-        shards.add({name: tensor.to(dtype) if tensor.is_floating_point() else tensor})
+        shards.add({source.stored_as(name): tensor.to(dtype) if tensor.is_floating_point() else tensor})
         untied |= name in plain.all_tied_weights_keys
     if deltas.unused:
         raise UserError(f"{deltas.unused[0]}: nothing in the base {origin.name} has this name")
+    for name, tensor in source.beside():
+        shards.add({name: tensor})
     files = shards.finish()
     _configure(plain, directory, origin, tokenizer, untied)
     update, lost = (math.sqrt(each) for each in (norms.update, norms.rounding))
@@ -176,5 +180,7 @@ def write_configuration(model: PreTrainedModel, source: Path, directory: Path) -
     """Write the configuration of ``model`` to ``directory``, and that of generation as ``source`` has it."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
+    for processor in sorted(source.glob("*processor_config.json")):  # of a multimodal model
+        shutil.copyfile(processor, directory / processor.name)
     if (source / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(source).save_pretrained(directory)

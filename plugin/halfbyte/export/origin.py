@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from halfbyte import adapters, quantization
 from halfbyte.adapters import config as saved
 from halfbyte.adapters import lineage
 from halfbyte.errors import UserError
+from halfbyte.multimodal import auto_class
 from halfbyte.quantization.stored import located
 from halfbyte.task import CAUSAL_LM, TASKS, Task
 
@@ -30,6 +31,11 @@ class Origin:
     dtype: torch.dtype
     quantization: BitsAndBytesConfig | None
     run: Mapping[str, Any]
+
+    @property
+    def auto_class(self) -> str:
+        """The name of transformers' class that loads the whole base."""
+        return auto_class(AutoConfig.from_pretrained(self.directory), self.task)
 
 
 def origin_of(adapter: Path, *, model: str | None = None) -> Origin:

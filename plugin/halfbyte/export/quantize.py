@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from halfbyte.export.merging import bytes_of, write_configuration
 from halfbyte.export.published import published
 from halfbyte.export.shards import Shards
+from halfbyte.multimodal import other_parts
 from halfbyte.quantization import packed, streamed
 from halfbyte.quantization.skeleton import without_weights
 from halfbyte.task import CAUSAL_LM
@@ -45,7 +46,8 @@ def quantize(
 ) -> Quantized:
     """Write the base ``name`` in four bits to the new directory ``output``, the rest of it in ``dtype``.
 
-    It trains here and in plain TRL as the 16-bit checkpoint does with the same options. Raises :class:`UserError` for
+    Of a multimodal checkpoint the other parts are written as they are. It trains here and in plain TRL as the 16-bit
+    checkpoint does with the same options. Raises :class:`UserError` for
     a checkpoint that is not there, or is quantized already.
     """
     directory = streamed.unquantized(name, revision)
@@ -56,19 +58,25 @@ def quantize(
         bnb_4bit_compute_dtype=dtype,
     )
     plain = without_weights(directory, quantization=None, dtype=dtype, task=CAUSAL_LM)
+    if parts := other_parts(plain):  # whoever loads the whole must know what is in 16 bits
+        settings.llm_int8_skip_modules = ["lm_head", *parts]
     with published(output, bytes_of(plain) // 2) as aside:
         source = streamed.read(directory, quantization=settings, dtype=dtype, task=CAUSAL_LM)
         shards, counted = Shards(aside, most), [0, 0]
         known = {key: weight.numel() for key, weight in plain.state_dict().items()}
         with Pass("quantizing", len(known), unit="tensors", summed_up=False) as progress:
-            for key, parts in source.parameters():
+            for key, held in source.parameters():
                 if key in plain.all_tied_weights_keys:
                     continue
-                shards.add({f"{key}{suffix}": tensor for suffix, tensor in parts.items()})
-                if packed.is_packed(parts):
-                    counted[0] += sum(part.numel() * part.element_size() for part in parts.values())
+                stored = source.stored_as(key)
+                shards.add({f"{stored}{suffix}": tensor for suffix, tensor in held.items()})
+                if packed.is_packed(held):
+                    counted[0] += sum(part.numel() * part.element_size() for part in held.values())
                     counted[1] += known[key]
                 progress.advance(1)
+        for key, tensor in source.beside():
+            shards.add({key: tensor})
+            known[key] = tensor.numel()
         shards.finish()
         write_configuration(source.model, directory, aside)
         AutoTokenizer.from_pretrained(directory).save_pretrained(aside)

@@ -13,6 +13,7 @@ from halfbyte.quantization.size import count_of, packed_bytes, state_bytes
 from halfbyte.task import SEQUENCE_CLASSIFICATION
 
 REQUIRED_SHARE = 0.95
+TOWERS = "towers and projectors"
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,22 @@ class Coverage:
     def line(self) -> str:
         """Return one line for people: sizes, the share in 4 bits, and what stays in 16 bits by design."""
         left = ", ".join(f"{kind} {_megabytes(size)}" for kind, size in self.left_out.items())
-        absent = (
-            f"; {', '.join(self.not_loaded)} not loaded, which text does not reach" if self.not_loaded else ""
-        )
         return (
             f"base: {_megabytes(self.bytes_16bit)} in 16 bits, {_megabytes(self.bytes_4bit)} as loaded; "
-            f"{self.four_bit_share:.1%} of its matrix weights in 4 bits, beside them {left}{absent}"
+            f"{self.four_bit_share:.1%} of its matrix weights in 4 bits, beside them {left}"
         )
+
+    def parts(self) -> list[str]:
+        """Return one line on the parts of a multimodal base beside its language model; none of any other."""
+        if self.not_loaded:
+            return [
+                f"base: the language model alone; {', '.join(self.not_loaded)} not loaded, which text does not reach"
+            ]
+        if (size := self.left_out.get(TOWERS)) is not None:
+            return [
+                f"base: loaded whole; {TOWERS} frozen, without quantization and adapters, {_megabytes(size)}"
+            ]
+        return []
 
     def require(self) -> None:
         """Raise :class:`UserError` if less than 95% of the matrix-product weights is in 4 bits."""
@@ -114,7 +124,7 @@ def measure_coverage(model: PreTrainedModel) -> Coverage:
             in_4_bits += parameter.nbytes
             kind = _left_out_kind(name, module, parameter, id(module) in heads, model.config)
             if others and f"{name}.".startswith(others):
-                kind = "towers and projectors"
+                kind = TOWERS
             if kind is None:
                 unquantized[f"{name}.{leaf}"] = parameter.numel()
                 classes[type(module).__name__] = None
@@ -128,7 +138,7 @@ def measure_coverage(model: PreTrainedModel) -> Coverage:
         left_out,
         tuple(classes),
         not_loaded=tuple(multimodal.left_out(model)),
-        auto_class=multimodal.AUTO_CLASS if multimodal.language_model(model) else None,
+        auto_class=multimodal.AUTO_CLASS if multimodal.is_multimodal(model.config) else None,
     )
 
 

@@ -1,7 +1,7 @@
 """A base one parameter at a time, as loading it would make it: the model itself is never in memory."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import UserError
+from halfbyte.multimodal import left_out
 from halfbyte.quantization import packed
 from halfbyte.quantization.checkpoint import weight_files
 from halfbyte.quantization.load import load_base
@@ -22,6 +30,8 @@ from halfbyte.quantization.stored import located
 from halfbyte.task import Task
 
 Parts = dict[str, Tensor]
+# Conversions of a checkpoint that leave each tensor as it is.
+_RENAMINGS = (WeightRenaming, PrefixChange)
 
 
 @dataclass(frozen=True)
@@ -29,10 +39,12 @@ class Streamed:
     """The parameters of the checkpoint in ``directory`` under the names that ``model``, which is on meta, has.
 
     Linear layers that ``model`` has in four bits are quantized as they are read, unless the files hold them packed.
+    ``names`` are the parameters' names in the files, with those in ``model``.
     """
 
     directory: Path
     model: PreTrainedModel
+    names: Mapping[str, str]
 
     def parameters(self) -> Iterator[tuple[str, Parts]]:
         """Each parameter with its tensors: "" alone, or what :func:`halfbyte.quantization.packed.pack` returns."""
@@ -43,10 +55,18 @@ class Streamed:
                 grouped: dict[str, list[str]] = {}
                 for name in names:
                     grouped.setdefault(packed.parameter_of(name), []).append(name)
-                for parameter, held in grouped.items():
-                    if parameter in known:
-                        parts = {name.removeprefix(parameter): file.get_tensor(name) for name in held}
+                for stored, held in grouped.items():
+                    if (parameter := self.names[stored]) in known:
+                        parts = {name.removeprefix(stored): file.get_tensor(name) for name in held}
                         yield parameter, self._as_loaded(parameter, parts, known[parameter])
+
+    def stored_as(self, parameter: str) -> str:
+        """The name of a parameter in the files, or its own where they do not have it."""
+        return next((stored for stored, name in self.names.items() if name == parameter), parameter)
+
+    def beside(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a multimodal checkpoint that are not the language model's, as the files have them."""
+        return _beside(self.directory, self.model, self.names)
 
     def _as_loaded(self, name: str, parts: Parts, like: Tensor) -> Parts:
         if packed.is_packed(parts):
@@ -76,13 +96,15 @@ def read(
     if found is not None:
         return found
     cpu = torch.device("cpu")
-    return Whole(load_base(str(directory), quantization=quantization, dtype=dtype, device=cpu, task=task))
+    model = load_base(str(directory), quantization=quantization, dtype=dtype, device=cpu, task=task)
+    return Whole(directory, model)
 
 
 @dataclass(frozen=True)
 class Whole:
     """The parameters of a loaded model, as :class:`Streamed` gives them: for files that hold them otherwise."""
 
+    directory: Path
     model: PreTrainedModel
 
     def parameters(self) -> Iterator[tuple[str, Parts]]:
@@ -93,6 +115,43 @@ class Whole:
             parameter = packed.parameter_of(name)
             grouped.setdefault(parameter, {})[name.removeprefix(parameter)] = tensor
         yield from grouped.items()
+
+    def stored_as(self, parameter: str) -> str:
+        """The name to write a parameter under: the model's own."""
+        return parameter
+
+    def beside(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a multimodal checkpoint that are not the language model's, as the files have them."""
+        names = _names(self.directory, self.model, get_model_conversion_mapping(self.model, add_legacy=False))
+        return _beside(self.directory, self.model, names)
+
+
+def _names(directory: Path, model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> dict[str, str]:
+    """The parameters in the files of ``directory``, each with the name of what it is, or is part of, in ``model``."""
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    state, found = model.state_dict(), {}
+    for path in weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                stored = packed.parameter_of(name)
+                found[stored] = rename_source_key(
+                    stored, renamings, converters, model.base_model_prefix, state
+                )[0]
+    return found
+
+
+def _beside(
+    directory: Path, model: PreTrainedModel, names: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    if not left_out(model):
+        return
+    known = model.state_dict()
+    for path in weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if names[packed.parameter_of(name)] not in known:
+                    yield name, file.get_tensor(name)
 
 
 def stream(
@@ -107,23 +166,20 @@ def stream(
     """Return the parameters of the checkpoint in ``directory`` as they are loaded in ``dtype``, quantized so.
 
     Parameters that are ``new`` are in none of the files, and left out. None where the files do not hold the model's
-    parameters as they are: under other names, merged or split, in other formats than safetensors, or kept in float32
-    by the architecture.
+    parameters as they are: merged or split, in other formats than safetensors, or kept in float32 by the architecture.
     """
     model = without_weights(directory, quantization=quantization, dtype=dtype, task=task, **origin)
     files = weight_files(directory)
     if not files or any(path.suffix != ".safetensors" for path in files):
         return None
-    if get_model_conversion_mapping(model, add_legacy=False) or _kept_in_float32(model):
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    if any(type(each) not in _RENAMINGS for each in conversions) or _kept_in_float32(model):
         return None
-    held: set[str] = set()
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            held |= {packed.parameter_of(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    names = _names(directory, model, conversions)
     tied = set(model.all_tied_weights_keys)
-    if set(model.state_dict()) - held - tied - set(new):
+    if set(model.state_dict()) - set(names.values()) - tied - set(new):
         return None
-    return Streamed(directory, model)
+    return Streamed(directory, model, names)
 
 
 def unquantized(name: str, revision: str) -> Path:
