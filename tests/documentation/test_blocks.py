@@ -15,7 +15,7 @@ from halfbyte import QLoRAPlugin, run
 from halfbyte import commands as table
 from halfbyte import recipe as recipes
 from halfbyte.recipe import Recipe
-from tests import tiny
+from tests import architectures, tiny
 from tests.documentation.documents import DOCUMENTS, ROOT, Block, blocks, commands, title
 from tests.documentation.generated import settings
 
@@ -23,7 +23,7 @@ ENVIRONMENT = {"WANDB_MODE": {"offline"}}
 
 # What a user would write in place of a hub's name, here the tiny models and rows of the tests.
 CHAT, STORIES, MODEL = '"trl-lib/Capybara"', '"roneneldan/TinyStories"', '"Qwen/Qwen3-8B"'
-ADAPTER = '"path/to/adapter"'
+ADAPTER, MULTIMODAL = '"path/to/adapter"', '"Qwen/Qwen3-VL-8B-Instruct"'
 # What a machine with a GPU does not need, and two steps for an epoch.
 ON_A_CPU = (
     ("SFTConfig(", "SFTConfig(use_cpu=True, bf16=False, max_steps=2, "),
@@ -176,6 +176,8 @@ def test_python_runs_on_a_tiny_model(
     stories = tiny.write_rows(tmp_path / "stories", tiny.texts(20))
     program = block.text
     given = [(MODEL, str(model_dir("llama"))), (CHAT, chat), (STORIES, stories)]
+    if MULTIMODAL in program:
+        given.append((MULTIMODAL, architectures.save(tmp_path / "multimodal", "qwen3_vl")))
     if ADAPTER in program:
         given.append((ADAPTER, str(tmp_path / "adapter")))
         QLoRAPlugin(dtype="float32").load(str(model_dir("llama"))).save_pretrained(tmp_path / "adapter")
