@@ -55,7 +55,6 @@ REFUSED = {
     "openai-gpt": ({}, "OpenAIGPTLMHeadModel does not .* write `gradient_checkpointing: false`"),
     "falcon": ({}, "no other class: FalconLinear stay in 16 bits"),
     "zamba2": ({}, "transformers leaves out nn.Linear that share their weights"),
-    "mixtral": ({}, "MixtralExperts stay in 16 bits"),
 }  # fmt: skip
 
 

@@ -243,7 +243,13 @@ MISTAKES = {
         [*WHOLE, "--report_to", "wandb"],
         "WANDB_MODE=offline",
     ),
-    "experts": (["--model_name_or_path", "{moe}", "--dataset_name", "{rows}"], "experts.gate_up_proj"),
+    "experts": (
+        [
+            *("--model_name_or_path", "{moe}", "--dataset_name", "{rows}"),
+            *("--lora_target_parameters", "experts.gate_up"),
+        ],
+        "--lora_target_parameters: 'experts.gate_up' matches no parameter; did you mean experts.gate_up_proj",
+    ),
     "tracker": (
         [*WHOLE, "--report_to", "comet_ml"],
         "report_to: comet_ml: not installed here",

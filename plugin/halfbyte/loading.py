@@ -13,6 +13,7 @@ from trl import get_peft_config, get_quantization_config
 from halfbyte import adapters, data, distributed, quantization
 from halfbyte.distributed import fsdp2
 from halfbyte.errors import UserError
+from halfbyte.fast import experts
 from halfbyte.model_options import ModelOptions
 from halfbyte.quantization import Coverage
 from halfbyte.resolve import Decisions
@@ -65,7 +66,9 @@ def load(
             lora_config(options),
             initialization=options.init_lora_weights,
             added_token_ids=added_token_ids,
+            stacks=quantization.stacks_of(base),
         )
+    experts.require(model)
     distributed.check_adapters(model.peft_config.values())
     return Loaded(model, coverage)
 
@@ -105,7 +108,12 @@ def planned(
     model: PreTrainedModel | PeftModel = base
     if options.use_peft:
         with torch.device("meta"):
-            model = adapters.attach(base, lora_config(options), added_token_ids=list(added_token_ids))
+            model = adapters.attach(
+                base,
+                lora_config(options),
+                added_token_ids=list(added_token_ids),
+                stacks=quantization.stacks_of(base),
+            )
     model.__class__ = type(type(model).__name__, (_Weightless, type(model)), {})
     return Loaded(model, coverage)
 
@@ -202,6 +210,8 @@ def _load_base(
     )
     if fsdp2.requested():
         fsdp2.check_base(base, dtype)
+    if options.load_in_4bit:
+        distributed.check_experts(quantization.stacks_of(base))
     coverage = quantization.measure_coverage(base)
     if options.load_in_4bit:
         coverage.require()

@@ -22,6 +22,11 @@ _SDPA_MASK = (
 
 PRIVATE = (
     Private("transformers.Trainer._inner_training_loop:_tr_loss", "trainer/exact_resume.py"),
+    Private(
+        "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts._apply_gate",
+        "fast/expert_maps.py",
+        "self gate_up_out",
+    ),
     Private("transformers.Trainer._inner_training_loop:_total_loss_scalar", "trainer/counters.py"),
     Private("transformers.Trainer._inner_training_loop:_globalstep_last_logged", "trainer/counters.py"),
     Private("transformers.Trainer.__init__:_train_batch_size", "trainer/accumulation.py"),

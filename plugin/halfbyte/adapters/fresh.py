@@ -3,8 +3,9 @@
 Adapter weights are float32 from the first step to the last: small updates survive, and a resumed run is exact.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte import multimodal
-from halfbyte.adapters import decoder, patterns
+from halfbyte.adapters import decoder, experts, patterns
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import first_line, plural, say, suggestion
 
@@ -54,11 +55,12 @@ def attach(
     *,
     initialization: str | None = None,
     added_token_ids: Iterable[int] = (),
+    stacks: experts.Shapes = MappingProxyType({}),
 ) -> PeftModel:
     """Add a fresh LoRA adapter to ``model``; the logits do not change.
 
     ``added_token_ids`` are new vocabulary rows: their embeddings ``[H]``, and their rows of the head where it is
-    not tied to the embeddings, are trained in full.
+    not tied to the embeddings, are trained in full. ``stacks`` are the shapes of the model's experts by path.
 
     Raises :class:`UserError` if a target matches no layer, or if the output head is a target: TRL's fused head
     reads the head's weight directly, so an adapter there would silently not train.
@@ -69,10 +71,11 @@ def attach(
         config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
     elif initialization == "gaussian":
         config.init_lora_weights = "gaussian"
-    _check_targets(model, config)
+    _check_targets(model, config, stacks)
     _check_excluded(model, config)
+    experts.check_parameters(model, config, stacks)
     if config.target_modules == "all-linear":
-        _target_the_decoder(model, config)
+        _target_the_decoder(model, config, stacks)
     elif multimodal.language_model(model) is not None:
         # By path: the same names in a tower, which whoever serves the adapter has, are no targets.
         config.target_modules = set(decoder.matched(model, config.target_modules))
@@ -128,7 +131,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+def _check_targets(model: PreTrainedModel, config: LoraConfig, stacks: experts.Shapes) -> None:
     """Raise if any target matches no layer: PEFT raises only if no target matches."""
     targets = config.target_modules
     if isinstance(targets, str) and targets != "all-linear":
@@ -138,6 +141,8 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
             raise UserError(error.what, option="lora_target_modules") from error
     if not isinstance(targets, (list, set)):
         return
+    if stacks:
+        experts.check_names(model, targets, stacks)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings()
     for target in sorted(targets):
@@ -170,18 +175,36 @@ def _check_excluded(model: PreTrainedModel, config: LoraConfig) -> None:
             )
 
 
-def _target_the_decoder(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Replace `all-linear` by the linear layers that text reaches, and print those it does not."""
-    chosen, others = decoder.linears(model)
+def _target_the_decoder(model: PreTrainedModel, config: LoraConfig, stacks: experts.Shapes) -> None:
+    """Replace `all-linear` by the linear layers that text reaches, and print what gets no adapter."""
+    found, others = decoder.linears(model)
+    gates = experts.routers({name: model.get_submodule(name) for name in found}, stacks)
+    lost = experts.taken_for_experts(model, found) - gates
+    chosen = [name for name in found if name not in gates and name not in lost]
     config.target_modules = set(chosen)
-    if others:
-        kinds = sorted({decoder.place(name) for name in others})
-        more = f" and {len(kinds) - 4} more" if len(kinds) > 4 else ""
+    without = [
+        f"{plural(len(names), 'layer')} {reason}: {_places(names)}"
+        for names, reason in (
+            (others, "without a gradient from text"),
+            (sorted(lost), "whose names PEFT reads as those of experts"),
+            (sorted(gates), "that route to experts"),
+        )
+        if names
+    ]
+    if stacks and not config.target_parameters:
+        names = ", ".join(experts.short_names(stacks))
+        without.append(f"{experts.described(stacks)}, which `lora_target_parameters: [{names}]` adds")
+    if without:
         say(
-            f"adapters: {plural(len(chosen), 'linear layer')}; none on {plural(len(others), 'layer')} without a "
-            f"gradient from text: {', '.join(kinds[:4])}{more}",
+            f"adapters: {plural(len(chosen), 'linear layer')}; none on {'; none on '.join(without)}",
             error=True,
         )
+
+
+def _places(names: Sequence[str]) -> str:
+    """The kinds of layers among ``names``, four at most."""
+    kinds = sorted({decoder.place(name) for name in names})
+    return ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more" if len(kinds) > 4 else "")
 
 
 def _check_head(model: PeftModel) -> None:

@@ -3,7 +3,13 @@
 from halfbyte.distributed.launcher import launch_command
 from halfbyte.distributed.ranks import agree, gather, on_every_rank, on_the_first
 from halfbyte.distributed.sharded_optimizers import check_optimizer
-from halfbyte.distributed.sharded_weights import base_bytes, check_adapters, gathered_adapters, packed_bytes
+from halfbyte.distributed.sharded_weights import (
+    base_bytes,
+    check_adapters,
+    check_experts,
+    gathered_adapters,
+    packed_bytes,
+)
 from halfbyte.distributed.shards import is_sharded, local_shard, whole
 from halfbyte.distributed.strategy import (
     SHARDED,
@@ -20,6 +26,7 @@ __all__ = [
     "agree",
     "base_bytes",
     "check_adapters",
+    "check_experts",
     "check_optimizer",
     "check_quantized",
     "gather",

@@ -13,9 +13,11 @@ import accelerate.accelerator
 import bitsandbytes as bnb
 import torch
 from accelerate.utils import fsdp_utils
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import ParametrizationList
 
 from halfbyte.distributed.launcher import is_on
 from halfbyte.distributed.sharded_optimizers import step_on_shards
@@ -78,6 +80,10 @@ def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
         return _stock_prepare(accelerator, model)
     for name, linear in linears.items():
         _unwrap_packed(name, linear)
+    packed = stacks(model)
+    for stack in packed.values():
+        # What reads it has the state.
+        stack.original = nn.Parameter(stack.original.detach().as_subclass(torch.Tensor), requires_grad=False)
     plugin = accelerator.state.fsdp_plugin
     plugin.set_auto_wrap_policy(model)
     mesh = getattr(accelerator, "torch_device_mesh", None)
@@ -93,7 +99,8 @@ def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
     # Embeddings and head stay with the root, gathered for the whole forward: TRL's fused losses read the head's
     # weight without calling the head, and tied ones must be in one group.
     fully_shard(model, **options)
-    _check_sharded(linears)
+    _check_sharded({name: linear.get_parameter("weight") for name, linear in linears.items()})
+    _check_sharded({name: stack.original for name, stack in packed.items()})
     for optimizer in accelerator._optimizers:
         step_on_shards(optimizer.optimizer)
     return model
@@ -101,6 +108,15 @@ def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+def stacks(model: nn.Module) -> dict[str, Any]:
+    """Return the packed experts of ``model``, which bitsandbytes dequantizes as they are read."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ParametrizationList) and isinstance(module[0], Bnb4bitParametrization)
+    }
 
 
 def _unwrap_packed(name: str, linear: Any) -> None:
@@ -115,8 +131,8 @@ def _unwrap_packed(name: str, linear: Any) -> None:
     linear.weight = nn.Parameter(weight.detach().as_subclass(torch.Tensor), requires_grad=False)
 
 
-def _check_sharded(linears: Mapping[str, Any]) -> None:
-    whole = [name for name, linear in linears.items() if not isinstance(linear.weight, DTensor)]
+def _check_sharded(packed: Mapping[str, torch.Tensor]) -> None:
+    whole = [name for name, weight in packed.items() if not isinstance(weight, DTensor)]
     assert not whole, f"FSDP2 did not shard {len(whole)} 4-bit weights, the first {whole[0]}"
 
 

@@ -1,10 +1,11 @@
 """Weights of a sharded model: which adapters are supported, gathered for saving, measured for the record."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -37,6 +38,18 @@ def check_adapters(configs: Iterable[LoraConfig]) -> None:
             )
 
 
+def check_experts(stacks: Collection[str]) -> None:
+    """Raise :class:`UserError` for packed ``stacks`` of experts under ZeRO-3.
+
+    DeepSpeed gathers a module's parameters when its forward is called; stacks are read as attributes.
+    """
+    if stacks and zero3.requested():
+        raise UserError(
+            "experts in 4 bits are not supported under DeepSpeed; launch with launch/fsdp2.yaml or launch/ddp.yaml",
+            option="model_name_or_path",
+        )
+
+
 def gathered_adapters(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """Gather the whole weights of every adapter, under their names in ``model``, in host memory; a collective.
 
@@ -65,6 +78,7 @@ def base_bytes(model: nn.Module) -> int:
         for module in model.modules()
         if isinstance(module, bnb.nn.Linear4bit)
     ]
+    states += [module.quant_state for module in model.modules() if isinstance(module, Bnb4bitParametrization)]
     scales = [tensor for state in states for tensor in _tensors(state)]
     return sum(local_shard(parameter).nbytes for parameter in frozen) + sum(
         tensor.nbytes for tensor in scales
@@ -76,6 +90,9 @@ def packed_bytes(model: nn.Module) -> tuple[int, int]:
     linears = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     here = sum(local_shard(linear.weight).nbytes for linear in linears)
     total = sum(linear.in_features * linear.out_features // 2 for linear in linears)
+    for stack in fsdp2.stacks(model).values():
+        here += local_shard(stack.original).nbytes
+        total += stack[0].quant_state.shape.numel() // 2
     return here, total
 
 

@@ -7,13 +7,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig
 
 from halfbyte import distributed
-from halfbyte.fast import autocast, batches, head, layer, linear
+from halfbyte.fast import autocast, batches, experts, head, layer, linear
 from halfbyte.fast.report import ON, FusionReport
 from halfbyte.fast.scope import Scope
 from halfbyte.fast.scores import USUAL
@@ -62,6 +63,7 @@ def fuse(
         base.set_attn_implementation(attention)
         unpadded = agreed
     linears, plain = _fuse_linears(base) if "linears" in scope.parts else (0, {})
+    packed = _fuse_experts(model) if "linears" in scope.parts else 0
     layers, level = 0, None
     apart: dict[str, int] = {}
     if "layers" in scope.parts and _has_4bit_adapters(model):
@@ -72,6 +74,7 @@ def fuse(
         level=level,
         layers_apart=apart,
         linears=linears,
+        experts=packed,
         plain=plain,
         head=chunked,
         batches=unpadded,
@@ -86,6 +89,7 @@ def unfuse(model: PreTrainedModel | PeftModel) -> None:
     base.__dict__.pop("forward", None)
     for module in base.modules():
         linear.unfuse(module)
+        experts.unfuse(module)
         if isinstance(module, GradientCheckpointingLayer):
             layer.unfuse(module)
 
@@ -145,6 +149,12 @@ def _autocast(hidden: torch.Tensor, args: TrainingArguments | None) -> torch.aut
     return autocast.entered(args, hidden.device, hidden.dtype)
 
 
+def _fuse_experts(model: nn.Module) -> int:
+    """Fuse the packed experts of every layer; return how many layers. Those with adapters are fused already."""
+    inside = {module.base_layer for module in model.modules() if isinstance(module, ParamWrapper)}
+    return sum(experts.fuse(module) for module in list(model.modules()) if module not in inside)
+
+
 def _fuse_linears(base: nn.Module) -> tuple[int, dict[str, int]]:
     """Fuse 4-bit LoRA linears; return how many, and how many run PEFT's forward by reason."""
     count = 0
@@ -155,6 +165,6 @@ def _fuse_linears(base: nn.Module) -> tuple[int, dict[str, int]]:
             variants: dict[str, Any] = module.lora_variant  # type: ignore[assignment]
             for name, variant in variants.items():
                 plain[f"{name} is {type(variant).__name__.removesuffix('LinearVariant')}"] += 1
-        elif isinstance(module, LoraLayer):
+        elif isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
             plain[f"adapter on {type(module.get_base_layer()).__name__}"] += 1
     return count, dict(plain)

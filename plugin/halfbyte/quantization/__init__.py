@@ -6,6 +6,7 @@ Only this package touches bitsandbytes' weights.
 from halfbyte.quantization.checkpoint import fingerprint, require
 from halfbyte.quantization.coverage import Coverage, measure_coverage
 from halfbyte.quantization.dtype import choose_compute_dtype
+from halfbyte.quantization.experts import shapes as stacks_of
 from halfbyte.quantization.load import compute_in_float32, load_base, planned
 from halfbyte.quantization.shape import Shape, shape_of
 
@@ -20,4 +21,5 @@ __all__ = [
     "planned",
     "require",
     "shape_of",
+    "stacks_of",
 ]

@@ -16,7 +16,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from halfbyte import multimodal, store
 from halfbyte.errors import UserError
-from halfbyte.quantization import stored
+from halfbyte.quantization import experts, quantizer, stored
 from halfbyte.quantization.skeleton import without_weights
 from halfbyte.task import CAUSAL_LM, Task
 from halfbyte.terminal.wording import first_line, shorten
@@ -137,7 +137,8 @@ def _load(
     auto = multimodal.model_class(config, task, entire=entire)
 
     def load(source: str | Path, *, to: torch.device = device, **more: Any) -> PreTrainedModel:
-        with suppress_seqcls_warning():  # a new head in the place of the language model's was requested
+        # Not warned: a new head in the place of the language model's was requested.
+        with suppress_seqcls_warning(), quantizer.registered():
             return auto.from_pretrained(
                 source,
                 dtype=dtype,
@@ -280,6 +281,7 @@ def compute_in_float32(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = torch.float32
+    experts.compute_in(model, torch.float32)
 
 
 def _prepare_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -294,3 +296,4 @@ def _prepare_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+    experts.compute_in(model, dtype)

@@ -37,8 +37,11 @@ def unpack(parts: Mapping[str, Tensor]) -> Tensor:
 
 def parameter_of(name: str) -> str:
     """The parameter that a tensor of a checkpoint belongs to: its own name, or what precedes that of a part."""
-    head, dot, tail = name.rpartition(".weight.")
-    return f"{head}.weight" if dot and (tail in _PARTS or tail.startswith(_STATE)) else name
+    parameter, dot, _ = name.partition(f".{_STATE}")
+    if dot:
+        return parameter
+    parameter, _, part = name.rpartition(".")
+    return parameter if part in _PARTS else name
 
 
 _PARTS = {"absmax", "quant_map", "nested_absmax", "nested_quant_map"}

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from halfbyte.multimodal import model_class
+from halfbyte.quantization.quantizer import registered
 from halfbyte.task import Task
 
 
@@ -32,7 +33,8 @@ def without_weights(
     with torch.device("meta"):
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, **_of_code(origin))
     if quantization is not None:
-        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        with registered():
+            quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})
         config.quantization_config = quantizer.quantization_config
         model.hf_quantizer = quantizer

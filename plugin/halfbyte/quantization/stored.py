@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from halfbyte import files
 from halfbyte.errors import UserError
+from halfbyte.quantization import experts
 from halfbyte.quantization.checkpoint import content, directory_of, require, weight_files
 
 FORMAT = 1
@@ -71,7 +72,9 @@ def located(name: str, revision: str) -> Path:
 
 def save(model: PreTrainedModel, directory: Path, reload: Callable[[Path], PreTrainedModel]) -> None:
     """Write ``model`` to ``directory``. Raises ValueError if ``reload(directory)`` has other weights."""
-    model.save_pretrained(directory, max_shard_size="4GB")
+    # Packed stacks of experts cannot be taken apart into the tensors that an architecture is published with.
+    whole = not any(True for _ in experts.modules(model))
+    model.save_pretrained(directory, max_shard_size="4GB", save_original_format=whole)
     reloaded = reload(directory).state_dict()
     weights = model.state_dict()
     if reloaded.keys() != weights.keys():

@@ -1,0 +1,133 @@
+"""How transformers loads a model in four bits here: its bitsandbytes quantizer, which packs stacks of experts too."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Params4bit
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from halfbyte.quantization import experts, stacks_in_peft
+
+_METHOD = "bitsandbytes_4bit"
+_PARTS = tuple(name.removeprefix("weight") for name in Bnb4BitHfQuantizer.serialized_names["weight"])
+
+
+class Quantizer(Bnb4BitHfQuantizer):
+    """transformers' 4-bit quantizer with stacks of experts.
+
+    transformers 5 keeps the experts of a layer as 3-D parameters, and bitsandbytes quantizes linear layers only
+    (bitsandbytes #1849): 93% of a mixture-of-experts model would stay in 16 bits.
+    """
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether the parameter is a 4-bit linear's weight, or a stack that is packed."""
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(getattr(module, name, None), Params4bit)
+
+    def get_quantize_ops(self) -> Bnb4bitQuantize:
+        """What quantizes a parameter once it was read and put together."""
+        return _Quantize(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """What puts a packed parameter together from its tensors."""
+        return {"deserialize": _Deserialize}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Any, **kwargs: Any
+    ) -> None:
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+        settings = self.quantization_config
+        self.serialized_names = dict(Bnb4BitHfQuantizer.serialized_names)
+        for path, module, names in experts.modules(model):
+            for name in names:
+                parameter = getattr(module, name)
+                if not experts.can_be_packed(parameter) or not should_convert_module(
+                    path, self.modules_to_not_convert
+                ):
+                    continue
+                storage = settings.bnb_4bit_quant_storage
+                empty = torch.empty_like(
+                    parameter, device="meta", dtype=storage if self.pre_quantized else None
+                )
+                template = Params4bit(
+                    empty,
+                    requires_grad=False,
+                    compress_statistics=settings.bnb_4bit_use_double_quant,
+                    quant_type=settings.bnb_4bit_quant_type,
+                    quant_storage=storage,
+                )
+                setattr(module, name, template)
+                saved = f"{path.rpartition('.')[2]}.{name}"
+                self.serialized_names[saved] = [f"{saved}{part}" for part in _PARTS]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for _, module, names in list(experts.modules(model)):
+            for name in names:
+                if isinstance(getattr(module, name), Params4bit):
+                    experts.dequantize_on_access(module, name)
+                    stacks_in_peft.install()
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Leave the experts of Llama 4 stacked: transformers would make linear layers of them."""
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Have transformers load 4-bit models by :class:`Quantizer` in this block.
+
+    transformers registers quantizers by name, and a 4-bit configuration names bitsandbytes' whatever its class.
+    """
+    before = auto.AUTO_QUANTIZER_MAPPING[_METHOD]
+    auto.AUTO_QUANTIZER_MAPPING[_METHOD] = Quantizer
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING[_METHOD] = before
+
+
+class _Quantize(Bnb4bitQuantize):
+    """Quantize a linear's weight as transformers does, a stack expert by expert."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            module, leaf = get_module_from_name(model, name)
+            if leaf not in experts.names_of(module):
+                result |= super().convert({name: value}, full_layer_name, model, **kwargs)
+                continue
+            weights = value[0] if isinstance(value, list) else value
+            result[name] = experts.pack(weights, getattr(module, leaf))
+        return result
+
+
+class _Deserialize(Bnb4bitDeserialize):
+    """Put a packed parameter together, a linear's as transformers does."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: Any = None,
+        full_layer_name: str | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        key = min(input_dict, key=len)
+        if key == "weight" or len(input_dict) == 1:
+            found: dict[str, Any] = super().convert(input_dict, model, full_layer_name, **kwargs)
+            return found
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        data = tensors.pop(key)
+        return {key: Params4bit.from_prequantized(data, tensors, requires_grad=False, device=data.device)}

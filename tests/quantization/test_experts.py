@@ -1,0 +1,138 @@
+"""Stacks of experts in four bits: packed as they are read, bitwise as bitsandbytes packs them, and stored so."""
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from halfbyte import store
+from halfbyte.errors import UserError
+from halfbyte.quantization import experts, measure_coverage, packed, stacks_of
+from halfbyte.quantization.skeleton import without_weights
+from halfbyte.quantization.stacks_in_peft import shown_whole
+from halfbyte.task import CAUSAL_LM
+from tests import tiny
+from tests.experts import load, nf4
+
+STACKS = ("gate_up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("experts"), "qwen3_moe")
+
+
+def of(model: Any, name: str, layer: int = 0) -> experts.Stack:
+    found = experts.packed(model.model.layers[layer].mlp.experts, name)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_is_packed_as_bitsandbytes_packs_the_whole_of_it(base: Path, dtype: torch.dtype) -> None:
+    model, dense = load(base, dtype), AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    for name in STACKS:
+        weights = getattr(dense.model.layers[1].mlp.experts, name).data
+        data, state = bnb.functional.quantize_4bit(weights, compress_statistics=True, quant_type="nf4")
+        stack = of(model, name, 1)
+        assert torch.equal(stack.data, data)
+        found = stack.state.as_dict(packed=True)
+        for part, expected in state.as_dict(packed=True).items():
+            assert torch.equal(found[part], expected), part
+        whole = bnb.functional.dequantize_4bit(data, state)
+        assert torch.equal(stack.whole(dtype), whole)
+        assert torch.equal(getattr(model.model.layers[1].mlp.experts, name), whole)
+        scales = stack.scales()
+        for index in range(len(weights)):
+            assert torch.equal(stack.expert(index, scales, dtype), whole[index])
+
+
+def test_the_stored_base_is_the_one_that_was_quantized_bit_for_bit(base: Path) -> None:
+    first = load(base).state_dict()
+    again = load(base).state_dict()
+    assert any(name.endswith("experts.gate_up_proj.absmax") for name in again)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_checkpoint_that_is_packed_already_loads_with_its_own_bytes(base: Path, tmp_path: Path) -> None:
+    model = load(base)
+    model.save_pretrained(tmp_path / "packed", save_original_format=False)
+    tiny.tokenizer().save_pretrained(tmp_path / "packed")
+    found, expected = load(tmp_path / "packed").state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_coverage_counts_what_is_packed(base: Path) -> None:
+    coverage = measure_coverage(load(base))
+    assert coverage.four_bit_share == 1.0
+    assert set(coverage.left_out) == {"embeddings", "head", "norms and biases", "routers"}
+
+
+def test_bytes_of_a_stack_are_four_and_an_eighth_bits_a_weight() -> None:
+    weights = torch.randn(16, 512, 256)
+    template = bnb.nn.Params4bit(weights.to("meta"), quant_type="nf4", compress_statistics=True)
+    made = experts.pack(weights, template)
+    parts = made.quant_state.as_dict(packed=True)
+    size = made.data.nbytes + sum(tensor.nbytes for tensor in parts.values())
+    assert size * 8 / weights.numel() == pytest.approx(4.127, rel=0.03)
+
+
+def test_experts_of_a_size_that_blocks_would_cross_stay_in_16_bits(tmp_path: Path) -> None:
+    config = tiny.CONFIGS["qwen3_moe"]()
+    config.hidden_size, config.moe_intermediate_size = 24, 3
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    coverage = measure_coverage(load(tmp_path))
+    assert coverage.unquantized_classes == ("Qwen3MoeExperts",)
+    with pytest.raises(UserError, match=r"% of the decoder.*experts\.gate_up_proj"):
+        coverage.require()
+
+
+def test_without_weights_the_stacks_have_their_shapes(base: Path) -> None:
+    model = without_weights(base, quantization=nf4(), dtype=torch.float32, task=CAUSAL_LM)
+    assert stacks_of(model) == stacks_of(load(base))
+    assert measure_coverage(model).bytes_4bit == measure_coverage(load(base)).bytes_4bit
+
+
+def test_the_parts_of_a_packed_parameter_have_its_name() -> None:
+    path = "model.layers.0.mlp.experts.gate_up_proj"
+    for part in ("", ".absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4"):
+        assert packed.parameter_of(path + part) == path
+    assert packed.parameter_of("model.norm.weight") == "model.norm.weight"
+
+
+def test_shown_whole_a_stack_is_a_parameter_of_its_shape_and_afterwards_packed_again(base: Path) -> None:
+    model: Any = load(base)
+    held, before = model.model.layers[0].mlp.experts, model.state_dict()
+    with shown_whole(model):
+        assert held.gate_up_proj.shape == (4, 128, 64)
+        assert "gate_up_proj" in dict(held.named_parameters(recurse=False))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_peft_still_finds_parametrized_parameters_by_whole_paths_only(base: Path) -> None:
+    """When this fails, ``quantization/stacks_in_peft.py`` can go."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    model = load(base)
+    own = BaseTuner._inject_parameters.__wrapped__  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseTuner, "_inject_parameters", own)
+        found = get_peft_model(
+            model, LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+        )
+    assert not any("experts" in name and "lora_" in name for name, _ in found.named_parameters())
+
+
+def test_the_store_keeps_one_entry_a_base(base: Path) -> None:
+    load(base)
+    count = len(store.entries())
+    load(base)
+    assert len(store.entries()) == count
