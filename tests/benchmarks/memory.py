@@ -56,6 +56,7 @@ class Point:
     checkpointing: bool = True
     accumulation: int = 1
     strategy: str = "single"
+    evaluated: int = 0
 
     @property
     def name(self) -> str:
@@ -79,6 +80,10 @@ def points() -> list[Point]:
     found += [dpo(level=level, batch=batch) for level in range(4) for batch in (2, 4)]
     found += [dpo(level=3, dtype="float32"), dpo(level=0, length=256), dpo(level=3, rank=64)]
     found += [Point(fast="none", level=None), Point(recipe="dpo", length=128, fast="none", level=None)]
+    for evaluated in (8, 16):
+        found += [Point(batch=1, evaluated=evaluated, level=level) for level in (0, 3)]
+    found += [Point(batch=1, evaluated=16, dtype="float32"), dpo(batch=1, evaluated=16)]
+    found += [Point(batch=1, evaluated=8, fast="none", level=None)]
     found += [Point(strategy=strategy, level=level) for strategy in ("cpu", "fsdp2") for level in (0, 3)]
     return [*found, *(Point(fast=fast, level=None, checkpointing=False) for fast in ("none", "auto"))]
 
@@ -155,9 +160,13 @@ def prepare(point: Point, scratch: Path) -> list[str]:
     cache.mkdir(exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(cache)
     case = Case("memory", hidden=point.hidden, layers=point.layers, vocabulary=point.vocabulary)
-    data = scratch / "rows.jsonl"
-    data.write_text("\n".join(json.dumps(each) for each in rows(point)), encoding="utf-8")
-    chosen = options(point, workload.checkpoint(case, cache), data)
+    written = [json.dumps(each) for each in rows(point)]
+    (scratch / "rows").mkdir()
+    for split in ("train", "test"):
+        (scratch / "rows" / f"{split}.jsonl").write_text("\n".join(written), encoding="utf-8")
+    chosen = options(point, workload.checkpoint(case, cache), scratch / "rows")
+    if point.evaluated:
+        chosen |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": point.evaluated}
     words = [f"--{name}={value}" for name, value in chosen.items()]
     return [point.recipe, *words, f"--output_dir={scratch}/run"]
 
@@ -201,7 +210,7 @@ def rows(point: Point) -> Iterator[dict[str, str]]:
     def words() -> str:
         return "".join(f" w{draw.randrange(4, point.vocabulary)}" for _ in range(point.length - 1))
 
-    for _ in range(2 * STEPS * point.batch * point.accumulation):
+    for _ in range(max(2 * STEPS * point.batch * point.accumulation, point.evaluated)):
         yield {
             name: words()
             for name in (("text",) if point.recipe == "sft" else ("prompt", "chosen", "rejected"))

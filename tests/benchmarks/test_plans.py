@@ -6,5 +6,7 @@ from tests.benchmarks import plans
 def test_the_table_is_current() -> None:
     text = plans.README.read_text(encoding="utf-8")
     shape = plans.SHAPES[0]
-    assert f"| {shape.name} | {' | '.join(plans.cells(shape))} |" in text
-    assert all(f"| {each.name} |" in text for each in plans.SHAPES)
+    model = plans.planned(shape)
+    for cells in (plans.cells(model), plans.durations(model)):
+        assert f"| {shape.name} | {' | '.join(cells)} |" in text
+    assert all(text.count(f"| {each.name} |") == 2 for each in plans.SHAPES)

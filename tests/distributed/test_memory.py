@@ -1,4 +1,4 @@
-"""What a run holds is what was predicted: four points of the benchmark's grid, and two processes."""
+"""What a run holds is what was predicted: five points of the benchmark's grid, and two processes."""
 
 import pytest
 
@@ -10,6 +10,7 @@ POINTS = [
     Point(length=256, level=3),
     Point(recipe="dpo", length=128, level=1),
     Point(rank=64, level=0, optim="adamw_8bit"),
+    Point(batch=1, evaluated=16),
     Point(strategy="cpu", level=0),
     Point(strategy="fsdp2", level=0),
 ]

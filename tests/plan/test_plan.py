@@ -105,6 +105,21 @@ def test_the_last_batch_may_be_dropped(given, planned: Planned, tmp_path: Path, 
         assert "do not fill a batch of 99" in capsys.readouterr().err
 
 
+def test_an_evaluation_may_hold_the_most(given, planned: Planned, tmp_path: Path, monkeypatch) -> None:
+    words = (*given("sft", rows=200), "--eval_strategy=steps", "--eval_steps=99", "--max_steps=1")
+    small, large = (planned("sft", *words, f"--per_device_eval_batch_size={rows}") for rows in (2, 32))
+    assert (small["peak"], large["peak"]) == ("step", "evaluation")
+    assert small["memory"]["total"] < large["memory"]["total"]
+    assert large["memory"]["gradients"] == large["memory"]["activations"] == 0
+    assert main(["sft", *words, "--per_device_eval_batch_size=32", f"--output_dir={tmp_path / 'run'}"]) == 0
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["memory"]["predicted"] == large["memory"]
+    monkeypatch.setattr(target, "host_memory", lambda: large["memory"]["total"] - 1)
+    (change, *_) = planned("sft", *words, "--per_device_eval_batch_size=32")["changes"]
+    assert change["write"] == "per_device_eval_batch_size: 16"
+    assert change["total"] < large["memory"]["total"]
+
+
 @pytest.mark.faults  # for its seconds
 def test_a_probe_measures_here(given, planned: Planned) -> None:
     found = planned("sft", *given("sft"), "--probe")

@@ -3,11 +3,11 @@
 What is resident (:mod:`halfbyte.memory.resident`) stays for the whole run; what a step adds
 (:mod:`halfbyte.memory.step`) is largest when the forward has just ended: every layer keeps what its backward reads,
 and either the LM head scores its last chunk or the last layer runs its backward. Where a step is small, the peak is
-the optimizer's instead: all gradients are there, and no activation.
+the optimizer's instead, with all gradients and no activation, or that of an evaluation with larger batches.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -44,7 +44,8 @@ class Workload:
 
     ``tokens`` is the most that one forward has, ``longest`` that of a sequence in it; a row brings ``sides`` of them.
     ``accumulation`` is the number of micro-batches in a step, ``optim`` the optimizer's name. ``checkpointing``
-    concerns layers that are not fused; without ``chunked_head`` TRL's own scores the tokens.
+    concerns layers that are not fused; without ``chunked_head`` TRL's own scores the tokens. ``evaluated`` is the most
+    tokens of a batch of an evaluation, ``evaluated_longest`` that of a sequence in it; 0 without one.
     """
 
     tokens: int
@@ -57,6 +58,8 @@ class Workload:
     strategy: str = "single"
     world_size: int = 1
     device: str = "cpu"
+    evaluated: int = 0
+    evaluated_longest: int = 0
 
     @property
     def ranks_that_share(self) -> int:
@@ -69,6 +72,7 @@ class Memory:
     """What one rank holds at the peak of a step, in bytes; the parts add up to ``total``.
 
     ``pageable`` is the share of ``optimizer`` that moves to the host where the device is full, and is not added.
+    ``evaluating``: the peak is not that of a step, but of an evaluation.
     """
 
     four_bit_weights: int
@@ -83,6 +87,7 @@ class Memory:
     buckets: int
     slack: int
     pageable: int = 0
+    evaluating: bool = False
 
     @property
     def total(self) -> int:
@@ -96,7 +101,7 @@ class Memory:
 
     def parts(self) -> dict[str, int]:
         """Return the bytes of each part by name."""
-        return {name: size for name, size in asdict(self).items() if name != "pageable"}
+        return {name: size for name, size in asdict(self).items() if name not in ("pageable", "evaluating")}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the parts, the total and what can be paged out, in JSON's types."""
@@ -109,29 +114,46 @@ def is_planned(model: nn.Module) -> bool:
 
 
 def predict(model: nn.Module, workload: Workload, level: int | None = None) -> Memory:
-    """Return what a rank holds at the peak of a step of ``model``, loaded or on meta, its fused layers at ``level``.
+    """Return what a rank holds at the peak of a run of ``model``, loaded or on meta, its fused layers at ``level``.
 
-    None stands for the level that they have. ``model`` is whole: not sharded yet.
+    None stands for the level that they have. ``model`` is whole: not sharded yet. The peak is that of a step, or of an
+    evaluation where that is higher.
     """
-    return _at_its_peak(model, workload, step.activations(model, workload, level))
+    step_ = _at_its_peak(model, workload, step.activations(model, workload, level))
+    if not workload.evaluated:
+        return step_
+    return max(step_, _evaluating(model, workload), key=lambda each: each.total)
 
 
 def by_level(model: nn.Module, workload: Workload) -> Mapping[int, Memory]:
-    """Return :func:`predict` for every save level of the fused layers."""
-    return {level: predict(model, workload, level) for level in step.LEVELS}
+    """Return what a step holds for every save level of the fused layers."""
+    return {
+        level: _at_its_peak(model, workload, step.activations(model, workload, level))
+        for level in step.LEVELS
+    }
 
 
 def _at_its_peak(model: nn.Module, workload: Workload, added: step.Activations) -> Memory:
+    trained = resident.weights(model).trained // workload.ranks_that_share
+    # In the backward of the last layer only its own gradients are there, unless an earlier micro-batch left all.
+    early = trained if workload.accumulation > 1 else trained // max(added.layers, 1)
+    found = _with(model, workload, added, gradients=early)
+    if added.kept + added.working + early < trained:
+        return replace(found, activations=0, working=0, gradients=trained)
+    return found
+
+
+def _evaluating(model: nn.Module, workload: Workload) -> Memory:
+    """What a rank holds in an evaluation: no gradients, the optimizer's state, and the forward of a batch."""
+    found = _with(model, workload, step.evaluation(model, workload), gradients=0)
+    return replace(found, evaluating=True)
+
+
+def _with(model: nn.Module, workload: Workload, added: step.Activations, gradients: int) -> Memory:
     base, share = resident.weights(model), workload.ranks_that_share
-    trained = base.trained // share
     state = resident.optimizer_state(model, workload.optim) // share
     gathered = resident.gathered(model) if share > 1 else 0
     buckets = base.trained if workload.strategy == "ddp" and workload.world_size > 1 else 0
-    # In the backward of the last layer only its own gradients are there, unless an earlier micro-batch left all.
-    early = trained if workload.accumulation > 1 else trained // max(added.layers, 1)
-    kept, working, gradients = added.kept, added.working, early
-    if kept + working + early < trained:
-        kept, working, gradients = 0, 0, trained
     return Memory(
         four_bit_weights=base.four_bit // share,
         quantization_state=base.quantization_state,
@@ -139,8 +161,8 @@ def _at_its_peak(model: nn.Module, workload: Workload, added: step.Activations) 
         adapters=base.adapters // share,
         optimizer=state,
         gradients=gradients,
-        activations=kept,
-        working=working,
+        activations=added.kept,
+        working=added.working,
         gathered=gathered,
         buckets=buckets,
         slack=_slack(workload, added, step.item_size(model)),

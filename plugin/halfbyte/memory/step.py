@@ -22,8 +22,9 @@ __all__ = ["LEVELS", "Activations", "activations", "kept_per_token"]
 _LOG_SUM_BYTES = 4
 _FLOAT32 = 4
 _IDS = 6 * 8  # of a token: its id, label and position, twice
-# TRL's own head (trl 1.16, trainer/utils.py): the tokens of a chunk, and how often it holds their logits in float32.
-_TRL_CHUNK, _TRL_COPIES = 32_768, 9
+# TRL's own head (trl 1.16, trainer/utils.py): the tokens of a chunk, and how often it holds their logits in float32,
+# with gradients and without.
+_TRL_CHUNK, _TRL_COPIES, _TRL_FORWARD_COPIES = 32_768, 9, 6
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,26 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
             size, whole = _whole_per_token(layer)
             kept += tokens * (size if workload.checkpointing else whole)
             working = max(working, tokens * whole if workload.checkpointing else 0)
-    head = _head(model, workload) + _around(model, tokens)
+    head = _head(model, workload, tokens) + _around(model, tokens)
     return Activations(kept, max(working, head) + tokens * _IDS, products, layers)
+
+
+def evaluation(model: nn.Module, workload: Any) -> Activations:
+    """Return what a batch of an evaluation adds to ``model``: the forward of one layer, or a chunk of the head."""
+    tokens, layers, working, products = workload.evaluated, 0, 0, 0
+    for layer in model.modules():
+        if not isinstance(layer, GradientCheckpointingLayer):
+            continue
+        layers += 1
+        if isinstance(layer.forward, FusedForward):
+            decoder = layer.forward.decoder
+            of_mlp, multiplied = _forward_of_mlp(decoder, tokens)
+            products = max(products, multiplied)
+            working = max(working, of_mlp, _forward_of_attention(decoder, workload))
+        else:
+            working = max(working, tokens * _whole_per_token(layer)[1] // 2)
+    head = _head(model, workload, tokens, backward=False) + _around(model, tokens)
+    return Activations(0, max(working, head) + tokens * _IDS, products, layers)
 
 
 def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
@@ -93,6 +112,33 @@ def _of_mlp(decoder: Decoder, level: int, size: int, tokens: int) -> int:
     return (tokens * values + weights) * size
 
 
+def _forward_of_mlp(decoder: Decoder, tokens: int) -> tuple[int, int]:
+    """Bytes that the forward of the MLP works with beside what the attention before it has left, and its products."""
+    stream, gate_up, size = (
+        _stream(decoder).numel(),
+        _outputs(decoder.gate_up),
+        _stream(decoder).element_size(),
+    )
+    features, (attended, keys) = gate_up // 2, _widths(decoder)
+    # The layer's input, the stream between the halves, the norm's output; queries, keys, values and what attends.
+    left = tokens * (3 * stream + 2 * (attended + keys))
+    up = gate_up * stream + tokens * gate_up
+    down = features * stream + tokens * (gate_up + features + stream)
+    products = max(up, down)
+    return (left + products) * size, products * size
+
+
+def _forward_of_attention(decoder: Decoder, workload: Any) -> int:
+    """Bytes that the forward of attention works with."""
+    stream, (attended, keys) = _stream(decoder).numel(), _widths(decoder)
+    size = _stream(decoder).element_size()
+    total = workload.evaluated * (3 * stream + 2 * attended + 2 * keys) * size
+    if workload.device == "cpu" and _in_float32(decoder):
+        copies = attended + 2 * keys if size < _FLOAT32 else 0
+        total += (workload.evaluated * copies + workload.evaluated_longest * 2 * (attended + keys)) * _FLOAT32
+    return int(total)
+
+
 def _of_attention(decoder: Decoder, level: int, size: int, workload: Any) -> int:
     """Bytes that the backward of attention works with: the gradients of its heads, twice, and what a device adds."""
     stream, (attended, keys) = _stream(decoder).numel(), _widths(decoder)
@@ -109,7 +155,7 @@ def _of_attention(decoder: Decoder, level: int, size: int, workload: Any) -> int
     return int(total)
 
 
-def _head(model: nn.Module, workload: Any) -> int:
+def _head(model: nn.Module, workload: Any, tokens: int, *, backward: bool = True) -> int:
     """Bytes that scoring the last chunk takes: its logits in the dtype of the head and in float32, and gradients."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     head = getattr(head, "original_module", head)  # PEFT wraps a head that is trained, or has trained rows
@@ -118,11 +164,12 @@ def _head(model: nn.Module, workload: Any) -> int:
     vocabulary, hidden = head.weight.shape
     size = head.weight.element_size()
     if not workload.chunked_head:
-        return int(min(workload.tokens, _TRL_CHUNK) * vocabulary * _TRL_COPIES * _FLOAT32)
-    chunk = min(chunk_rows(vocabulary, workload.device), workload.tokens)
+        copies = _TRL_COPIES if backward else _TRL_FORWARD_COPIES
+        return int(min(tokens, _TRL_CHUNK) * vocabulary * copies * _FLOAT32)
+    chunk = min(chunk_rows(vocabulary, workload.device), tokens)
     # Logits, twice in float32 (probabilities beside them for the entropy), and the gradient.
-    logits = chunk * vocabulary * (2 * size + 2 * _FLOAT32)
-    return int(logits + workload.tokens * hidden * size)
+    logits = chunk * vocabulary * ((1 + backward) * size + 2 * _FLOAT32)
+    return int(logits + backward * tokens * hidden * size)
 
 
 def _around(model: nn.Module, tokens: int) -> int:

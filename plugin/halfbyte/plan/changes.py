@@ -42,6 +42,7 @@ class _State:
     place: Place
     lengths: Lengths | None
     token_budget: int | None
+    evaluated: Lengths | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def changes(trainer: Any, options: ModelOptions, target: Target) -> list[Change]
         Place(strategy=target.strategy, world_size=target.ranks, device=target.device),
         trainer.report.lengths,
         options.max_tokens_per_batch,
+        trainer.report.evaluated,
     )
     before, found = _held(trainer, start).total, []
     together: dict[str, _Candidate] = {}
@@ -91,6 +93,15 @@ def _candidates(
     trainer: Any, options: ModelOptions, target: Target, lengths: Lengths | None
 ) -> Iterator[_Candidate]:
     args = trainer.args
+    if trainer.report.memory.evaluating:
+        rows = args.per_device_eval_batch_size
+        for size in _divisors(rows):
+            yield _Candidate(
+                "evaluation",
+                f"per_device_eval_batch_size: {size}",
+                "the same evaluation in smaller pieces",
+                partial(_with, per_device_eval_batch_size=size),
+            )
     if trainer.report.fusion.level:
         yield _Candidate(
             "level",
@@ -146,7 +157,7 @@ def _smaller_batches(args: Any, tokens: int | None) -> Iterator[_Candidate]:
             ),
         )
         return
-    for size in sorted((each for each in range(1, rows) if rows % each == 0), reverse=True):
+    for size in _divisors(rows):
         steps = accumulation * rows // size
         yield _Candidate(
             "batch",
@@ -154,6 +165,11 @@ def _smaller_batches(args: Any, tokens: int | None) -> Iterator[_Candidate]:
             "the same training in smaller pieces",
             partial(_with, per_device_train_batch_size=size, gradient_accumulation_steps=steps),
         )
+
+
+def _divisors(rows: int) -> list[int]:
+    """The numbers below ``rows`` that divide it, the largest first."""
+    return [each for each in range(rows - 1, 0, -1) if rows % each == 0]
 
 
 def _held(trainer: Any, state: _State) -> Memory:
@@ -166,6 +182,8 @@ def _held(trainer: Any, state: _State) -> Memory:
         report.workload.sides,
         state.token_budget,
         state.place,
+        state.evaluated,
+        evaluates=trainer.eval_dataset is not None,
     )
     return memory.predict(model, workload, state.level)
 
@@ -182,11 +200,14 @@ def _sharded(state: _State, ranks: int) -> _State:
 
 
 def _shorter(state: _State, length: int) -> _State:
-    lengths = state.lengths
-    if lengths is not None:
+    def cut(lengths: Lengths | None) -> Lengths | None:
+        if lengths is None:
+            return None
         sides = tuple(np.minimum(each, length) for each in lengths.sides)
-        lengths = replace(lengths, sides=sides, common=np.minimum(lengths.common, length))
-    return replace(_with(state, max_length=length), lengths=lengths)
+        return replace(lengths, sides=sides, common=np.minimum(lengths.common, length))
+
+    kept = _with(state, max_length=length)
+    return replace(kept, lengths=cut(state.lengths), evaluated=cut(state.evaluated))
 
 
 def _share_beyond(lengths: Lengths | None, length: int) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from halfbyte.plan.figures import Figures
 from halfbyte.plan.plan import Plan
-from halfbyte.terminal.wording import aligned, count, memory, plural
+from halfbyte.terminal.wording import aligned, count, duration, memory, plural
 
 # The parts of the memory model, as a reader knows them.
 _PARTS = {
@@ -21,6 +21,8 @@ _PARTS = {
     "slack": "allocator fragmentation and imports",
 }
 
+_PEAKS = {"step": "a step", "evaluation": "an evaluation"}
+
 
 def page(plan: Plan) -> list[str]:
     """Return the lines to print."""
@@ -33,8 +35,8 @@ def _verdict(plan: Plan) -> Iterator[str]:
     kind = "GPU" if target.device == "cuda" else "process"
     where = f"each of {target.ranks} {_several(kind)}" if target.ranks > 1 else f"one {kind}"
     yield (
-        f"{plan.verdict}: {memory(plan.memory.total)} at the peak of a step, of {memory(target.capacity)} on {where} "
-        f"({target.basis}), strategy {target.strategy}"
+        f"{plan.verdict}: {memory(plan.memory.total)} at the peak of {_PEAKS[plan.peak]}, "
+        f"of {memory(target.capacity)} on {where} ({target.basis}), strategy {target.strategy}"
     )
 
 
@@ -90,9 +92,9 @@ def _data(plan: Plan) -> Iterator[str]:
         total = (
             ""
             if found.epochs is None
-            else f", {_time(plan.seconds_per_epoch * found.epochs)} of training steps"
+            else f", {duration(plan.seconds_per_epoch * found.epochs)} of training steps"
         )
-        yield f"time: {_time(plan.seconds_per_epoch)} an epoch{total}, at {rate}"
+        yield f"time: {duration(plan.seconds_per_epoch)} an epoch{total}, at {rate}"
     else:
         yield "time: not known; --probe measures a few steps here, --tokens_per_second N states it"
 
@@ -110,9 +112,3 @@ def _changes(plan: Plan) -> Iterator[str]:
     yield "to make it smaller, the cheapest first:"
     for change in plan.changes:
         yield f"  {memory(change.total)} ({change.verdict}): {change.write}; {change.cost}"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -37,6 +37,11 @@ class Plan:
         return self.target.verdict(self.memory)
 
     @property
+    def peak(self) -> str:
+        """What holds the most memory: ``step`` or ``evaluation``."""
+        return "evaluation" if self.memory.evaluating else "step"
+
+    @property
     def seconds_per_epoch(self) -> float | None:
         """The time of one epoch at ``tokens_per_second``; None where that or the tokens are not known."""
         if self.tokens_per_second is None or self.figures.tokens is None:
@@ -51,6 +56,7 @@ class Plan:
             "verdict": self.verdict,
             "device": {**vars(self.target)},
             "memory": self.memory.as_dict(),
+            "peak": self.peak,
             "trained_parameters": self.trained,
             "parameters": self.parameters,
             "step": list(self.lines),
@@ -73,7 +79,9 @@ def plan(rehearsal: Rehearsal, *, full: bool = False, tokens_per_second: float |
     if (
         sampled
     ):  # the longest rows, apart: they decide what a step holds, and would weigh too much in all else
-        longest = Sample(rows=0, longest=max(LONGEST, trainer.args.per_device_train_batch_size))
+        args = trainer.args
+        most = max(LONGEST, args.per_device_train_batch_size, args.per_device_eval_batch_size)
+        longest = Sample(rows=0, longest=most)
         trainer = rehearsal.trainer(rehearsal.rows(longest), few=True)
         told = told.with_longest(trainer)
     report, target = trainer.report, rehearsal.target

@@ -122,6 +122,13 @@ def aligned(rows: Sequence[Sequence[str]], *, left: bool = False) -> list[str]:
     return ["  ".join([row[0].ljust(widths[0]), *map(other, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads well."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def memory(value: float) -> str:
     """Bytes as GiB or MiB."""
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

@@ -64,7 +64,7 @@ class BuildReport:
 
     ``precomputed`` is whether references are computed before training, where that was to be decided; ``batching`` the
     micro-batches of ``max_tokens_per_batch``; ``memory`` what a step of ``workload`` is predicted to hold; ``lengths``
-    those of the training rows, where they say.
+    those of the training rows, where they say, and ``evaluated`` those of the rows of evaluations.
     """
 
     coverage: Coverage = field(default_factory=Coverage)
@@ -73,6 +73,7 @@ class BuildReport:
     batching: Batching | None = None
     workload: Workload | None = None
     lengths: Lengths | None = None
+    evaluated: Lengths | None = None
     memory: Memory | None = None
 
     def lines(self) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
@@ -76,6 +77,7 @@ def build(
     def finish(trainer: Any) -> None:
         optimizers.check(args, model)
         lengths = Lengths.of(trainer.train_dataset, args)
+        evaluated = _evaluated(trainer)
         if token_budget is not None:
             _check_token_budget(trainer, lengths)
         trial.check_loss(trainer, model)
@@ -94,7 +96,17 @@ def build(
                 collator=trainer.data_collator,
                 checkpointing=args.gradient_checkpointing,
             )
-        workload = workload_of(args, model, lengths, fusion, scope.sides, token_budget, place)
+        workload = workload_of(
+            args,
+            model,
+            lengths,
+            fusion,
+            scope.sides,
+            token_budget,
+            place,
+            evaluated,
+            evaluates=trainer.eval_dataset is not None,
+        )
         if args.gradient_checkpointing:
             choice = memory.choose(
                 model, memory_budget, workload, recorded=save_level, available=place.available
@@ -114,6 +126,7 @@ def build(
             batching=trainer.batching,
             workload=workload,
             lengths=lengths,
+            evaluated=evaluated,
             memory=memory.predict(model, workload),
         )
 
@@ -147,6 +160,18 @@ def _hidden(args: Any, *fields: str) -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(args, name, value)
+
+
+def _evaluated(trainer: Any) -> Lengths | None:
+    """The lengths of the rows that ``trainer`` evaluates on: of several sets, of the one with the longest."""
+    sets = trainer.eval_dataset
+    each = [
+        Lengths.of(rows, trainer.args) for rows in (sets.values() if isinstance(sets, Mapping) else [sets])
+    ]
+    known = [lengths for lengths in each if lengths is not None]
+    if len(known) < len(each):
+        return None
+    return max(known, key=lambda lengths: int(np.maximum.reduce(lengths.sides).max()), default=None)
 
 
 def _check_token_budget(trainer: Any, lengths: Lengths | None) -> None:

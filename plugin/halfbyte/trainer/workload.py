@@ -20,21 +20,33 @@ def workload_of(
     sides: int,
     token_budget: int | None,
     place: Place,
+    evaluated: Lengths | None = None,
+    *,
+    evaluates: bool = False,
 ) -> Workload:
-    """What one step of these rows computes; without ``lengths`` as many tokens as the options allow."""
+    """What one step of these rows computes; without ``lengths`` as many tokens as the options allow.
+
+    A trainer that ``evaluates`` does so on rows of the lengths ``evaluated``, in padded batches or as trees.
+    """
     size, free = args.per_device_train_batch_size, fusion.padding_free or fusion.trees
-    if lengths is None:
-        config = model.config.get_text_config()
-        length = getattr(args, "max_length", None) or config.max_position_embeddings
-        tokens, longest = int(sides * length * size), length
-    else:
+    length = getattr(args, "max_length", None) or model.config.get_text_config().max_position_embeddings
+
+    def largest(lengths: Lengths | None, size: int, free: bool, budget: int | None = None) -> tuple[int, int]:
+        """The tokens of the largest batch, and those of the longest sequence in it."""
+        if lengths is None:
+            return int(sides * length * size), length
         sizes = lengths.sizes(padded=not free, shared=fusion.trees)
-        tokens = most_tokens(sizes, size, padded=not free, budget=token_budget)
+        tokens = most_tokens(sizes, size, padded=not free, budget=budget)
         # A padded batch is computed as a whole.
-        longest = int(np.maximum.reduce(lengths.sides).max()) if free else tokens
+        return tokens, int(np.maximum.reduce(lengths.sides).max()) if free else tokens
+
+    tokens, longest = largest(lengths, size, free, token_budget)
+    of_evaluation = largest(evaluated, args.per_device_eval_batch_size, fusion.trees) if evaluates else (0, 0)
     return Workload(
         tokens=tokens,
         longest=longest,
+        evaluated=of_evaluation[0],
+        evaluated_longest=of_evaluation[1],
         optim=str(getattr(args.optim, "value", args.optim)),
         sides=sides,
         chunked_head=fusion.head == ON,
