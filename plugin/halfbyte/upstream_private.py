@@ -91,14 +91,17 @@ PRIVATE = (
     Private("torch._foreach_norm", "trainer/finite.py"),
     *(
         Private("transformers.PreTrainedConfig._attn_implementation", place)
-        for place in ("fast/batches.py", "fast/family.py", "fast/fusion.py", "trainer/reference_identity.py")
+        for place in ("fast/batches.py", "fast/fusion.py", "fast/parts.py", "trainer/reference_identity.py")
     ),
     Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
     Private("transformers.PreTrainedModel._is_stateful", "trainer/completions.py"),
     Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),
-    Private("torch.nn.Module.__init__:_forward_hooks", "fast/family.py"),
-    Private("torch.nn.Module.__init__:_forward_pre_hooks", "fast/family.py"),
-    *(Private("torch.ops.aten._unsafe_view", place) for place in ("fast/layer_call.py", "fast/linear.py")),
+    Private("torch.nn.Module.__init__:_forward_hooks", "fast/adapted.py"),
+    Private("torch.nn.Module.__init__:_forward_pre_hooks", "fast/adapted.py"),
+    *(
+        Private("torch.ops.aten._unsafe_view", place)
+        for place in ("fast/halves.py", "fast/layer_call.py", "fast/linear.py")
+    ),
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "fast/attention.py"),
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "fast/attention.py"),
     Private("torch.cpu._is_amx_tile_supported", "fast/attention.py"),

@@ -6,6 +6,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from halfbyte.fast import layer, reading
+from halfbyte.fast.parts import Uncovered
+from halfbyte.fast.proof import Proofs
 
 SHAPE = {
     "vocab_size": 96,
@@ -31,7 +36,11 @@ CONFIGS = {
 def quantize(model: nn.Module, dtype: torch.dtype) -> None:
     """Put bitsandbytes' NF4 linears in the place of all but the head."""
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name == "lm_head":
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(*module.weight.shape)
+            linear.weight.data, linear.bias = module.weight.data.t().contiguous(), module.bias
+            module = linear
+        elif type(module) is not nn.Linear or name in ("lm_head", "output_layer", "embed_out"):
             continue
         packed = bnb.nn.Linear4bit(
             module.in_features, module.out_features, module.bias is not None, dtype, True, "nf4"
@@ -76,3 +85,16 @@ def randomize(model: PeftModel, seed: int = 1) -> None:
 
 def layers(model: PeftModel) -> nn.ModuleList:
     return model.get_base_model().model.layers
+
+
+def fuse(model: PeftModel, level: int = 0) -> list[str | None]:
+    """Fuse the layers of ``model`` whole; return why each is not fused, None where it is."""
+    proofs = Proofs(model.get_base_model())
+    return [_fuse(each, proofs, level) for each in proofs.layers]
+
+
+def _fuse(module: nn.Module, proofs: Proofs, level: int) -> str | None:
+    try:
+        return layer.fuse(module, reading.read(module, proofs.whole(module)), level=level)
+    except Uncovered as reason:
+        return str(reason)

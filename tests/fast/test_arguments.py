@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from halfbyte.fast import family, layer
+from halfbyte.fast import arguments, layer
 from tests.fast import models
 from tests.fast.test_layer import fuse_all
 
@@ -28,8 +28,13 @@ def inputs(model: PeftModel) -> tuple[Tensor, dict[str, object]]:
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What the original forward of Llama's layers received last."""
+def model() -> PeftModel:
+    return fuse_all(models.make("llama"))
+
+
+@pytest.fixture
+def given(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the original forward of Llama's layers, fused already, received last."""
     found: dict[str, object] = {}
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -57,8 +62,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_an_unknown_argument_falls_back(name: str, given: dict[str, object]) -> None:
-    model = fuse_all(models.make("llama"))
+def test_an_unknown_argument_falls_back(name: str, model: PeftModel, given: dict[str, object]) -> None:
     each = models.layers(model)[0]
     value, reason = UNKNOWN[name]
     hidden, known = inputs(model)
@@ -73,16 +77,16 @@ def test_an_unknown_argument_falls_back(name: str, given: dict[str, object]) -> 
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_an_unknown_argument_that_is_none_does_not(name: str, given: dict[str, object]) -> None:
-    model = fuse_all(models.make("llama"))
+def test_an_unknown_argument_that_is_none_does_not(
+    name: str, model: PeftModel, given: dict[str, object]
+) -> None:
     hidden, known = inputs(model)
     models.layers(model)[0](hidden, **known, **{name: None})
     assert not given
     assert layer.fell_back(model) == {}
 
 
-def test_arguments_by_position_fall_back(given: dict[str, object]) -> None:
-    model = fuse_all(models.make("llama"))
+def test_arguments_by_position_fall_back(model: PeftModel, given: dict[str, object]) -> None:
     hidden, known = inputs(model)
     models.layers(model)[0](hidden, None, **{key: known[key] for key in list(known)[1:]})
     assert given["args"] == (None,)
@@ -97,13 +101,14 @@ WITHOUT_EFFECT = {
     "output_hidden_states": True,
     "output_router_logits": True,
     "seq_idx": torch.zeros(2, 7, dtype=torch.int32),
+    "shared_kv_states": {},
     "shift_labels": IDS,
     "use_cache": True,
 }
 
 
 def test_every_argument_without_effect_is_tried() -> None:
-    assert WITHOUT_EFFECT.keys() == layer.WITHOUT_EFFECT
+    assert WITHOUT_EFFECT.keys() == arguments.WITHOUT_EFFECT
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
@@ -115,7 +120,7 @@ def test_an_argument_without_effect_has_none_upstream(name: str) -> None:
     assert torch.equal(each(hidden, **known), each(hidden, **known, **{name: WITHOUT_EFFECT[name]}))
 
 
-@pytest.mark.parametrize("arch", sorted(family._LAYERS))
+@pytest.mark.parametrize("arch", ["gemma", "llama", "mistral", "qwen2", "qwen3"])
 def test_every_argument_upstream_names_is_known(arch: str) -> None:
     """An upgrade that renames or adds an argument fails here by name."""
     module = importlib.import_module(f"transformers.models.{arch}.modeling_{arch}")

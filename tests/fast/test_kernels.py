@@ -29,7 +29,11 @@ if "TRITON_INTERPRET" not in os.environ:
         cases = [
             (kernels._norm_forward, [x, x, i, x, f, "fp32"], {"offset": 0.0, **rows}),
             (kernels._norm_backward, [x, x, i, x, f, x, x], {"offset": 1.0, "around": True, **rows}),
-            (kernels._rotate, [x, x, x, *[i] * 7], {"half": 64, "block": 64, "head_block": 64}),
+            (
+                kernels._rotate,
+                [x, x, x, *[i] * 7],
+                {"half": 64, "step": 1, "gap": 64, "block": 64, "head_block": 64},
+            ),
             (kernels._swiglu_forward, [x, x, i], {"block": 1024}),
             (kernels._swiglu_backward, [x, x, x, i], {"block": 1024}),
             (kernels._score, [x, "*i64", f, f, "*i1", i], {"softcap": 30.0, "gradient": True, "block": 4096}),

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 from halfbyte import fast
-from halfbyte.fast import batches, layer
+from halfbyte.fast import arguments, batches, layer
 from halfbyte.fast.attention import GraphAttention
 from halfbyte.fast.layer_call import LayerCall
 from tests.fast import models
@@ -50,8 +50,7 @@ BATCHES = {
 
 
 def fuse_all(model: PeftModel, level: int = 0) -> PeftModel:
-    for each in models.layers(model):
-        assert layer.fuse(each, level=level) is None
+    assert set(models.fuse(model, level)) == {None}
     return model
 
 
@@ -102,7 +101,7 @@ def test_attention_with_a_graph_of_its_own(
     references: dict, level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The form of attention that CUDA takes."""
-    monkeypatch.setattr(layer, "attention", lambda device, dtype, *rest: GraphAttention(*rest))
+    monkeypatch.setattr(arguments, "attention", lambda device, dtype, *rest, cap: GraphAttention(*rest, cap))
     for arch in ("llama", "qwen3"):
         model = fuse_all(models.make(arch), level)
         for name, batch in BATCHES.items():
@@ -257,7 +256,7 @@ def test_copies_are_independent() -> None:
     models.randomize(twin, seed=9)
     after = twin(**BATCHES["causal"], use_cache=False).logits
     assert (before - after).abs().max() > 0.01
-    assert models.layers(twin)[0].forward.layer is models.layers(twin)[0]
+    assert models.layers(twin)[0].forward.module is models.layers(twin)[0]
     assert model.state_dict().keys() == models.make("llama").state_dict().keys()
 
 
@@ -271,15 +270,14 @@ def test_unfuse(references: dict) -> None:
 
 def test_what_is_not_covered_says_why() -> None:
     def reason(arch: str = "llama", **options) -> str | None:
-        return layer.fuse(models.layers(models.make(arch, **options))[0])
+        return models.fuse(models.make(arch, **options))[0]
 
     assert reason() is None
     assert reason(use_dora=True) == "q_proj: Dora adapter"
-    assert reason(config={"hidden_act": "relu"}) == "activation ReLU"
+    assert reason(config={"hidden_act": "mish"}) == "activation MishActivation"
     assert reason(config={"attn_implementation": "eager"}) == "attention implementation eager"
     assert reason(lora_bias=True, bias="none") == "q_proj: adapter with a bias"
     assert reason(modules_to_save=["input_layernorm"]) is not None
-    assert layer.fuse(torch.nn.Linear(2, 2)) == "Linear is not one of the layers that are fused"
 
 
 def test_attention_dropout_goes_to_the_original() -> None:

@@ -32,7 +32,7 @@ def test_what_a_level_keeps_is_what_is_estimated(arch: str, at: int, dtype: torc
     positions = model.get_base_model().model.rotary_emb(hidden, torch.arange(19)[None])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward(hidden, position_embeddings=positions)
-    estimate = 2 * 19 * step.kept_per_token(forward.decoder, at, dtype.itemsize)
+    estimate = 2 * 19 * step.kept_per_token(forward.parts, at, dtype.itemsize)
     assert sum(kept.values()) == estimate
 
 

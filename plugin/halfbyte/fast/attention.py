@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
-from halfbyte.fast import attention_cpu
-from halfbyte.fast.forest import Forest, once_per_tensor, varlen_layout
-from halfbyte.fast.spans import gather, path_mask, scatter_add
+from halfbyte.fast import attention_cpu, softcap
+from halfbyte.fast.forest import Forest, varlen_layout
+from halfbyte.fast.spans import additive, gather, path_mask, scatter_add
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -51,21 +51,22 @@ def attention(
     forest: Forest | None,
     window: int | None = None,
     *,
+    cap: float | None = None,
     autograd: bool = False,
 ) -> Attention:
     """Return the attention of one batch: along the paths of ``forest``, or under ``mask``, or causal.
 
     ``mask`` is ``[B, 1, T, T]``, bool or of ``dtype``: True or 0 where a query attends, False or -inf where not. With a
-    ``window`` a query of a forest attends to so many tokens of its path, itself the last of them. ``autograd`` asks for
-    the general form, which takes values of another size than queries.
+    ``window`` a query of a forest attends to so many tokens of its path, itself the last of them. A soft ``cap`` bounds
+    the scores: ``cap * tanh(score / cap)``. ``autograd`` asks for the general form, which takes values of
+    another size than queries.
     """
     if forest is None or not window or window >= forest.longest:  # some models write none as 0
         window = None
-    if device.type == "cpu" and not autograd:
-        return CpuAttention(
-            scale, _additive(mask, _working_dtype(dtype)) if mask is not None else None, forest, window
-        )
-    return GraphAttention(scale, mask, forest, window)
+    if device.type == "cpu" and not autograd and (cap is None or mask is None):
+        added = additive(mask, _working_dtype(dtype)) if mask is not None else None
+        return CpuAttention(scale, added, forest, window, cap)
+    return GraphAttention(scale, mask, forest, window, cap)
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ class CpuAttention:
     mask: Tensor | None
     forest: Forest | None
     window: int | None = None
+    softcap: float | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
         dtype = q.dtype
-        q, k, v = (x.to(_working_dtype(dtype)) for x in (q, k, v))
+        q, k, v = (x.to(self._working_dtype(dtype)) for x in (q, k, v))
         if self.forest is None:
             o, log_sum = self._forward_span(q, k, v)
             return o.to(dtype), log_sum
@@ -111,7 +113,7 @@ class CpuAttention:
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = q.dtype
-        do, q, k, v, o = (x.to(_working_dtype(dtype)) for x in (do, q, k, v, o))
+        do, q, k, v, o = (x.to(self._working_dtype(dtype)) for x in (do, q, k, v, o))
         if self.forest is None:
             dq, dk, dv = self._backward_span(do, q, k, v, o, kept)
             return dq.to(dtype), dk.to(dtype), dv.to(dtype)
@@ -141,7 +143,7 @@ class CpuAttention:
 
     def _forward_span(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self._by_products(q, k):
-            o = attention_cpu.forward(q, k, v, self.window, self.scale)
+            o = attention_cpu.forward(q, k, v, self.window, self.scale, self.softcap)
             return o, q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
         mask = self._span_mask(q, k)
@@ -152,7 +154,7 @@ class CpuAttention:
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self._by_products(q, k):
-            return attention_cpu.backward(do, q, k, v, o, self.window, self.scale)
+            return attention_cpu.backward(do, q, k, v, o, self.window, self.scale, self.softcap)
         mask = self._span_mask(q, k)
         do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
         dq, dk, dv = _cpu_backward(
@@ -161,13 +163,18 @@ class CpuAttention:
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
     def _by_products(self, q: Tensor, k: Tensor) -> bool:
-        """Whether products are faster for these queries and keys."""
+        """Whether products are faster for these queries and keys; no kernel has a soft cap."""
+        if self.softcap is not None:
+            return True
         return self.mask is None and q.dtype == torch.float32 and k.shape[1] >= _LONG
 
     def _span_mask(self, q: Tensor, k: Tensor) -> Tensor | None:
         if self.mask is not None:
             return self.mask
         return path_mask(q.shape[1], k.shape[1], self.window, q.dtype)
+
+    def _working_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return _working_dtype(dtype) if self.softcap is None else torch.float32
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,7 @@ class GraphAttention:
     mask: Tensor | None
     forest: Forest | None
     window: int | None = None
+    softcap: float | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Kept]:
         if not keep_graph:
@@ -207,7 +215,8 @@ class GraphAttention:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.forest is None:
             return self._attend_rows(q, k, v, self.mask)
-        if q.dtype in (torch.bfloat16, torch.float16) and has_varlen(q.device):
+        sixteen = q.dtype in (torch.bfloat16, torch.float16)
+        if sixteen and self.softcap is None and has_varlen(q.device):
             return self._attend_varlen(q, k, v, self.forest)
         parts = []
         for segment in self.forest.segments:
@@ -241,8 +250,12 @@ class GraphAttention:
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
         groups = q.shape[2] // k.shape[2]
-        if groups > 1 and mask is not None:  # no kernel takes both a mask and shared keys
+        if groups > 1 and (
+            mask is not None or self.softcap is not None
+        ):  # no kernel takes a mask and shared keys
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        if self.softcap is not None:
+            return softcap.attend(query, key, value, mask, self.scale, self.softcap).transpose(1, 2)
         return functional.scaled_dot_product_attention(
             query,
             key,
@@ -280,11 +293,3 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a CPU computes attention of ``dtype`` in."""
     native = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     return dtype if native else torch.float32
-
-
-@once_per_tensor
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as values added to the scores."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

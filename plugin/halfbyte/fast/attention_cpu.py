@@ -16,23 +16,32 @@ _ROWS = 64
 _SCORES = 1 << 18
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, softcap: float | None = None
+) -> Tensor:
     """Return the output ``[B, T, Nq, D]`` of ``q`` ``[B, T, Nq, D]`` over ``k`` and ``v`` ``[B, keys, Nkv, D]``.
 
     The queries are those of the last T keys; each attends to ``window`` keys, its own the last of them, or to all
-    before it.
+    before it. A ``softcap`` bounds the scores: ``softcap * tanh(score / softcap)``.
     """
     kv_heads = k.shape[2]
     query, key, value = _packed(q, kv_heads).mul_(scale), _packed(k, kv_heads), _packed(v, kv_heads)
     output, memory = torch.empty_like(query), torch.empty(0)
     for heads, rows, seen, hidden in _blocks(q, k, window):
-        weights = _weights(query[heads, rows], key[heads, seen], hidden, memory)
+        weights, _ = _weights(query[heads, rows], key[heads, seen], hidden, memory, softcap)
         output[heads, rows] = torch.bmm(weights, value[heads, seen])
     return _unpacked(output, q)
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, window: int | None, scale: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``q``, ``k`` and ``v`` for ``do``, that of :func:`forward`'s output ``o``."""
     kv_heads = k.shape[2]
@@ -42,21 +51,33 @@ def backward(
     memory, others = torch.empty(0), torch.empty(0)
     for heads, rows, seen, hidden in _blocks(q, k, window):
         asked, answer, found = query[heads, rows], doutput[heads, rows], key[heads, seen]
-        weights = _weights(asked, found, hidden, memory)
+        weights, slope = _weights(asked, found, hidden, memory, softcap)
         dvalue[heads, seen].baddbmm_(weights.transpose(1, 2), answer)
         dscores = torch.bmm(answer, value[heads, seen].transpose(1, 2), out=_view(others, weights.shape))
         dscores.sub_(along[heads, rows]).mul_(weights)
+        if slope is not None:
+            dscores.mul_(slope)
         dquery[heads, rows] = torch.bmm(dscores, found)
         dkey[heads, seen].baddbmm_(dscores.transpose(1, 2), asked)
     return _unpacked(dquery.mul_(scale), q), _unpacked(dkey, k), _unpacked(dvalue, v)
 
 
-def _weights(query: Tensor, key: Tensor, hidden: Tensor, memory: Tensor) -> Tensor:
-    """The weights of scaled queries, ``[heads, rows, keys]``, in ``memory``; ``hidden`` belongs to the last keys."""
+def _weights(
+    query: Tensor, key: Tensor, hidden: Tensor, memory: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The weights of scaled queries, ``[heads, rows, keys]``, in ``memory``, and the slope of the soft cap.
+
+    ``hidden`` belongs to the last keys.
+    """
     shape = torch.Size((len(query), query.shape[1], key.shape[1]))
     scores = torch.bmm(query, key.transpose(1, 2), out=_view(memory, shape))
+    slope = None
+    if softcap is not None:
+        scores.div_(softcap).tanh_()
+        slope = 1 - scores.square()
+        scores.mul_(softcap)
     scores[..., shape[2] - hidden.shape[1] :].add_(hidden)
-    return torch.softmax(scores, -1, out=scores)
+    return torch.softmax(scores, -1, out=scores), slope
 
 
 def _blocks(q: Tensor, k: Tensor, window: int | None) -> Iterator[tuple[slice, slice, slice, Tensor]]:

@@ -18,7 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from halfbyte.adapters import evaluating
-from halfbyte.fast import family
+from halfbyte.fast import reading
 from halfbyte.fast.attention import attention as attention_of
 from halfbyte.fast.forest import ROOT, Forest
 from halfbyte.fast.stand_in import with_weights
@@ -197,7 +197,7 @@ def attention(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         None,
         forest,
-        kwargs["sliding_window"] if "sliding_window" in kwargs else family.window(module),
+        kwargs["sliding_window"] if "sliding_window" in kwargs else reading.window(module),
         autograd=value.shape[-1] != query.shape[-1],
     )
     return call.attend(*(x.transpose(1, 2) for x in (query, key, value))), None

@@ -1,6 +1,8 @@
 """Fuse a model for training: each part where it is covered, and a report of what was fused and why the rest was not."""
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +12,12 @@ from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig
 
 from halfbyte import distributed
-from halfbyte.fast import autocast, batches, experts, head, layer, linear
+from halfbyte.fast import autocast, batches, experts, head, layer, linear, reading
+from halfbyte.fast.parts import Decoder, Uncovered
+from halfbyte.fast.proof import Proofs
 from halfbyte.fast.report import ON, FusionReport
 from halfbyte.fast.scope import Scope
 from halfbyte.fast.scores import USUAL
@@ -66,13 +69,15 @@ def fuse(
     packed = _fuse_experts(model) if "linears" in scope.parts else 0
     layers, level = 0, None
     apart: dict[str, int] = {}
+    parts: dict[str, int] = {}
     if "layers" in scope.parts and _has_4bit_adapters(model):
         level = layer.LEVELS[0] if checkpointing else layer.LEVELS[-1]
-        layers, apart = _fuse_layers(model, level, args)
+        layers, apart, parts = _fuse_layers(model, level, args)
     return FusionReport(
         layers=layers,
         level=level,
         layers_apart=apart,
+        parts=parts,
         linears=linears,
         experts=packed,
         plain=plain,
@@ -90,8 +95,7 @@ def unfuse(model: PreTrainedModel | PeftModel) -> None:
     for module in base.modules():
         linear.unfuse(module)
         experts.unfuse(module)
-        if isinstance(module, GradientCheckpointingLayer):
-            layer.unfuse(module)
+        layer.unfuse(module)
 
 
 def _agreed(state: str | None) -> str | None:
@@ -110,13 +114,17 @@ def _has_4bit_adapters(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and any(isinstance(each, Linear4bit) for each in model.modules())
 
 
-def _fuse_layers(model: Any, level: int, args: TrainingArguments | None) -> tuple[int, dict[str, int]]:
-    """Fuse decoder layers at save ``level``; return how many, and how many not by reason.
+def _fuse_layers(
+    model: Any, level: int, args: TrainingArguments | None
+) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Fuse decoder layers at save ``level``, or of one that is not covered its attention and MLP.
 
-    One that would run its own forward in every step is left alone, so that the report says so.
+    Return how many layers are fused, how many not by reason, and how many parts of these by name. What would run its
+    own forward in every step is left alone, so that the report says so.
     """
     count = 0
     apart: Counter[str] = Counter()
+    parts: Counter[str] = Counter()
     base = model.get_base_model()
     # Where the step runs: a planned model is on meta.
     device = (
@@ -127,19 +135,35 @@ def _fuse_layers(model: Any, level: int, args: TrainingArguments | None) -> tupl
         else base.device
     )
     hidden = torch.empty(0, dtype=base.get_input_embeddings().weight.dtype, device=device)
-    for module in base.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            reason = layer.fuse(module, model.active_adapter, level)
-            if reason is None:
-                with _autocast(hidden, args):
-                    reason = layer.never_fused(module, hidden)
-                if reason is not None:
-                    layer.unfuse(module)
-            if reason is None:
-                count += 1
-            else:
-                apart[reason] += 1
-    return count, dict(apart)
+
+    def fuse_one(module: nn.Module, read: Callable[[], layer.Parts]) -> str | None:
+        try:
+            reason = layer.fuse(module, read(), model.active_adapter, level)
+        except Uncovered as uncovered:
+            return str(uncovered)
+        if reason is None:
+            with _autocast(hidden, args):
+                reason = layer.never_fused(module, hidden)
+            if reason is not None:
+                layer.unfuse(module)
+        return reason
+
+    proofs = Proofs(base)
+    for module in proofs.layers:
+        reason = fuse_one(module, functools.partial(_read, module, proofs))
+        if reason is None:
+            count += 1
+            continue
+        apart[reason] += 1
+        for name, form in proofs.parts(module).items():
+            part = module.get_submodule(name)
+            if fuse_one(part, functools.partial(reading.read_part, part, form, name)) is None:
+                parts[name.rpartition(".")[2]] += 1
+    return count, dict(apart), dict(parts)
+
+
+def _read(module: nn.Module, proofs: Proofs) -> Decoder:
+    return reading.read(module, proofs.whole(module))
 
 
 def _autocast(hidden: torch.Tensor, args: TrainingArguments | None) -> torch.autocast:

@@ -69,6 +69,8 @@ def _rotate(
     angle_batch,
     angle_token,
     half: tl.constexpr,
+    step: tl.constexpr,
+    gap: tl.constexpr,
     block: tl.constexpr,
     head_block: tl.constexpr,
 ):
@@ -78,12 +80,12 @@ def _rotate(
     angle = batch * angle_batch + token * angle_token + channel
     c = tl.load(cos + angle, mask=channel < half, other=0.0).to(tl.float32)
     s = tl.load(sin + angle, mask=channel < half, other=0.0).to(tl.float32)
-    at = x + batch * x_batch + token * x_token + head * x_head + channel
+    at = x + batch * x_batch + token * x_token + head * x_head + channel * step
     inside = (head < heads) & (channel < half)
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + gap, mask=inside, other=0.0).to(tl.float32)
     tl.store(at, first * c - second * s, mask=inside)
-    tl.store(at + half, second * c + first * s, mask=inside)
+    tl.store(at + gap, second * c + first * s, mask=inside)
 
 
 @triton.jit
@@ -161,8 +163,10 @@ def _score(
             tl.store(logits + column, slope, mask=column < vocabulary)
 
 
-def norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
-    """Return what :func:`halfbyte.fast.norm.norm_forward` does, rounded only once."""
+def norm_forward(
+    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, scaled_first: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`halfbyte.fast.norm.norm_forward` does, rounded only once, after scaling."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch.empty_like(rows)
     inverse = rows.new_empty(len(rows), 1, dtype=torch.float32)
@@ -185,7 +189,7 @@ def norm_backward(
     return dx.view(x.shape)
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
     """Do what :func:`halfbyte.fast.rope.rotate_` does: ``x`` is ``[B, T, N, D]``, D contiguous."""
     assert x.stride(-1) == 1, x.stride()
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -200,6 +204,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos.stride(0) if len(cos) > 1 else 0,
         cos.stride(1),
         half=size // 2,
+        step=2 if neighbours else 1,
+        gap=1 if neighbours else size // 2,
         block=triton.next_power_of_2(size // 2),
         head_block=triton.next_power_of_2(heads),
     )

@@ -33,10 +33,10 @@ class FusionReport:
     """What is fused, and why the rest is not; ``run.json`` keeps it under ``fast``.
 
     ``level`` is the save level of the fused layers, ``memory`` how it was chosen. ``layers_apart`` and ``plain`` count
-    layers and linears that are not fused, by reason; ``experts`` counts the layers whose packed experts are fused.
-    ``head`` (chunked LM head) and ``batches`` (padding-free) are ``on``, a reason, or None where the trainer has no
-    such part; ``trees`` says that the sides of a pair share their prefix in them. ``autocast`` says whether the base
-    runs outside it.
+    layers and linears that are not fused, by reason; ``parts`` what of such layers is fused, by name, and ``experts``
+    the layers whose packed experts are fused. ``head`` (chunked LM head) and ``batches`` (padding-free) are ``on``, a
+    reason, or None where the trainer has no such part; ``trees`` says that the sides of a pair share their prefix in
+    them. ``autocast`` says whether the base runs outside it.
     """
 
     mode: str = "auto"
@@ -45,6 +45,7 @@ class FusionReport:
     level: int | None = None
     memory: Choice | None = None
     layers_apart: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[str, int] = field(default_factory=dict)
     linears: int = 0
     experts: int = 0
     plain: Mapping[str, int] = field(default_factory=dict)
@@ -73,6 +74,7 @@ class FusionReport:
         if self.layers:
             parts.append(f"{plural(self.layers, 'layer')} fused (save level {self.level})")
         parts += [f"{plural(n, 'layer')} not fused ({why})" for why, n in self.layers_apart.items()]
+        parts += [f"{n} {name} fused" for name, n in self.parts.items()]
         parts.append(f"{plural(self.linears, 'linear')} fused")
         if self.experts:
             parts.append(f"experts of {plural(self.experts, 'layer')} fused")

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.fast.forest import once_per_tensor
+
 Spans = Sequence[tuple[int, int]]
 
 
@@ -36,3 +38,11 @@ def path_mask(
     if window is not None:
         hidden |= key <= query - window
     return torch.zeros(1, 1, queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+@once_per_tensor
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``mask``, bool or added to the scores already, as values of ``dtype`` that are added."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

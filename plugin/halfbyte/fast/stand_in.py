@@ -4,19 +4,26 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 # What a configuration calls what may be small: nothing that is asked depends on it.
 _SMALL = {
     "num_hidden_layers": 2,
     "vocab_size": 128,
     "intermediate_size": 128,
+    "ffn_dim": 128,
+    "n_inner": 128,
+    "shared_expert_intermediate_size": 64,
+    "shared_intermediate_size": 64,
     "moe_intermediate_size": 64,
     "num_experts": 8,
     "num_local_experts": 8,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
 }
+_SHORT = {"sliding_window": 4, "max_position_embeddings": 64}
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -34,14 +41,74 @@ def with_weights(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     return found
 
 
-def _shrink(config: Any) -> None:
+def of_layers(owner: Any, layers: int, *, narrow: bool = True) -> Any:
+    """Return a small model of the class of ``owner`` with its first ``layers``: random, on the CPU, in eager attention.
+
+    ``owner`` is the module that has the layers and the configuration. Sizes of heads stay; a ``narrow`` one has few
+    heads and a small stream too, which not every configuration allows.
+    """
+    cls = next(each for each in type(owner).__mro__ if not each.__module__.startswith("torch."))
+    config = copy.deepcopy(owner.config)
+    _shrink(config, layers)
+    if narrow:
+        _narrow(config)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        small: Any = cls(config)
+        small.set_attn_implementation("eager")
+        small = small.float().eval().requires_grad_(False)
+        _randomize(small)
+    return small
+
+
+def _shrink(config: Any, layers: int = 2) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    deep = config.num_hidden_layers
     for name, most in _SMALL.items():
         value = getattr(config, name, None)
         if isinstance(value, int):
-            setattr(config, name, min(value, most))
-    if isinstance(kinds := getattr(config, "layer_types", None), list):
-        config.layer_types = kinds[: config.num_hidden_layers]
+            setattr(config, name, min(value, layers if name == "num_hidden_layers" else most))
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == deep:  # what each layer is
+            setattr(config, name, value[: config.num_hidden_layers])
     for name in _TOKENS:
         setattr(config, name, None)
+
+
+def _narrow(config: Any) -> None:
+    """Make the stream narrow, of four heads, and windows short."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    own_size = getattr(config, "head_dim", None)
+    config.num_attention_heads = 4
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = 4 if shared == heads else min(shared, 2)
+    config.hidden_size = 64 if own_size else 4 * (hidden // heads)
+    if getattr(config, "word_embed_proj_dim", None) is not None:
+        config.word_embed_proj_dim = config.hidden_size
+    for name in ("sliding_window", "max_position_embeddings"):
+        if isinstance(value := getattr(config, name, None), int):
+            setattr(config, name, min(value, _SHORT[name]))
+    rotary = getattr(config, "rope_parameters", None)
+    if isinstance(rotary, dict) and rotary.get("llama_4_scaling_beta"):
+        rotary["original_max_position_embeddings"] = 2
+
+
+def _randomize(model: nn.Module) -> None:
+    """Give every weight a value of its own, large enough for a soft cap to show."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 2 * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    for buffer in model.buffers():
+        if buffer.numel() == 1 and buffer.is_floating_point():
+            buffer.fill_(0.7)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Conv1D):  # what bitsandbytes makes a linear
+                linear = nn.Linear(*child.weight.shape)
+                linear.weight.copy_(child.weight.t())
+                linear.bias.copy_(child.bias)
+                module.set_submodule(name, linear.requires_grad_(False))

@@ -12,9 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from halfbyte.fast.adapted import base
 from halfbyte.fast.attention import _working_dtype
-from halfbyte.fast.family import Decoder, Linears
 from halfbyte.fast.layer import LEVELS, FusedForward
+from halfbyte.fast.parts import Decoder, Linears
 from halfbyte.fast.scores import chunk_rows
 
 __all__ = ["LEVELS", "Activations", "activations", "kept_per_token"]
@@ -48,8 +49,8 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
             continue
         layers += 1
         if isinstance(layer.forward, FusedForward):
-            decoder, at = layer.forward.decoder, layer.forward.level if level is None else level
-            size = _stream(decoder).element_size()
+            decoder, at = layer.forward.parts, layer.forward.level if level is None else level
+            size = _dtype(decoder).itemsize
             kept += tokens * kept_per_token(decoder, at, size)
             again = tokens * _recomputed(decoder, at, size)
             of_mlp = _of_mlp(decoder, at, size, tokens)
@@ -83,16 +84,18 @@ def evaluation(model: nn.Module, workload: Any) -> Activations:
 
 def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
     """Return the bytes that one layer keeps of a token from forward to backward, in a dtype of ``size`` bytes."""
-    stream, (attended, keys) = _stream(decoder).numel(), _widths(decoder)
+    stream, (attended, keys) = _stream(decoder), _widths(decoder)
     values = stream
     other = 0
     if level >= 1:
-        values += stream + attended + _ranks(decoder.out) + _ranks(decoder.down)
-        other += decoder.heads * _LOG_SUM_BYTES
+        closed = sum(half.closing is not None for half in (decoder.attention, decoder.mlp))
+        values += (closed + (not decoder.parallel)) * stream + attended
+        values += _ranks(decoder.attention.out) + _ranks(decoder.mlp.down)
+        other += decoder.attention.heads * _LOG_SUM_BYTES
     if level >= 2:
-        values += attended + 2 * keys + _ranks(decoder.qkv)
+        values += attended + 2 * keys + _ranks(decoder.attention.qkv)
     if level >= 3:
-        values += _outputs(decoder.gate_up) + _ranks(decoder.gate_up)
+        values += _outputs(decoder.mlp.gate_up) + _ranks(decoder.mlp.gate_up)
     return values * size + other
 
 
@@ -103,9 +106,9 @@ def _recomputed(decoder: Decoder, level: int, size: int) -> int:
 
 def _of_mlp(decoder: Decoder, level: int, size: int, tokens: int) -> int:
     """Bytes that the backward of the MLP works with: the weights in the dtype of the products, and values of tokens."""
-    stream, gate_up = _stream(decoder).numel(), _outputs(decoder.gate_up)
-    features = gate_up // 2
-    again = 0 if level >= 3 else gate_up + _ranks(decoder.gate_up)
+    stream, gate_up = _stream(decoder), _outputs(decoder.mlp.gate_up)
+    features = gate_up if decoder.mlp.gate.plain else gate_up // 2
+    again = 0 if level >= 3 else gate_up + _ranks(decoder.mlp.gate_up)
     # The gradients of gate and up, the product, and those of the output and of the norm's input, with its output.
     values = again + gate_up + features + 4 * stream
     weights = (gate_up + features) * stream
@@ -141,7 +144,7 @@ def _forward_of_attention(decoder: Decoder, workload: Any) -> int:
 
 def _of_attention(decoder: Decoder, level: int, size: int, workload: Any) -> int:
     """Bytes that the backward of attention works with: the gradients of its heads, twice, and what a device adds."""
-    stream, (attended, keys) = _stream(decoder).numel(), _widths(decoder)
+    stream, (attended, keys) = _stream(decoder), _widths(decoder)
     heads = attended + 2 * keys
     values = 2 * heads + 4 * stream + (heads if level == 1 else 0)
     total = workload.tokens * values * size
@@ -207,17 +210,30 @@ def _features(linear: Any) -> int:
 
 
 def _in_float32(decoder: Decoder) -> bool:
-    return _working_dtype(_stream(decoder).dtype) == torch.float32
+    return _working_dtype(_dtype(decoder)) == torch.float32
 
 
-def _stream(decoder: Decoder) -> torch.Tensor:
-    weight: torch.Tensor = decoder.input_norm.module.weight
-    return weight
+def _stream(decoder: Decoder) -> int:
+    """Values of a token in the stream."""
+    return _outputs(decoder.attention.out)
+
+
+def _dtype(decoder: Decoder) -> torch.dtype:
+    """The dtype of the stream: that of the layer's norms, or, where these have no weights, of its products."""
+    attention = decoder.attention
+    weights = [
+        norm.weight for norm in (attention.norm, attention.closing, decoder.mlp.norm) if norm is not None
+    ]
+    found = next((weight.dtype for weight in weights if weight is not None), None)
+    out: Any = base(attention.out[0])
+    dtype: torch.dtype = found or getattr(out, "compute_dtype", None) or out.weight.dtype
+    return dtype
 
 
 def _widths(decoder: Decoder) -> tuple[int, int]:
     """Values of a token in its queries, and in its keys: Nq*D and Nkv*D."""
-    return decoder.heads * decoder.head_size, decoder.kv_heads * decoder.head_size
+    attention = decoder.attention
+    return attention.heads * attention.head_size, attention.kv_heads * attention.head_size
 
 
 def _outputs(linears: Linears) -> int:

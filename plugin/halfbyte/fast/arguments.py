@@ -1,0 +1,142 @@
+"""The arguments of one call of a fused part: what each says, and which the fused form does not know."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.fast import adapted
+from halfbyte.fast.attention import attention
+from halfbyte.fast.forest import Forest
+from halfbyte.fast.halves import AttentionHalf, MlpHalf
+from halfbyte.fast.parts import AttentionParts, MlpParts, Uncovered
+from halfbyte.fast.rope import Rotary
+
+# Keyword arguments that the fused form computes with.
+READ = frozenset({"attention_mask", "position_ids", "position_embeddings", "cu_seq_lens_q"})
+# Arguments that change nothing in a layer that is fused. They repeat what is read, concern a cache (an argument of its
+# own) or layers that share it, or pass through the layers on their way to losses and to other kinds of layers.
+WITHOUT_EFFECT = frozenset(
+    {
+        "cu_seq_lens_k",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "seq_idx",
+        "shared_kv_states",
+        "shift_labels",
+        "use_cache",
+    }
+)
+# A KV cache, as transformers calls it in 5.23 and from 5.24.
+_CACHES = ("past_key_values", "cache")
+
+
+def mlp_half(parts: MlpParts) -> MlpHalf:
+    """Return one call of an MLP with the adapters that are active now."""
+    return MlpHalf(parts, adapted.projections(parts.gate_up), adapted.projections(parts.down))
+
+
+def attention_half(parts: AttentionParts, hidden: Tensor, kwargs: Mapping[str, Any]) -> AttentionHalf:
+    """Return one call of attention on ``hidden``; raise :class:`Uncovered` if its arguments are not covered."""
+    _check_arguments(kwargs)
+    mask = kwargs.get("attention_mask")
+    forest = _forest(parts, hidden, mask, kwargs)
+    if mask is not None and mask.dim() != 4:
+        raise Uncovered("a mask for flash attention")
+    if mask is not None and mask.dtype != torch.int32 and _beyond_window(parts, hidden, forest):
+        forest = None  # the model's mask has both the sequences and the window
+    if forest is not None:
+        mask = None
+    if mask is None and forest is None and _beyond_window(parts, hidden, forest):
+        raise Uncovered("a sequence longer than the sliding window, and no mask")
+    return AttentionHalf(
+        parts,
+        adapted.projections(parts.qkv),
+        adapted.projections(parts.out),
+        _rotary(parts, hidden, kwargs.get("position_embeddings")),
+        attention(hidden.device, hidden.dtype, parts.scale, mask, forest, parts.window, cap=parts.softcap),
+        _factors(parts, kwargs.get("position_ids")),
+    )
+
+
+def _rotary(parts: AttentionParts, hidden: Tensor, angles: Any) -> Rotary | None:
+    if parts.rotary is None:
+        return None
+    if not isinstance(angles, tuple) or len(angles) != 2 or angles[0].shape[-1] > parts.head_size:
+        raise Uncovered("rotary positions of another shape")
+    return Rotary(*angles, hidden.dtype, parts.rotary)
+
+
+def _factors(parts: AttentionParts, positions: Tensor | None) -> Tensor | None:
+    if parts.query_scale is None:
+        return None
+    if positions is None:
+        raise Uncovered("queries are scaled by position, and no positions are given")
+    return parts.query_scale.factors(positions)
+
+
+def _forest(
+    parts: AttentionParts, hidden: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
+) -> Forest | None:
+    """The sequences of a padding-free row, as cumulative lengths, the mask or positions tell them.
+
+    An integer mask is :meth:`Forest.tensor` and says nothing else.
+    """
+    if mask is not None and mask.dtype == torch.int32:
+        return Forest.of_tensor(mask)
+    cumulative = kwargs.get("cu_seq_lens_q")
+    if cumulative is not None and len(hidden) == 1:
+        return Forest.of_cumulative(cumulative)
+    positions: Tensor | None = kwargs.get("position_ids")
+    if mask is None and _positions_tell(positions, parts):
+        return Forest.of_positions(positions)
+    return None
+
+
+def _positions_tell(positions: Tensor | None, parts: AttentionParts) -> TypeGuard[Tensor]:
+    """Whether positions that begin again are sequences: for flash attention, which gets no mask, in one row."""
+    return parts.implementation.startswith("flash") and positions is not None and len(positions) == 1
+
+
+def _beyond_window(parts: AttentionParts, hidden: Tensor, forest: Forest | None) -> bool:
+    longest = hidden.shape[1] if forest is None else forest.longest
+    return parts.window is not None and longest > parts.window
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments of a call beside the hidden states by name; raise :class:`Uncovered` if they have none."""
+    if not args:
+        return kwargs
+    names = _positional(type(module).forward)
+    if len(args) > len(names):
+        raise Uncovered("arguments given by position")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _check_arguments(kwargs: Mapping[str, Any]) -> None:
+    """Raise :class:`Uncovered` for an argument that the fused form does not know: none is dropped silently."""
+    if any(kwargs.get(name) is not None for name in _CACHES):
+        raise Uncovered("a KV cache")
+    if kwargs.get("output_attentions"):
+        raise Uncovered("attention weights are requested")
+    for name, value in kwargs.items():
+        if (
+            value is not None
+            and name not in READ
+            and name not in WITHOUT_EFFECT
+            and name != "output_attentions"
+        ):
+            raise Uncovered(f"the argument {name!r}, which fused layers do not know")
+
+
+@functools.cache
+def _positional(forward: Any) -> tuple[str, ...]:
+    """The names of the arguments of a forward that may be given by position, after the hidden states."""
+    parameters = list(inspect.signature(forward).parameters.values())[2:]
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)

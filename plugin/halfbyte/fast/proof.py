@@ -1,0 +1,283 @@
+"""The proof of a description: a small layer of the same class, computed fused and by its own forward, compared.
+
+The small model (:mod:`halfbyte.fast.stand_in`) has the class, the configuration and the layer's place in it, but few
+heads and random weights. So the proof costs the same for every size, and holds where there are no weights (a plan) or
+only shards of them (FSDP2, ZeRO-3). It is made once for every kind of layer. What the parts do not say, such as the
+pairs of channels that are rotated together, is tried until the outputs and the gradients of the input are equal.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from halfbyte.fast import adapted, arguments, layer, reading, stand_in
+from halfbyte.fast.norm import Norm, NormForm
+from halfbyte.fast.parts import Form, Uncovered
+from halfbyte.fast.rope import PAIRINGS
+
+_TOKENS = 9
+_WITHIN = 1e-4
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module on ``hidden``, and what it returned: the module computes, the fused form must."""
+
+    module: Any
+    hidden: Tensor
+    kwargs: Mapping[str, Any]
+
+
+class Proofs:
+    """What is proven of the decoder layers of one model, each kind when it is first asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+        self._places: dict[nn.Module, tuple[Any, str, int]] = {}
+        for owner in model.modules():
+            for name, children in owner.named_children():
+                if isinstance(children, nn.ModuleList):
+                    self._places.update((each, (owner, name, i)) for i, each in enumerate(children))
+        self._kinds = {each: _kind(each) for each in self.layers}
+        self._calls: dict[Any, _Call | str] = {}
+        self._wholes: dict[Any, Form | str] = {}
+        self._parts: dict[Any, dict[str, Form]] = {}
+
+    def whole(self, module: nn.Module) -> Form:
+        """Return the form of the whole layer ``module``; raise :class:`Uncovered` for one without."""
+        kind = self._kinds[module]
+        if kind not in self._wholes:
+            self._wholes[kind] = _whole(self._call(module))
+        found = self._wholes[kind]
+        if isinstance(found, str):
+            raise Uncovered(found)
+        return found
+
+    def parts(self, module: nn.Module) -> dict[str, Form]:
+        """Return the forms of what is proven by itself in the layer ``module``, attentions and MLPs, by name."""
+        kind = self._kinds[module]
+        if kind not in self._parts:
+            self._parts[kind] = _parts(self._call(module))
+        return self._parts[kind]
+
+    def _call(self, module: nn.Module) -> _Call | str:
+        kind = self._kinds[module]
+        if kind not in self._calls:
+            place = self._places.get(module)
+            if place is None or not hasattr(place[0], "config"):
+                return f"{type(module).__name__} is not one of the layers that are fused"
+            owner, name, _ = place
+            same = [each for each, found in self._places.items() if found[:2] == (owner, name)]
+            self._calls.update(self._small_calls(owner, name, same))
+        return self._calls[kind]
+
+    def _small_calls(self, owner: Any, name: str, layers: list[nn.Module]) -> dict[Any, _Call | str]:
+        """The call of one layer of each kind in a small model like ``owner``."""
+        first: dict[Any, int] = {}
+        for index, each in enumerate(layers):
+            if each in self._kinds:
+                first.setdefault(self._kinds[each], index)
+        if not any(isinstance(each, LoraLayer) for layer in layers for each in layer.modules()):
+            return dict.fromkeys(first, "no adapters")
+        cut, all_ = max(first.values()) + 1, len(layers)
+        reasons = []
+        for count, narrow in ((cut, True), (all_, True), (all_, False)):
+            try:
+                small = stand_in.of_layers(owner, count, narrow=narrow)
+                those = [getattr(small, name)[index] for index in first.values()]
+                if [_outline(each) for each in those] == [
+                    _outline(layers[index]) for index in first.values()
+                ]:
+                    return dict(zip(first, _calls(small, those), strict=True))
+                reasons.append("its layers are others")
+            except Exception as error:  # whatever a model raises, its layers run their own forward
+                reasons.append(f"{type(error).__name__}: {error}")
+        return dict.fromkeys(
+            first, f"no small {type(owner).__name__} shows what layers compute ({reasons[0]})"
+        )
+
+
+def _kind(module: nn.Module) -> Any:
+    """What layers that compute alike have in common: their modules, and the numbers and names that these hold."""
+    return tuple((name, cls, *_facts(each)) for name, cls, each in _modules(module))
+
+
+def _outline(module: nn.Module) -> Any:
+    """What a layer and a small one in its place have in common: modules, switches and names, but not sizes."""
+
+    def said(each: nn.Module) -> list[tuple[str, Any]]:
+        return [
+            (key, value) for key, value in _facts(each) if value is True or not isinstance(value, float | int)
+        ]
+
+    return [(name, cls, *said(each)) for name, cls, each in _modules(module)]
+
+
+def _modules(module: nn.Module) -> Iterator[tuple[str, Any, nn.Module]]:
+    """The modules in a layer by name and class, adapters apart; linears are those with a bias and those without."""
+    for name, each in module.named_modules():
+        if ".base_layer" in name or ".lora_" in name:
+            continue
+        if isinstance(each, LoraLayer | nn.Linear):
+            yield name, "linear" if adapted.base(each).bias is None else "linear with bias", nn.Identity()
+        else:
+            yield name, next(c for c in type(each).__mro__ if not c.__name__.startswith("FSDP")), each
+
+
+def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        plain = value is None or isinstance(value, bool | int | float | str)
+        if (
+            plain
+            and not name.startswith("_")
+            and name not in ("layer_idx", "training", "gradient_checkpointing")
+        ):
+            yield name, value
+
+
+def _calls(model: Any, layers: list[nn.Module]) -> list[_Call]:
+    """Run ``model`` on a few tokens and return how it called ``layers``."""
+    ids = torch.arange(1, 1 + _TOKENS, device="cpu")[None]
+    with torch.no_grad(), torch.device("cpu"):
+        return _kept(layers, lambda: model(input_ids=ids, use_cache=False))
+
+
+def _kept(modules: list[nn.Module], run: Callable[[], Any]) -> list[_Call]:
+    """The first call of each of ``modules`` while ``run`` runs."""
+    found: dict[nn.Module, _Call] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = arguments.named(module, args[1:], kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        found.setdefault(
+            module, _Call(module, hidden, {n: v for n, v in named.items() if n != "hidden_states"})
+        )
+
+    hooks = [each.register_forward_pre_hook(keep, with_kwargs=True) for each in modules]
+    try:
+        run()
+    finally:
+        for each in hooks:
+            each.remove()
+    return [found[each] for each in modules if each in found]
+
+
+def _whole(call: _Call | str) -> Form | str:
+    """The form of a whole layer, or why there is none."""
+    if isinstance(call, str):
+        return call
+    norms = _norm_forms(call.module)
+    parallels = (False, True)
+    forms = [Form(*each, norms) for each in product((*PAIRINGS, None), (False, True), parallels)]
+
+    def fused(form: Form) -> Any:
+        return layer.forward_of(call.module, reading.read(call.module, form))
+
+    return _proven(call, forms, fused)
+
+
+def _parts(call: _Call | str) -> dict[str, Form]:
+    """The forms of the attentions and MLPs of a layer."""
+    if isinstance(call, str):
+        return {}
+    whole, norms = call.module, _norm_forms(call.module)
+    names = {module: name for name, module in whole.named_modules() if name}
+    with torch.no_grad():
+        calls = _kept(list(names), lambda: _own(call, call.hidden))
+    forms = [Form(*each, norms=norms) for each in product((*PAIRINGS, None), (False, True))]
+    found: dict[str, Form] = {}
+    for each in calls:
+        name = names[each.module]
+        form = _proven(each, forms, functools.partial(_part, each.module, name))
+        if isinstance(form, Form):
+            found[name] = form
+    return found
+
+
+def _part(module: nn.Module, name: str, form: Form) -> Any:
+    return layer.forward_of(module, reading.read_part(module, form, name))
+
+
+def _proven(call: _Call, forms: list[Form], fused: Callable[[Form], Any]) -> Form | str:
+    """The first of ``forms`` that computes what the module of ``call`` does, or why there is none."""
+    reasons: list[str] = []
+    expected: tuple[Tensor, Tensor] | None = None
+    gradient = torch.randn(call.hidden.shape, generator=torch.Generator().manual_seed(1), device="cpu")
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.enable_grad():
+        for form in forms:
+            try:
+                part = fused(form)
+                adapted.check_linears(call.module, part.parts)
+                expected = expected or _both(functools.partial(_own, call), call.hidden, gradient)
+                found = _both(functools.partial(_fused, part, call), call.hidden, gradient)
+            except Uncovered as why:
+                reasons.append(str(why))
+                continue
+            if all(_equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True)):
+                return form
+            reasons.append(f"{type(call.module).__name__} computes something else than its parts say")
+    return max(reasons, key=lambda reason: (reasons.count(reason), reason))
+
+
+def _both(compute: Callable[[Tensor], Any], hidden: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The output for ``hidden`` and the gradient of ``hidden``, less what passes around the module unchanged."""
+    x = hidden.detach().clone().requires_grad_()
+    y = compute(x)
+    if not isinstance(y, Tensor) or y.shape != hidden.shape:
+        raise Uncovered("it returns more than its stream")
+    (dx,) = torch.autograd.grad(y, x, gradient)
+    return y.detach(), dx
+
+
+def _equal(mine: Tensor, theirs: Tensor) -> bool:
+    return bool((mine - theirs).norm() <= _WITHIN * theirs.norm())
+
+
+def _own(call: _Call, x: Tensor) -> Any:
+    """What the module returns by its own forward."""
+    y = type(call.module).forward(call.module, x, **call.kwargs)
+    attention = isinstance(y, tuple) and len(y) == 2 and y[1] is None
+    return y[0] if attention else y
+
+
+def _fused(part: Any, call: _Call, x: Tensor) -> Any:
+    """What the fused form returns for the same call, one sequence without a mask."""
+    given = dict(call.kwargs)
+    if "attention_mask" in given:
+        given |= {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, x.shape[-2]], dtype=torch.int32)}
+    y = part.apply(part.read(x, given), x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def _norm_forms(module: nn.Module) -> dict[str, NormForm]:
+    """How each norm in ``module`` computes, found by trying."""
+    found = {name: _norm_form(each) for name, each in module.named_modules() if reading.is_norm(each)}
+    return {name: form for name, form in found.items() if form is not None}
+
+
+@torch.no_grad()
+def _norm_form(module: Any) -> NormForm | None:
+    weight, eps = getattr(module, "weight", None), reading.epsilon(module)
+    width = getattr(module, "normalized_shape", (16,)) if weight is None else weight.shape
+    if weight is not None and weight.dim() != 1:
+        return None
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(64, width[-1], generator=generator, device="cpu") + 0.5
+    forms = [NormForm(*each) for each in product((False, True), repeat=3)]
+    same = [form for form in forms if _equal(Norm(module, eps, form).forward(x)[0], module(x))]
+    # Where rounding comes shows in 16 bits.
+    rounded, x = copy.deepcopy(module).to(torch.bfloat16), x.bfloat16()
+    theirs = rounded(x).float()
+
+    def error(form: NormForm) -> float:
+        return (Norm(rounded, eps, form).forward(x)[0].float() - theirs).norm().item()
+
+    return min(same, key=error, default=None)

@@ -1,0 +1,124 @@
+"""Layers that are fused from their description: loss and gradients equal those of the model's own forward."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.nn import functional
+
+from halfbyte import fast
+from halfbyte.fast import batches, layer
+from halfbyte.fast.proof import Proofs
+from tests import architectures
+from tests.fast import models
+from tests.fast.test_layer import BATCHES
+
+# Attention in a short window in one layer and in none in the other.
+_MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+# What is set beside the tiny configuration of `tests.architectures`, in the quick tests and in the long ones.
+QUICK: dict[str, dict[str, Any]] = {
+    "cohere2": _MIXED,
+    "ernie4_5": {"use_bias": True},
+    "gemma2": {**_MIXED, "attn_logit_softcapping": 2.0},
+    "glm4": {"attention_bias": True},
+    "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.2},
+    "ministral3": {"sliding_window": 8},
+    "nemotron": {"mlp_bias": True},
+    "olmo2": {},
+    "phi3": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+LONG: dict[str, dict[str, Any]] = {
+    "cohere": {},
+    "exaone4": {**_MIXED, "sliding_window_pattern": "LG"},
+    "gemma3_text": _MIXED,
+    "gemma4_text": {**_MIXED, "hidden_size_per_layer_input": 0},
+    "glm": {"attention_bias": True},
+    "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "hunyuan_v1_dense": {},
+    "ministral": {"sliding_window": 8},
+    "olmo": {},
+    "olmo3": _MIXED,
+    "opt": {"dropout": 0.0},
+    "phi": {},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "stablelm": {"use_parallel_residual": True, "use_qkv_bias": True},
+    "starcoder2": {"residual_dropout": 0.0, "sliding_window": 8},
+}
+FAMILIES = [*QUICK, *(pytest.param(name, marks=pytest.mark.faults) for name in LONG)]
+TRIED = ("right padding", "packed")
+
+
+def make(name: str, config: dict[str, Any] | None = None, **lora: Any) -> PeftModel:
+    """A 4-bit model of the architecture ``name`` with random norms, biases and adapters."""
+    base = architectures.model(name, **{**(QUICK | LONG).get(name, {}), **(config or {})})
+    torch.manual_seed(0)
+    for parameter in base.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+        else:
+            parameter.data.mul_(2)
+    for buffer_name, buffer in base.named_buffers():
+        if buffer_name.endswith("layer_scalar"):
+            buffer.fill_(0.8)
+    models.quantize(base, torch.float32)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options))
+    models.randomize(model)
+    return model.train()
+
+
+def step(model: PeftModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss on real tokens, and the gradients."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    logits = model(**batch, use_cache=False).logits.float()
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    loss = functional.cross_entropy(logits[real], batch["input_ids"][real])
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert value.norm() > 0, name
+        tolerance = 1e-6 if name == "loss" else 1e-5
+        assert (ours[name] - value).norm() <= tolerance * value.norm(), name
+
+
+def fuse(model: PeftModel) -> fast.FusionReport:
+    return fast.fuse(model, scope=fast.Scope(frozenset({"layers"})))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_described_layer_computes_what_its_model_does(name: str) -> None:
+    """Over variable lengths and packed sequences, at the levels that keep least and most."""
+    lora = {"lora_dropout": 0.2} if name == "granite" else {}
+    expected = make(name, **lora)
+    if name == "opt":  # which makes its mask without looking at positions
+        assert batches.use_forests(expected.get_base_model()) is None
+    references = {each: step(expected, BATCHES[each]) for each in TRIED}
+    model = make(name, **lora)
+    report = fuse(model)
+    assert (report.layers, dict(report.layers_apart)) == (2, {})
+    for level in (0, 3) if name in QUICK else layer.LEVELS:
+        for forward in layer.fused_layers(model):
+            forward.level = level
+        for each in TRIED:
+            assert_same(step(model, BATCHES[each]), references[each])
+    assert layer.fell_back(model) == {}
+
+
+def test_layers_of_a_kind_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("smollm3", {"num_hidden_layers": 6, "no_rope_layers": [1, 1, 0, 1, 1, 0]})
+    proven = []
+    whole = fast.proof._whole
+    monkeypatch.setattr(fast.proof, "_whole", lambda call: proven.append(call) or whole(call))
+    proofs = Proofs(model.get_base_model())
+    forms = [proofs.whole(each).rotary for each in proofs.layers]
+    assert forms == ["halves", "halves", None, "halves", "halves", None]
+    assert len(proven) == 2
