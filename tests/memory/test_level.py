@@ -90,7 +90,7 @@ def test_levels_change_no_number() -> None:
         assert all(torch.equal(other[name], found[0][name]) for name in found[0])
 
 
-@pytest.mark.parametrize("text", ["lots", "12", "-3GB", "8 gigs", "", "12KB"])
+@pytest.mark.parametrize("text", ["lots", "12", "-3GB", "8 gigs", ""])
 def test_a_budget_that_is_none(text: str) -> None:
     with pytest.raises(UserError, match="memory_budget"):
         memory.check_budget(text)

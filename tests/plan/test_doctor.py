@@ -203,3 +203,10 @@ def test_slurm_starts_one_launcher_a_node(tmp_path: Path) -> None:
     for rank, line in enumerate(lines):
         assert f"--num_machines 2 --num_processes 16 --machine_rank {rank} --main_process_ip first" in line
         assert line.endswith("-m halfbyte sft --config a file.yaml")
+
+
+def test_a_train_job_that_leaves_its_processes_open(tmp_path: Path) -> None:
+    job = (Path(__file__).parents[2] / "launch" / "kubernetes.yaml").read_text()
+    (tmp_path / "job.yaml").write_text(job.replace("numProcPerNode: 8", "numProcPerNode: auto"))
+    found = inspect(tmp_path / "job.yaml", None)
+    assert any("numProcPerNode is 'auto'; write the number" in each for each in found.problems)

@@ -30,9 +30,9 @@ def main(arguments: list[str]) -> int:
 
     from halfbyte.export.allocator import return_freed_memory
     from halfbyte.export.quantize import quantize
-    from halfbyte.export.shards import size_in_bytes
+    from halfbyte.export.shards import most_bytes
 
-    most = size_in_bytes(given.max_shard_size)
+    most = most_bytes(given.max_shard_size)
     return_freed_memory()
     with passes.shown(bar=True):
         found = quantize(

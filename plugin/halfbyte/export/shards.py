@@ -1,7 +1,6 @@
 """A checkpoint written one tensor at a time: safetensors files of a bounded size, and their index."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,16 +9,14 @@ from torch import Tensor
 
 from halfbyte.errors import UserError
 from halfbyte.files import entry, write_file
+from halfbyte.terminal.wording import size_in_bytes
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-
-def size_in_bytes(text: str) -> int:
+def most_bytes(text: str) -> int:
     """The bytes of a `max_shard_size` such as ``5GB`` or ``256MiB``. Raises :class:`UserError` for what is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in _UNITS or not float(found[1]):
+    if not (found := size_in_bytes(text)):
         raise UserError(f"{text!r} is no size; write one such as 5GB", option="--max_shard_size")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return found
 
 
 class Shards:

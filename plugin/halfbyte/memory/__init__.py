@@ -1,6 +1,6 @@
 """The one memory model: what a run keeps, what `plan` predicts, and what a rank really held."""
 
-from halfbyte.memory.available import SHARE, check_budget, free_bytes, size_in_bytes
+from halfbyte.memory.available import SHARE, check_budget, free_bytes
 from halfbyte.memory.level import choose
 from halfbyte.memory.measured import Peak, mapped_bytes
 from halfbyte.memory.model import Memory, Place, Workload, is_planned, predict
@@ -18,6 +18,5 @@ __all__ = [
     "is_planned",
     "mapped_bytes",
     "predict",
-    "size_in_bytes",
     "weights",
 ]

@@ -1,15 +1,14 @@
 """What memory a step may plan with: what is free on this rank's device, or the size that the user states."""
 
 import os
-import re
 from pathlib import Path
 
 import psutil
 import torch
 
 from halfbyte.errors import UserError
+from halfbyte.terminal.wording import size_in_bytes
 
-_UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40}
 # The share of free memory that a step may plan with. Other processes use a host's free memory as well, and where it
 # runs out the kernel kills one.
 SHARE = {"cuda": 0.9, "cpu": 0.5}
@@ -22,12 +21,6 @@ def check_budget(budget: str) -> None:
             f"{budget!r} is neither `auto` nor `min` nor a size; write a size such as `12GiB` or `800MB`",
             option="memory_budget",
         )
-
-
-def size_in_bytes(text: str) -> int | None:
-    """Return the bytes of a size such as ``12GiB`` or ``800MB``; None for any other text."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]i?B)", text.strip())
-    return None if match is None else int(float(match[1]) * _UNITS[match[2]])
 
 
 def free_bytes(device: torch.device) -> int:

@@ -5,8 +5,9 @@ from torch import nn
 from halfbyte import distributed
 from halfbyte.fast.layer import LEVELS, fused_layers
 from halfbyte.fast.report import Choice
-from halfbyte.memory.available import free_bytes, size_in_bytes
+from halfbyte.memory.available import free_bytes
 from halfbyte.memory.model import Workload, by_level
+from halfbyte.terminal.wording import size_in_bytes
 
 
 def choose(

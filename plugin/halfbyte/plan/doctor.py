@@ -15,6 +15,7 @@ from huggingface_hub import get_token
 from packaging.requirements import Requirement
 
 from halfbyte import store
+from halfbyte.memory.available import host_memory
 from halfbyte.plan import all_reduce
 from halfbyte.plan.launch_file import Launch, inspect
 from halfbyte.quantization import choose_compute_dtype
@@ -127,7 +128,7 @@ def _dtype(device: torch.device) -> Check:
 
 
 def _memory() -> Check:
-    free = psutil.virtual_memory().available
+    free = host_memory()
     return Check(
         "free memory",
         free > _LEAST_MEMORY,

@@ -24,14 +24,15 @@ class Launch:
 
     file: str
     runs: str
+    request: Request
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def inspect(path: Path, gpus: int) -> Launch:
+def inspect(path: Path, gpus: int | None) -> Launch:
     """Check an accelerate configuration, a Slurm script or a TrainJob for a machine with ``gpus`` GPUs.
 
-    Raises :class:`UserError` if the file is none of these.
+    None stands for as many as it takes. Raises :class:`UserError` if the file is none of these.
     """
     try:
         if not path.is_file():
@@ -61,34 +62,10 @@ def inspect(path: Path, gpus: int) -> Launch:
         ) from error
 
 
-def request(path: Path) -> Request:
-    """Return what the launch file at ``path`` requests. Raises UserError as :func:`inspect` does."""
-    inspect(path, 0)
-    text = read(path, _MOST).decode()
-    if path.suffix == ".sh":
-        named = re.search(r"--config_file\s+(\S+)", text)
-        assert named is not None  # as inspected
-        inner = request(path.parent / Path(named[1]).name)
-        nodes, here = _slurm(text)
-        return replace(inner, processes=nodes * here, machines=nodes)
-    content = yaml.safe_load(text)
-    if content.get("kind") == "TrainJob":
-        trainer = content["spec"]["trainer"]
-        nodes = int(trainer.get("numNodes", 1))
-        return Request("ddp", nodes * int(trainer.get("numProcPerNode", 1)), nodes)
-    return from_config(content)
-
-
-def _slurm(text: str) -> tuple[int, int]:
-    """The nodes and the GPUs of each that a Slurm script asks for."""
-    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
-    return int(directives.get("nodes", 1)), int(directives.get("gpus-per-node", 1))
-
-
-def _accelerate(path: Path, config: dict[str, Any], gpus: int) -> Launch:
+def _accelerate(path: Path, config: dict[str, Any], gpus: int | None) -> Launch:
     unknown = sorted(set(config) - {f.name for f in fields(ClusterConfig)})
     request = from_config(config)
-    launch = Launch(str(path), "")
+    launch = Launch(str(path), "", request)
     if unknown:
         launch.problems.append(f"accelerate has no option {', '.join(unknown)}")
     if "distributed_type" not in config:
@@ -110,7 +87,7 @@ def _accelerate(path: Path, config: dict[str, Any], gpus: int) -> Launch:
     return launch
 
 
-def _judge(launch: Launch, request: Request, gpus: int) -> None:
+def _judge(launch: Launch, request: Request, gpus: int | None) -> None:
     here = max(1, request.processes // request.machines)
     name = request.strategy if request.strategy in support.STRATEGIES else "other"
     row = support.find(name)
@@ -128,7 +105,7 @@ def _judge(launch: Launch, request: Request, gpus: int) -> None:
     if request.use_cpu:
         if name.startswith("fsdp"):
             launch.problems.append("accelerate shards on GPUs only; with `use_cpu` this would be DDP")
-    elif here > max(gpus, 1):
+    elif gpus is not None and here > max(gpus, 1):
         launch.problems.append(
             f"{here} GPUs are needed on each machine, and this one has {gpus}: --num_processes {max(gpus, 1)}"
             + (", or launch/cpu.yaml" if gpus == 0 else "")
@@ -137,7 +114,7 @@ def _judge(launch: Launch, request: Request, gpus: int) -> None:
         launch.notes.append("this machine has no GPU; it would train on its CPU")
 
 
-def _script(path: Path, gpus: int) -> Launch:
+def _script(path: Path, gpus: int | None) -> Launch:
     checked = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
     text = read(path, _MOST).decode()
     named = re.search(r"--config_file\s+(\S+)", text)
@@ -147,11 +124,16 @@ def _script(path: Path, gpus: int) -> Launch:
     if not file.is_file():
         raise UserError(f"{path} names {named[1]}, which is not beside it", option="--launch")
     inner = inspect(file, gpus)
-    launch = replace(inner, file=str(path), notes=[])
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
+    nodes, per_node = int(directives.get("nodes", 1)), int(directives.get("gpus-per-node", 1))
+    launch = replace(
+        inner,
+        file=str(path),
+        notes=[],
+        request=replace(inner.request, processes=nodes * per_node, machines=nodes),
+    )
     if checked.returncode:
         launch.problems.append(checked.stderr.strip())
-    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
-    nodes, per_node = _slurm(text)
     if directives.get("ntasks-per-node") != "1":
         launch.problems.append("each node must start one launcher; write #SBATCH --ntasks-per-node=1")
     launch.runs = f"DDP, {per_node} processes on each of {nodes} machines, on GPUs"
@@ -163,7 +145,14 @@ def _script(path: Path, gpus: int) -> Launch:
 def _train_job(path: Path, job: dict[str, Any]) -> Launch:
     trainer = (job.get("spec") or {}).get("trainer") or {}
     nodes, per_node = int(trainer.get("numNodes", 1)), trainer.get("numProcPerNode", 1)
-    launch = Launch(str(path), f"DDP, {per_node} processes on each of {nodes} machines, on GPUs")
+    known = str(per_node).isdecimal()
+    launch = Launch(
+        str(path),
+        f"DDP, {per_node} processes on each of {nodes} machines, on GPUs",
+        Request("ddp", nodes * (int(per_node) if known else 1), nodes),
+    )
+    if not known:
+        launch.problems.append(f"numProcPerNode is {per_node!r}; write the number of GPUs of a node")
     words = [*trainer.get("command", []), *trainer.get("args", [])]
     if words[:3] != ["torchrun", "-m", "halfbyte"]:
         launch.problems.append("spec.trainer must run `torchrun -m halfbyte RECIPE ...`")

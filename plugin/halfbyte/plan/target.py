@@ -53,39 +53,29 @@ def find(gpu: str | None, launch: Path | None) -> Target:
 
     Raises :class:`UserError` for what is neither, and for a strategy that is refused.
     """
-    request = Request() if launch is None else launch_file.request(launch)
+    size, stated = (0, None) if gpu is None else _parse(gpu)
+    file = (
+        None
+        if launch is None
+        else launch_file.inspect(launch, torch.cuda.device_count() if gpu is None else stated)
+    )
+    request = Request() if file is None else file.request
     support.require(request.strategy if request.strategy in support.STRATEGIES else "other")
-    count = request.processes
+    count = stated or request.processes
+    # What would keep the launch file from running as it says on such a machine.
+    notes = () if file is None else tuple(f"{launch}: {each}" for each in file.problems)
     if gpu is not None:
-        size, stated = _parse(gpu)
         if request.use_cpu:
             raise UserError(f"{launch} trains on CPUs; take one of the two out", option="--gpu")
-        count = count if stated is None else stated
-        return Target(
-            "cuda",
-            count,
-            _strategy(request, count),
-            size - CONTEXT,
-            f"{memory(size)} less {memory(CONTEXT)} for the CUDA context",
-            _notes(launch, count),
-        )
+        said = f"{memory(size)} less {memory(CONTEXT)} for the CUDA context"
+        return Target("cuda", count, _strategy(request, count), size - CONTEXT, said, notes)
     if torch.cuda.is_available() and not request.use_cpu:
         _, total = torch.cuda.mem_get_info()
         said = f"{torch.cuda.get_device_name()}, {memory(total)} less {memory(CONTEXT)} for the CUDA context"
-        notes = _notes(launch, torch.cuda.device_count())
         return Target("cuda", count, _strategy(request, count), total - CONTEXT, said, notes)
     free = host_memory() // max(count // max(request.machines, 1), 1)
     said = f"{memory(free)} of memory free for each process"
-    return Target("cpu", count, _strategy(request, count), free, said, _notes(launch, 0))
-
-
-def _notes(launch: Path | None, gpus: int) -> tuple[str, ...]:
-    """What would keep the launch file from running as it says on a machine with so many GPUs."""
-    return (
-        ()
-        if launch is None
-        else tuple(f"{launch}: {each}" for each in launch_file.inspect(launch, gpus).problems)
-    )
+    return Target("cpu", count, _strategy(request, count), free, said, notes)
 
 
 def _strategy(request: Request, ranks: int) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -127,6 +128,18 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {f"{unit[0]}IB": 1024 ** (power + 1) for power, unit in enumerate(_UNITS)}
+
+
+def size_in_bytes(text: str) -> int | None:
+    """Return the bytes of a size such as ``12GiB`` or ``800MB``; None for any other text."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if match is None or (unit := _UNITS.get(match[2].upper())) is None:
+        return None
+    return int(float(match[1]) * unit)
 
 
 def memory(value: float) -> str:

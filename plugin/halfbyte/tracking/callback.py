@@ -103,7 +103,14 @@ class Tracker(TrainerCallback):
         self.record.write()
         if "wandb" in args.report_to and self._wandb is None:
             logs = (read_rows(self.metrics.path), self._samples.rows)
-            self._wandb = WandbRun(self.record, args.run_name, *logs, earlier=earlier, step=state.global_step)
+            self._wandb = WandbRun(
+                self.record,
+                args.run_name,
+                *logs,
+                figures=self._figures,
+                earlier=earlier,
+                step=state.global_step,
+            )
             self.record.update(**self._wandb.place)
             self.record.write()
             if self._wandb.url:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
@@ -15,6 +14,7 @@ from wandb.sdk import wandb_setup
 
 from halfbyte.terminal.redaction import redact
 from halfbyte.terminal.wording import first_line, shorten
+from halfbyte.tracking.figures import DEFAULT, Figures
 from halfbyte.tracking.record import RunRecord
 from halfbyte.tracking.rows import Row
 from halfbyte.tracking.samples import COLUMNS, text_of
@@ -32,7 +32,7 @@ _ABOUT = (
     "memory",
 )
 _MEMORY = ("peak_memory_bytes", "peak_memory_by_phase", "memory")
-_HIGHER = frozenset({"accuracy", "accuracies", "margin", "margins"})  # words in names of figures
+_BEST = {"less": "min", "greater": "max"}
 
 
 class WandbRun:
@@ -45,7 +45,7 @@ class WandbRun:
     ``earlier`` is run.json as the run before this one left it. A resume at ``step`` continues its W&B run where that is
     on a server and has nothing after the step. Otherwise it is a new run of W&B that begins with ``rows`` and
     ``samples``, those up to the checkpoint: W&B can neither cut what came after them nor, offline, continue a run. Its
-    config names the run before it.
+    config names the run before it. The summary has the best value of each of the ``figures`` that are compared.
     """
 
     def __init__(
@@ -55,9 +55,16 @@ class WandbRun:
         rows: Iterable[Row] = (),
         samples: Iterable[Row] = (),
         *,
+        figures: Figures = DEFAULT,
         earlier: Mapping[str, Any] = MappingProxyType({}),
         step: int = 0,
     ) -> None:
+        # Of the others the best is chance, or there is none.
+        self._best = {
+            figure.key: _BEST[figure.direction]
+            for figure in figures.compared
+            if figure.direction != "neither"
+        }
         self._artifacts = _artifacts()
         if os.environ.get("WANDB_WATCH", "false").lower() not in ("", "false", "0"):
             logger.warning("WANDB_WATCH is not supported and has no effect here.")
@@ -150,7 +157,7 @@ class WandbRun:
     def _log(self, run: Any, values: dict[str, Any]) -> None:
         for key in values.keys() - self._defined if self._summarizes else ():
             self._defined.add(key)
-            if (best := _best(key)) is not None:
+            if (best := self._best.get(key.removeprefix("eval_"))) is not None:
                 run.define_metric(key, step_metric=_AXIS, summary=f"{best},last")
         run.log({**values, _AXIS: values["step"]})
 
@@ -227,12 +234,6 @@ def _goes_on(earlier: Mapping[str, Any], step: int) -> bool:
     """Whether the W&B run of the run.json ``earlier`` is on a server and has nothing after ``step``."""
     ended = earlier.get("status") in ("interrupted", "failed") and earlier.get("steps") == step
     return ended and all(isinstance(earlier.get(key), str) for key in ("wandb_id", "wandb_url"))
-
-
-def _best(key: str) -> str | None:
-    """Whether a figure is best at its ``min`` or ``max``; None for one that is neither."""
-    words = set(re.split(r"[/_]", key))
-    return "min" if "loss" in words else "max" if words & _HIGHER else None
 
 
 def _config(record: RunRecord, continues: str | None) -> dict[str, Any]:
