@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GemmaConfig,
+    GraniteConfig,
     LlamaConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
@@ -98,6 +99,7 @@ CONFIGS = {
     "opt": lambda: OPTConfig(**_SHAPE, ffn_dim=128, word_embed_proj_dim=64, dropout=0.0),
     "qwen3": lambda: Qwen3Config(**_GATED, head_dim=16, tie_word_embeddings=True),
     "gemma": lambda: GemmaConfig(**_GATED, head_dim=16),
+    "granite": lambda: GraniteConfig(**_GATED, logits_scaling=3.0, residual_multiplier=0.5),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **_GATED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
     ),

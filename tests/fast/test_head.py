@@ -7,7 +7,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from halfbyte.fast import head, scores
-from tests import tiny
+from tests import architectures, tiny
 
 OUTPUTS = ("log_probs", "entropy", "is_top1")
 
@@ -51,7 +51,22 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-@pytest.mark.parametrize("build", [llama, gemma2])
+def scaled(name: str, **more):
+    """A model that multiplies or divides its logits, or bounds them under another name."""
+    return lambda: architectures.model(name, tie_word_embeddings=False, **more)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        llama,
+        gemma2,
+        scaled("cohere2", logit_scale=0.3),
+        scaled("granite", logits_scaling=3.0),
+        scaled("minicpm3", hidden_size=64, dim_model_base=16),
+    ],
+    ids=["llama", "gemma2", "cohere2", "granite", "minicpm3"],
+)
 @pytest.mark.parametrize("masked", [True, False])
 def test_equals_trls_head_for_any_weights(batch, build, masked: bool, monkeypatch) -> None:
     monkeypatch.setattr(scores, "chunk_rows", lambda vocabulary, device: 8)
@@ -137,7 +152,6 @@ def test_chunks_stay_small(vocabulary: int) -> None:
     ("change", "reason"),
     [
         (lambda m: m.lm_head.weight.requires_grad_(True), "is trained"),
-        (lambda m: setattr(m.config, "logits_scaling", 8.0), "logits_scaling"),
         (lambda m: setattr(m.config, "output_router_logits", True), "router"),
         (lambda m: m.set_output_embeddings(nn.Sequential(m.lm_head)), "Sequential"),
     ],
@@ -159,3 +173,24 @@ def test_bfloat16_gradients_are_as_good_as_trls(batch) -> None:
         return sum(((grads[n].float() - exact[n]).norm() / exact[n].norm()).item() for n in exact)
 
     assert error(True) <= 1.1 * error(False)
+
+
+def test_a_soft_cap_by_another_name(batch) -> None:
+    """TRL's head, which does not know the name, reads it while a trainer is built."""
+    ids, labels = batch
+    build = scaled("recurrent_gemma", logits_soft_cap=0.5, num_hidden_layers=3)
+    torch.manual_seed(0)
+    model = build()
+    model.lm_head.weight.requires_grad_(False)
+    with head.cap_for_trl(model):
+        add_fused_lm_head(model, outputs=OUTPUTS)
+    assert not hasattr(model.config, "final_logit_softcapping")
+    theirs, their_grads = run(model, ids, labels)
+    logits = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    expected = logits.gather(-1, ids[:, 1:, None]).squeeze(-1)[theirs.label_mask]
+    assert torch.allclose(theirs.log_probs[theirs.label_mask], expected, atol=1e-5)
+    assert head.install(model) is None
+    ours, our_grads = run(model, ids, labels)
+    assert torch.allclose(ours.log_probs, theirs.log_probs, atol=1e-5)
+    for name, gradient in our_grads.items():
+        assert (gradient - their_grads[name]).norm() <= 1e-5 * their_grads[name].norm(), name

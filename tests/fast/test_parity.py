@@ -114,7 +114,7 @@ def test_packing(arch: str, dropout: float, model_dir, adapter, tmp_path: Path) 
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt"])
+@pytest.mark.parametrize("arch", ["granite", "llama", "opt"])
 def test_preferences_on_trees(arch: str, model_dir, adapter, tmp_path: Path) -> None:
     rows = Dataset.from_list(tiny.preferences(12))
     ours, report = run_ours(

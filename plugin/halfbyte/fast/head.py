@@ -7,7 +7,8 @@ prompts and padding too. The batch is either rows of labels, or a forest that sa
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from halfbyte.fast.scores import OUTPUTS, USUAL, Scores, scores
 
-# Configuration fields by which some architectures scale their logits; TRL's head supports them all.
-_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+# Configuration fields by which some architectures multiply their logits, as TRL's head reads them.
+_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_CAP = "final_logit_softcapping"
 
 
 def install(model: PreTrainedModel, outputs: tuple[str, ...] = USUAL) -> str | None:
@@ -73,10 +75,36 @@ def _uncovered(model: PreTrainedModel) -> str | None:
         return f"the output head is wrapped in {type(head).__name__}"
     if head.weight.requires_grad:
         return "the output head is trained"
-    if getattr(config, "output_router_logits", False):
-        return "the model has a router loss"
-    scale = next((name for name in _SCALES if getattr(config, name, None) not in (None, 1, 1.0)), None)
-    return f"the model scales its logits ({scale})" if scale is not None else None
+    return "the model has a router loss" if getattr(config, "output_router_logits", False) else None
+
+
+def _scale(config: Any) -> float:
+    """What the logits are multiplied by, before the soft cap."""
+    factor = next((value for name in _SCALES if (value := getattr(config, name, None)) is not None), None)
+    if factor is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
+        return float(divisor if config.model_type == "hyperclovax" else 1 / divisor)
+    return 1.0 if factor is None else float(factor)
+
+
+def _softcap(config: Any) -> float | None:
+    """The bound of the logits; RecurrentGemma has a name of its own for it."""
+    cap: float | None = getattr(config, _CAP, getattr(config, "logits_soft_cap", None))
+    return cap
+
+
+@contextmanager
+def cap_for_trl(model: nn.Module) -> Iterator[None]:
+    """Name the soft cap of ``model`` as TRL's head reads it, which does so while a trainer is built."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    cap = _softcap(config)
+    if cap is None or hasattr(config, _CAP):
+        yield
+        return
+    setattr(config, _CAP, cap)
+    try:
+        yield
+    finally:
+        delattr(config, _CAP)
 
 
 def _is_reference(model: PreTrainedModel) -> bool:
@@ -141,7 +169,7 @@ def _scores(
         weight = weight.full_tensor()
         bias = bias.full_tensor() if bias is not None else None
     index = index.to(weight.device) if index is not None else None
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    config = model.config.get_text_config()
     with maybe_gather_lm_head_ctx(weight, bias):
         return scores(
             rows.to(weight.device),
@@ -150,7 +178,8 @@ def _scores(
             index,
             outputs=told,
             bias=bias,
-            softcap=softcap,
+            scale=_scale(config),
+            softcap=_softcap(config),
         )
 
 

@@ -42,12 +42,13 @@ def scores(
     *,
     outputs: tuple[str, ...] = USUAL,
     bias: Tensor | None = None,
+    scale: float = 1.0,
     softcap: float | None = None,
 ) -> Scores:
     """Score ``targets``, int64 ``[tokens]``, by the hidden states ``rows`` ``[N, H]`` at ``index`` (all where None).
 
-    A row may score several targets. ``weight`` is ``[V, H]``, ``bias`` ``[V]``; ``outputs`` is a part of
-    :data:`OUTPUTS`.
+    A row may score several targets. ``weight`` is ``[V, H]``, ``bias`` ``[V]``; logits are multiplied by ``scale``,
+    then bounded by ``softcap``. ``outputs`` is a part of :data:`OUTPUTS`.
     """
     device = rows.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
@@ -59,6 +60,7 @@ def scores(
             bias.detach().to(dtype) if bias is not None else None,
             index,
             targets,
+            scale,
             softcap,
             outputs,
             needs_gradient,
@@ -81,6 +83,7 @@ class _Scores(torch.autograd.Function):
         bias: Tensor | None,
         index: Tensor | None,
         targets: Tensor,
+        scale: float,
         softcap: float | None,
         outputs: tuple[str, ...],
         needs_gradient: bool,
@@ -104,9 +107,9 @@ class _Scores(torch.autograd.Function):
             if bias is not None:
                 logits.add_(bias)
             if mean is not None:
-                told["mean_logits"][part] = (states.float() @ mean[0]).add_(mean[1])
+                told["mean_logits"][part] = (states.float() @ mean[0]).add_(mean[1]).mul_(scale)
             wanted = tuple(name for name in outputs if name != "mean_logits" or mean is None)
-            found, dlogits = _score(logits, targets[part], softcap, wanted, needs_gradient)
+            found, dlogits = _score(logits, targets[part], scale, softcap, wanted, needs_gradient)
             log_probs[part] = found.pop("log_probs")
             for name, values in found.items():
                 told[name][part] = values
@@ -114,7 +117,7 @@ class _Scores(torch.autograd.Function):
                 torch.mm(dlogits.to(rows.dtype), weight, out=gradient[part])
             del logits, dlogits, found  # or the next chunk would be computed beside them
         ctx.save_for_backward(gradient, index)
-        ctx.rows = len(rows)
+        ctx.rows, ctx.scale = len(rows), scale
         ctx.mark_non_differentiable(*told.values())
         return (log_probs, *(told.get(name) for name in OUTPUTS))
 
@@ -123,20 +126,27 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         gradient, index = ctx.saved_tensors
         # Weighted in float32 and rounded once: 1 / tokens is not a bfloat16 number.
-        weighted = torch.mul(gradient, -grad.float().unsqueeze(1)).to(gradient.dtype)
+        weighted = torch.mul(gradient, (-ctx.scale * grad.float()).unsqueeze(1)).to(gradient.dtype)
         if index is not None:
             whole = weighted.new_zeros(ctx.rows, weighted.shape[1])
             weighted = whole.index_add_(0, index, weighted)
-        return (weighted, *[None] * 7)
+        return (weighted, *[None] * 8)
 
 
 def _score(
-    logits: Tensor, targets: Tensor, softcap: float | None, outputs: tuple[str, ...], needs_gradient: bool
+    logits: Tensor,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+    outputs: tuple[str, ...],
+    needs_gradient: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Score a chunk by a kernel, where there is one that tells all ``outputs``, or by torch operations."""
     fused = kernels(logits)
     if fused is None or not set(outputs) <= set(USUAL):
-        return score(logits.float(), targets, softcap, needs_gradient, outputs)
+        logits = logits.float()
+        return score(logits if scale == 1 else logits.mul_(scale), targets, softcap, needs_gradient, outputs)
+    logits = logits if scale == 1 else logits.mul_(scale)
     log_probs, entropy, top1, dlogits = fused.score(logits, targets, softcap, needs_gradient)
     told = {"entropy": entropy, "is_top1": top1}
     return {"log_probs": log_probs, **{name: told[name] for name in outputs}}, dlogits

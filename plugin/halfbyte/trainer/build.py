@@ -18,6 +18,7 @@ from halfbyte import adapters, fast, memory, optimizers
 from halfbyte.data.batching import Batching
 from halfbyte.data.lengths import Lengths
 from halfbyte.errors import UserError
+from halfbyte.fast.head import cap_for_trl
 from halfbyte.fast.pairs import PairsAsTrees
 from halfbyte.memory import Place
 from halfbyte.quantization import Coverage
@@ -131,7 +132,7 @@ def build(
         )
 
     # Before the constructor returns: what it runs the model for must be computed as every step is.
-    with _hidden(args, "model_init_kwargs", "chat_template_path"):
+    with _hidden(args, "model_init_kwargs", "chat_template_path"), cap_for_trl(model):
         return composed(model=model, args=args, conduct=conduct, ready=finish, **kwargs)
 
 
