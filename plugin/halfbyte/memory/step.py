@@ -72,7 +72,7 @@ def evaluation(model: nn.Module, workload: Any) -> Activations:
             continue
         layers += 1
         if isinstance(layer.forward, FusedForward):
-            decoder = layer.forward.decoder
+            decoder = layer.forward.parts
             of_mlp, multiplied = _forward_of_mlp(decoder, tokens)
             products = max(products, multiplied)
             working = max(working, of_mlp, _forward_of_attention(decoder, workload))
@@ -106,8 +106,7 @@ def _recomputed(decoder: Decoder, level: int, size: int) -> int:
 
 def _of_mlp(decoder: Decoder, level: int, size: int, tokens: int) -> int:
     """Bytes that the backward of the MLP works with: the weights in the dtype of the products, and values of tokens."""
-    stream, gate_up = _stream(decoder), _outputs(decoder.mlp.gate_up)
-    features = gate_up if decoder.mlp.gate.plain else gate_up // 2
+    stream, gate_up, features = _stream(decoder), _outputs(decoder.mlp.gate_up), _features_of(decoder)
     again = 0 if level >= 3 else gate_up + _ranks(decoder.mlp.gate_up)
     # The gradients of gate and up, the product, and those of the output and of the norm's input, with its output.
     values = again + gate_up + features + 4 * stream
@@ -117,12 +116,8 @@ def _of_mlp(decoder: Decoder, level: int, size: int, tokens: int) -> int:
 
 def _forward_of_mlp(decoder: Decoder, tokens: int) -> tuple[int, int]:
     """Bytes that the forward of the MLP works with beside what the attention before it has left, and its products."""
-    stream, gate_up, size = (
-        _stream(decoder).numel(),
-        _outputs(decoder.gate_up),
-        _stream(decoder).element_size(),
-    )
-    features, (attended, keys) = gate_up // 2, _widths(decoder)
+    stream, gate_up, size = _stream(decoder), _outputs(decoder.mlp.gate_up), _dtype(decoder).itemsize
+    features, (attended, keys) = _features_of(decoder), _widths(decoder)
     # The layer's input, the stream between the halves, the norm's output; queries, keys, values and what attends.
     left = tokens * (3 * stream + 2 * (attended + keys))
     up = gate_up * stream + tokens * gate_up
@@ -133,8 +128,7 @@ def _forward_of_mlp(decoder: Decoder, tokens: int) -> tuple[int, int]:
 
 def _forward_of_attention(decoder: Decoder, workload: Any) -> int:
     """Bytes that the forward of attention works with."""
-    stream, (attended, keys) = _stream(decoder).numel(), _widths(decoder)
-    size = _stream(decoder).element_size()
+    stream, size, (attended, keys) = _stream(decoder), _dtype(decoder).itemsize, _widths(decoder)
     total = workload.evaluated * (3 * stream + 2 * attended + 2 * keys) * size
     if workload.device == "cpu" and _in_float32(decoder):
         copies = attended + 2 * keys if size < _FLOAT32 else 0
@@ -228,6 +222,12 @@ def _dtype(decoder: Decoder) -> torch.dtype:
     out: Any = base(attention.out[0])
     dtype: torch.dtype = found or getattr(out, "compute_dtype", None) or out.weight.dtype
     return dtype
+
+
+def _features_of(decoder: Decoder) -> int:
+    """Values of a token after the activation of the MLP."""
+    gate_up = _outputs(decoder.mlp.gate_up)
+    return gate_up if decoder.mlp.gate.plain else gate_up // 2
 
 
 def _widths(decoder: Decoder) -> tuple[int, int]:
