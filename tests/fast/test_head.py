@@ -152,7 +152,6 @@ def test_chunks_stay_small(vocabulary: int) -> None:
     ("change", "reason"),
     [
         (lambda m: m.lm_head.weight.requires_grad_(True), "is trained"),
-        (lambda m: setattr(m.config, "output_router_logits", True), "router"),
         (lambda m: m.set_output_embeddings(nn.Sequential(m.lm_head)), "Sequential"),
     ],
 )

@@ -57,17 +57,6 @@ def test_dropout_that_is_on_draws_a_mask_a_side(model_dir: Callable[..., Path], 
     trainer.train()
 
 
-def test_a_router_loss_is_left_to_trl(tmp_path: Path) -> None:
-    base = architectures.save(tmp_path / "base", "qwen2_moe")
-    fusion = dpo(base, tmp_path, load_in_4bit=False).report.fusion
-    assert (
-        "not chunked LM head (the model has a router loss), not padding-free (pairs require the chunked LM head)"
-        in fusion.line()
-    )
-    without = dpo(base, tmp_path, load_in_4bit=False, options={"router_aux_loss_coef": 0.0}).report.fusion
-    assert without.trees
-
-
 def test_a_layer_without_a_window_among_such_with_one() -> None:
     """Qwen2-MoE names the kinds in its configuration alone."""
     kinds = ["sliding_attention", "full_attention"]

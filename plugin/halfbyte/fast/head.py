@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from halfbyte.fast import router_loss
 from halfbyte.fast.scores import OUTPUTS, USUAL, Scores, scores
 
 # Configuration fields by which some architectures multiply their logits, as TRL's head reads them.
@@ -58,24 +59,28 @@ def install(model: PreTrainedModel, outputs: tuple[str, ...] = USUAL) -> str | N
             assert labels is not None
             return _of_forest(self, labels[:, 1:], told, **kwargs)
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        routed = router_loss.requested(self, kwargs) and not _is_reference(self)
+        if routed:
+            kwargs["output_router_logits"] = True
+        backbone = self.base_model(*args, **kwargs)
+        hidden = backbone.last_hidden_state
         if shift_labels is None:
             assert labels is not None
             hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-        return _of_rows(self, hidden, shift_labels, told, num_items_in_batch)
+        output = _of_rows(self, hidden, shift_labels, told, num_items_in_batch)
+        return _with_router_loss(self, output, backbone, kwargs.get("attention_mask")) if routed else output
 
     model.forward = types.MethodType(forward, model)
     return None
 
 
 def _uncovered(model: PreTrainedModel) -> str | None:
-    config = model.config.get_text_config()
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return f"the output head is wrapped in {type(head).__name__}"
     if head.weight.requires_grad:
         return "the output head is trained"
-    return "the model has a router loss" if getattr(config, "output_router_logits", False) else None
+    return None
 
 
 def _scale(config: Any) -> float:
@@ -145,19 +150,35 @@ def _of_forest(
     scored: Tensor,
     scored_ids: Tensor,
     places: Tensor,
-    **_: Any,
+    **others: Any,
 ) -> FusedCausalLMOutput:
     """Score the tokens of a forest; ``labels`` ``[sequences, L]`` say where each sequence has one.
 
     The arguments are those of :class:`halfbyte.fast.pairs.PairsAsTrees`.
     """
-    hidden = model.base_model(
-        input_ids=stream_ids, position_ids=stream_positions, attention_mask=forest, use_cache=False
-    ).last_hidden_state[0]
-    found = _scores(model, hidden, scored_ids[0], scored[0], told)
+    routed = router_loss.requested(model, others) and not _is_reference(model)
+    backbone = model.base_model(
+        input_ids=stream_ids,
+        position_ids=stream_positions,
+        attention_mask=forest,
+        use_cache=False,
+        **({"output_router_logits": True} if routed else {}),
+    )
+    found = _scores(model, backbone.last_hidden_state[0], scored_ids[0], scored[0], told)
     mask = labels != -100
     at = places[mask]
-    return _output(found, mask, None, lambda x: x.new_zeros(mask.shape).masked_scatter(mask, x[at]))
+    output = _output(found, mask, None, lambda x: x.new_zeros(mask.shape).masked_scatter(mask, x[at]))
+    return _with_router_loss(model, output, backbone, forest) if routed else output
+
+
+def _with_router_loss(
+    model: PreTrainedModel, output: FusedCausalLMOutput, backbone: Any, mask: Tensor | None
+) -> FusedCausalLMOutput:
+    """``output`` with the load-balancing loss of the tokens that ``mask`` weighs; see :mod:`.router_loss`."""
+    loss = router_loss.router_loss(model, backbone.router_logits, mask)
+    weight = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
+    output.aux_loss, output.loss = loss, output.loss + weight * loss
+    return output
 
 
 def _scores(

@@ -143,8 +143,6 @@ def _scope(
     scope = fast.scope(trainer_cls)
     ruled_out = {}
     if isinstance(trainer, DPOTrainer):
-        if getattr(trainer, "aux_loss_enabled", False):
-            ruled_out["head"] = "the model has a router loss"
         if trainer.compute_metrics is not None:
             ruled_out["padding_free"] = "compute_metrics gets the logits of padded batches"
     return fast.Scope(scope.parts if parts is None else scope.parts & parts, sides or scope.sides, ruled_out)
