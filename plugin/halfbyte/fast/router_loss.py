@@ -1,7 +1,7 @@
 """The load-balancing loss of a mixture of experts, as TRL adds it to a loss (``trl.trainer.utils.add_fused_lm_head``).
 
-It is a mean over tokens (Switch Transformer, arXiv 2101.03961, equations 4 to 6). TRL's batches hold the prompt of a pair
-once a side, so that a token of a forest weighs as many as sequences pass through it.
+It is a mean over tokens (Switch Transformer, arXiv 2101.03961, equations 4 to 6). TRL's batches hold the prompt of a
+pair once a side, so that a token of a forest weighs as many as sequences pass through it.
 """
 
 from typing import Any

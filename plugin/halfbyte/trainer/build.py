@@ -142,9 +142,8 @@ def _scope(
     """What of a step may be fused: as the class allows, narrowed by ``parts``, with the ``sides`` that are known."""
     scope = fast.scope(trainer_cls)
     ruled_out = {}
-    if isinstance(trainer, DPOTrainer):
-        if trainer.compute_metrics is not None:
-            ruled_out["padding_free"] = "compute_metrics gets the logits of padded batches"
+    if isinstance(trainer, DPOTrainer) and trainer.compute_metrics is not None:
+        ruled_out["padding_free"] = "compute_metrics gets the logits of padded batches"
     return fast.Scope(scope.parts if parts is None else scope.parts & parts, sides or scope.sides, ruled_out)
 
 
