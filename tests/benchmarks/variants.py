@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer
@@ -141,7 +142,12 @@ class Stepper:
         for module in base.modules():
             if isinstance(module, Linear4bit):
                 module.support_avx512bf16_for_cpu = False
-        peft_model = get_peft_model(base, LoraConfig(**LORA, lora_dropout=case.dropout))
+        targets = LORA
+        if case.experts:
+            _pack_experts(base)
+            # PEFT reads `all-linear` as the experts too.
+            targets = {**LORA, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+        peft_model = get_peft_model(base, LoraConfig(**targets, lora_dropout=case.dropout))
         tokenizer = AutoTokenizer.from_pretrained(model)
         trainer_cls, config = TRAINERS[case.method]
         args = config(**options)
@@ -184,6 +190,16 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return Step(loss.item(), _seconds() - begin, _tokens(inputs))
+
+
+def _pack_experts(base: torch.nn.Module) -> None:
+    """Pack the experts as one can with bitsandbytes alone: once they are loaded."""
+    for module in list(base.modules()):
+        for name in ("gate_up_proj", "down_proj"):
+            if getattr(module, name, None) is not None and isinstance(
+                getattr(module, name), torch.nn.Parameter
+            ):
+                replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")
 
 
 def _tokens(inputs: dict[str, torch.Tensor]) -> int:

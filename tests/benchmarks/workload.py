@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 PAD = 2
 
@@ -19,6 +19,7 @@ class Case:
     """One workload. The targets are stated for ``threshold`` cases; ``large`` ones get fewer of TRL's columns.
 
     The ``length`` of a pair is that of its prompt and of each answer; of a ``multi-turn`` one the prompt is longer.
+    ``experts`` are those of a layer, of which a token gets two; 0 is a dense model.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     threshold: bool = False
     large: bool = False
     method: str = "sft"
+    experts: int = 0
 
 
 CASES = [
@@ -52,16 +54,27 @@ CASES = [
     Case("pairs, lognormal", lengths="lognormal", length=128, threshold=True, method="dpo"),
     Case("pairs, fixed 128", length=128, threshold=True, method="dpo"),
     Case("pairs, long shared prefix", lengths="multi-turn", length=64, threshold=True, method="dpo"),
+    Case("experts, lognormal", layers=4, lengths="lognormal", experts=16),
+    Case("experts, pairs, lognormal", layers=4, lengths="lognormal", length=128, method="dpo", experts=16),
 ]
 
 
 def checkpoint(case: Case, directory: Path) -> Path:
-    """A random Llama of the case's shape with a word-level tokenizer, saved once."""
-    path = directory / f"llama-{case.hidden}-{case.layers}-{case.vocabulary}"
+    """A random Llama or Qwen3-MoE of the case's shape with a word-level tokenizer, saved once."""
+    path = directory / f"llama-{case.hidden}-{case.layers}-{case.vocabulary}-{case.experts}"
     if path.exists():
         return path
     torch.manual_seed(0)
-    config = LlamaConfig(
+    cls, more = LlamaConfig, {}
+    if case.experts:
+        cls = Qwen3MoeConfig
+        more = {
+            "num_experts": case.experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": case.hidden * 11 // 16,
+            "head_dim": 64,
+        }
+    config = cls(
         vocab_size=case.vocabulary,
         hidden_size=case.hidden,
         intermediate_size=case.hidden * 11 // 4,
@@ -73,8 +86,9 @@ def checkpoint(case: Case, directory: Path) -> Path:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=PAD,
+        **more,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tokenizer(case.vocabulary).save_pretrained(path)
     return path
 
