@@ -1,5 +1,6 @@
 """Layers that are fused from their description: loss and gradients equal those of the model's own forward."""
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ LONG: dict[str, dict[str, Any]] = {
     "cohere": {},
     "exaone4": {**_MIXED, "sliding_window_pattern": "LG"},
     "gemma3_text": _MIXED,
-    "gemma4_text": {**_MIXED, "hidden_size_per_layer_input": 0},
+    "gemma4_text": {**_MIXED, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
     "glm": {"attention_bias": True},
     "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "hunyuan_v1_dense": {},
@@ -47,7 +48,27 @@ LONG: dict[str, dict[str, Any]] = {
     "stablelm": {"use_parallel_residual": True, "use_qkv_bias": True},
     "starcoder2": {"residual_dropout": 0.0, "sliding_window": 8},
 }
-FAMILIES = [*QUICK, *(pytest.param(name, marks=pytest.mark.faults) for name in LONG)]
+# Layers of which a part is fused: what is set, how many whole layers there are, and how many parts.
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+HALVES: dict[str, tuple[dict[str, Any], int, dict[str, int]]] = {
+    "qwen3_next": (_HYBRID, 0, {"attention": 1, "MLP": 2}),
+    "lfm2": ({}, 1, {"MLP": 1}),
+    "qwen3_5_text": (_HYBRID, 1, {"MLP": 1}),
+    "granitemoehybrid": ({"layer_types": ["mamba", "attention"], "num_local_experts": 0}, 1, {"MLP": 1}),
+    "nemotron_h": ({}, 0, {"attention": 1, "MLP": 2}),
+    "qwen3_moe": ({}, 0, {"attention": 2}),
+    "mixtral": ({}, 0, {"attention": 2}),
+    "olmoe": ({}, 0, {"attention": 2}),
+    "glm4_moe": ({}, 1, {"attention": 1, "MLP": 1}),
+    "deepseek_v3": ({}, 0, {"MLP": 2}),
+}
+_LINEARS = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|w1|w2|w3|input_linear|output_linear)"
+
+
+def in_tiers(names: Iterable[str], quick: Container[str]) -> list[Any]:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.faults) for name in names]
+
+
 TRIED = ("right padding", "packed")
 
 
@@ -59,7 +80,10 @@ def make(name: str, config: dict[str, Any] | None = None, **lora: Any) -> PeftMo
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
         else:
-            parameter.data.mul_(2)
+            parameter.data.mul_(3)
+    for norm_name, parameter in base.named_parameters():
+        if norm_name.endswith("k_norm.weight"):  # or large scores leave less than six digits
+            parameter.data.mul_(0.3)
     for buffer_name, buffer in base.named_buffers():
         if buffer_name.endswith("layer_scalar"):
             buffer.fill_(0.8)
@@ -94,7 +118,7 @@ def fuse(model: PeftModel) -> fast.FusionReport:
     return fast.fuse(model, scope=fast.Scope(frozenset({"layers"})))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", in_tiers([*QUICK, *LONG], QUICK))
 def test_a_described_layer_computes_what_its_model_does(name: str) -> None:
     """Over variable lengths and packed sequences, at the levels that keep least and most."""
     lora = {"lora_dropout": 0.2} if name == "granite" else {}
@@ -111,6 +135,23 @@ def test_a_described_layer_computes_what_its_model_does(name: str) -> None:
         for each in TRIED:
             assert_same(step(model, BATCHES[each]), references[each])
     assert layer.fell_back(model) == {}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", in_tiers(HALVES, ("qwen3_next", "lfm2")))
+def test_half_a_layer_computes_what_its_module_does(name: str, checkpointing: bool) -> None:
+    config, layers, parts = HALVES[name]
+    given = {"target_modules": _LINEARS, "lora_dropout": 0.2 if name in ("lfm2", "qwen3_5_text") else 0.0}
+    expected, model = make(name, config, **given), make(name, config, **given)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    report = fuse(model)
+    assert (report.layers, dict(report.parts)) == (layers, parts)
+    assert_same(step(model, BATCHES["right padding"]), step(expected, BATCHES["right padding"]))
+    assert layer.fell_back(model) == {}
+    fast.unfuse(model)
+    assert not any("forward" in vars(each) for each in model.modules())
 
 
 def test_layers_of_a_kind_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:

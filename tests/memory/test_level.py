@@ -8,7 +8,7 @@ from halfbyte.errors import UserError
 from halfbyte.fast import layer
 from halfbyte.memory import Workload, available, level, step
 from halfbyte.memory import model as memory_model
-from tests.fast import models, test_layer
+from tests.fast import models, test_families, test_layer
 
 TOKENS = test_layer.BATCHES["causal"]["input_ids"].numel()
 LARGE = Workload(tokens=10**6, longest=10**3, optim="adamw_torch")
@@ -34,6 +34,32 @@ def test_what_a_level_keeps_is_what_is_estimated(arch: str, at: int, dtype: torc
         forward(hidden, position_embeddings=positions)
     estimate = 2 * 19 * step.kept_per_token(forward.parts, at, dtype.itemsize)
     assert sum(kept.values()) == estimate
+
+
+@pytest.mark.parametrize("name", ["cohere2", "nemotron", "olmo2", "qwen3_5_text"])
+def test_what_a_described_layer_keeps_is_what_is_estimated(name: str) -> None:
+    """Norms that close a half, halves side by side, a plain MLP, and gates of the output."""
+    model = test_families.make(name, test_families.HALVES[name][0] if name in test_families.HALVES else None)
+    test_families.fuse(model)
+    (forward, *_) = layer.fused_layers(model)
+    given: dict[str, object] = {}
+    forward.module.register_forward_pre_hook(
+        lambda _, args, kwargs: given.update(kwargs, x=args[0]), with_kwargs=True
+    )
+    model(torch.arange(38).view(2, 19), use_cache=False)
+    hidden = given.pop("x").detach()
+    for forward.level in layer.LEVELS:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            if not isinstance(tensor, torch.nn.Parameter):
+                kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            forward(hidden, **given)
+        assert forward.reason is None
+        assert sum(kept.values()) == 2 * 19 * step.kept_per_token(forward.parts, forward.level, 4)
 
 
 def test_the_fastest_level_that_fits() -> None:

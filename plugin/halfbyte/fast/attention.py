@@ -191,7 +191,7 @@ class GraphAttention:
     softcap: float | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Kept]:
-        if not keep_graph:
+        if not keep_graph or self.softcap is not None:  # whose graph has all scores
             with torch.no_grad():
                 return self._attend(q, k, v), None
         graph = self._graph(q, k, v)

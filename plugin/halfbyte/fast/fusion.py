@@ -158,7 +158,7 @@ def _fuse_layers(
         for name, form in proofs.parts(module).items():
             part = module.get_submodule(name)
             if fuse_one(part, functools.partial(reading.read_part, part, form, name)) is None:
-                parts[name.rpartition(".")[2]] += 1
+                parts["attention" if reading.is_attention(part) else "MLP"] += 1
     return count, dict(apart), dict(parts)
 
 

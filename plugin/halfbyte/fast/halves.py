@@ -68,7 +68,8 @@ class AttentionHalf:
         qkv, qkv_inner = self._make_qkv(_normed(self.parts.norm, stream)[0])
         q, k, v = self._heads(qkv, stream.shape)
         output, kept = self.attention.forward(q, k, v, keep_graph=keep_graph)
-        y, projected, out_inner = _close(self.out, self.parts, rows(output.flatten(2)), residual)
+        flat = rows(self._gated(output, qkv).flatten(2))
+        y, projected, out_inner = _close(self.out, self.parts, flat, residual)
         return y.view(stream.shape), Attended(qkv, qkv_inner, output, kept, projected, out_inner)
 
     def backward(
@@ -83,16 +84,17 @@ class AttentionHalf:
         qkv, qkv_inner = attended.qkv, attended.qkv_inner
         if qkv is None:
             qkv, qkv_inner = self._make_qkv(x)
-        flat = rows(attended.output.flatten(2))
+        flat = rows(self._gated(attended.output, qkv).flatten(2))
         dprojected = _open(self.out, self.parts, rows(dy), attended.projected, lambda: flat)
         dflat, out_gradients = self.out.backward(
             dprojected, flat, attended.out_inner, self.out.weight(flat.dtype)
         )
         assert dflat is not None
         q, k, v = self._heads(qkv, stream.shape)
-        doutput = dflat.view(attended.output.shape)
+        dqkv = torch.empty_like(qkv)
+        doutput = self._gated_backward(dflat.view(attended.output.shape), attended.output, qkv, dqkv)
         gradients = self.attention.backward(doutput, q, k, v, attended.output, attended.kept)
-        dqkv = self._heads_backward(gradients, qkv)
+        self._heads_backward(gradients, qkv, dqkv)
         weight = self.qkv.weight(x.dtype) if need_dstream else None
         dx, qkv_gradients = self.qkv.backward(dqkv, rows(x), qkv_inner, weight)
         if dx is None:
@@ -130,35 +132,60 @@ class AttentionHalf:
                 q = q.mul_(self.factors)
         return q, k, v
 
-    def _heads_backward(self, gradients: tuple[Tensor, Tensor, Tensor], qkv: Tensor) -> Tensor:
-        """Return the gradient of ``qkv`` before rotation and norms, side by side."""
+    def _heads_backward(self, gradients: tuple[Tensor, Tensor, Tensor], qkv: Tensor, dqkv: Tensor) -> None:
+        """Write the gradient of ``qkv`` before rotation and norms to ``dqkv``, side by side."""
         shape = gradients[0].shape
-        dqkv = torch.empty_like(qkv)
-        for part, gradient in zip(self._split(dqkv, shape), gradients, strict=True):
-            part.copy_(gradient)
-        if not (normed_last := self.parts.rotated_first):
+        dheads = self._split(dqkv, shape)
+        if self.parts.shared_values:
+            dheads = (*dheads[:2], gradients[2])
+        for dhead, gradient in zip(dheads, gradients, strict=True):
+            dhead.copy_(gradient)
+        if not self.parts.rotated_first:
             self._turn(dqkv, shape, back=True)
         norms = (self.parts.query_norm, self.parts.key_norm, self.parts.value_norm)
-        for norm, dhead, head in zip(norms, self._split(dqkv, shape), self._split(qkv, shape), strict=True):
+        for norm, dhead, head in zip(norms, dheads, self._split(qkv, shape), strict=True):
             if norm is not None:
                 normed, statistics = _heads_normed(norm, head)
                 flat, dflat = (_as_normed(norm, each) for each in (head, dhead))
                 dhead.copy_(norm.backward(dflat, flat, statistics).view(normed.shape))
-        if normed_last:
+        if self.parts.shared_values:
+            dheads[1].add_(dheads[2])
+        if self.parts.rotated_first:
             self._turn(dqkv, shape, back=True)
-        return dqkv
 
-    def _split(self, qkv: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-        sizes = (self.parts.heads, self.parts.kv_heads, self.parts.kv_heads)
-        return qkv.view(*shape[:2], sum(sizes), self.parts.head_size).split(sizes, dim=2)
+    def _split(self, qkv: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of queries, keys and values, which the keys may be too; a gate follows the query of its head."""
+        queries = self.parts.heads * (2 if self.parts.gated else 1)
+        q, k, *v = qkv.view(*shape[:2], -1, self.parts.head_size).tensor_split(
+            (queries, queries + self.parts.kv_heads), dim=2
+        )
+        return (q[:, :, ::2] if self.parts.gated else q), k, (k if self.parts.shared_values else v[0])
 
     def _turn(self, qkv: Tensor, shape: torch.Size, *, back: bool = False) -> None:
-        """Rotate queries and keys of ``qkv`` in place, one view ``[B, T, Nq+Nkv, D]``, and scale the queries."""
+        """Rotate queries and keys of ``qkv`` in place, and scale the queries."""
         heads = qkv.view(*shape[:2], -1, self.parts.head_size)
-        if self.rotary is not None:
-            self.rotary.rotate_(heads[:, :, : self.parts.heads + self.parts.kv_heads], back=back)
+        q, k, _ = self._split(qkv, shape)
+        turned = (q, k) if self.parts.gated else (heads[:, :, : self.parts.heads + self.parts.kv_heads],)
+        for each in turned if self.rotary is not None else ():
+            self.rotary.rotate_(each, back=back)
         if self.factors is not None:
-            heads[:, :, : self.parts.heads].mul_(self.factors)
+            q.mul_(self.factors)
+
+    def _gated(self, output: Tensor, qkv: Tensor) -> Tensor:
+        """The output ``[B, T, Nq, D]`` times the sigmoid of its gate, if it has one."""
+        return output * self._gate(output, qkv).sigmoid() if self.parts.gated else output
+
+    def _gated_backward(self, dgated: Tensor, output: Tensor, qkv: Tensor, dqkv: Tensor) -> Tensor:
+        """Return the gradient of the output before its gate, and write that of the gate."""
+        if not self.parts.gated:
+            return dgated
+        share = self._gate(output, qkv).sigmoid()
+        self._gate(output, dqkv).copy_(dgated * output * share * (1 - share))
+        return dgated * share
+
+    def _gate(self, output: Tensor, qkv: Tensor) -> Tensor:
+        heads = qkv.view(*output.shape[:2], -1, self.parts.head_size)
+        return heads[:, :, 1 : 2 * self.parts.heads : 2]
 
 
 @dataclass(frozen=True)

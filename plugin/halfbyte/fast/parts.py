@@ -56,7 +56,9 @@ class QueryScale:
 class AttentionParts:
     """Attention and the norms around it; ``heads`` is Nq, ``kv_heads`` Nkv, ``head_size`` D, ``window`` in tokens.
 
-    ``qkv`` are the maps to queries, keys and values, three or one. A head norm is of a head or of all heads at once.
+    ``qkv`` are the maps to queries, keys and values, three or one; with ``shared_values`` the keys are the values too,
+    before norm and rotation, and where attention is ``gated`` a gate of the output follows the query of each head. A
+    head norm is of a head or of all heads at once.
     """
 
     norm: Norm | None
@@ -76,6 +78,8 @@ class AttentionParts:
     rotary: Pairing | None
     rotated_first: bool
     query_scale: QueryScale | None
+    gated: bool
+    shared_values: bool
     module: Any  # what it is set to may change between calls
 
     @property

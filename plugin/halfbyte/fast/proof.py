@@ -9,7 +9,7 @@ pairs of channels that are rotated together, is tried until the outputs and the 
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -32,11 +32,12 @@ _WITHIN = 1e-4
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module on ``hidden``, and what it returned: the module computes, the fused form must."""
+    """One call of a module on ``hidden``; an ``attention`` returns its weights too, which eager computes."""
 
     module: Any
     hidden: Tensor
     kwargs: Mapping[str, Any]
+    attention: bool = False
 
 
 class Proofs:
@@ -124,16 +125,17 @@ def _outline(module: nn.Module) -> Any:
     return [(name, cls, *said(each)) for name, cls, each in _modules(module)]
 
 
-def _modules(module: nn.Module) -> Iterator[tuple[str, Any, nn.Module]]:
+def _modules(module: Any, name: str = "") -> Iterator[tuple[str, Any, nn.Module]]:
     """The modules in a layer by name and class, adapters apart; linears are those with a bias and those without."""
-    for name, each in module.named_modules():
-        if any(own in f".{name}." for own in (".base_layer.", ".lora_", ".parametrizations.")):
-            continue
-        if isinstance(each, LoraLayer | nn.Linear | Conv1D):
-            bias = getattr(adapted.base(each), "bias", None) is not None
-            yield name, "linear with bias" if bias else "linear", nn.Identity()
-        else:
-            yield name, next(c for c in type(each).__mro__ if not c.__name__.startswith(_WRAPPED)), each
+    while isinstance(module, LoraLayer):
+        module = module.base_layer
+    if isinstance(module, nn.Linear | Conv1D):
+        yield name, "linear" if module.bias is None else "linear with bias", nn.Identity()
+        return
+    yield name, next(c for c in type(module).__mro__ if not c.__name__.startswith(_WRAPPED)), module
+    for child, each in module.named_children():
+        if child != "parametrizations":
+            yield from _modules(each, f"{name}.{child}")
 
 
 def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -200,6 +202,7 @@ def _parts(call: _Call | str) -> dict[str, Form]:
     found: dict[str, Form] = {}
     for each in calls:
         name = names[each.module]
+        each = replace(each, attention=reading.is_attention(each.module))
         form = _proven(each, forms, functools.partial(_part, each.module, name))
         if isinstance(form, Form):
             found[name] = form
@@ -248,8 +251,7 @@ def _equal(mine: Tensor, theirs: Tensor) -> bool:
 def _own(call: _Call, x: Tensor) -> Any:
     """What the module returns by its own forward."""
     y = type(call.module).forward(call.module, x, **call.kwargs)
-    attention = isinstance(y, tuple) and len(y) == 2 and y[1] is None
-    return y[0] if attention else y
+    return y[0] if call.attention and isinstance(y, tuple) and len(y) == 2 else y
 
 
 def _fused(part: Any, call: _Call, x: Tensor) -> Any:

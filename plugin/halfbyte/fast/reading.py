@@ -11,8 +11,14 @@ from halfbyte.fast.parts import AttentionParts, Decoder, Form, Linears, MlpParts
 
 # What models call a part, by its role. The first that a module has, whole, is it.
 ATTENTIONS = ("self_attn", "attn", "attention")
-MLPS = ("mlp", "feed_forward")
-_QKV = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("c_attn",), ("query_key_value",))
+MLPS = ("mlp", "feed_forward", "shared_mlp")
+_QKV = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_proj", "k_proj"),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("query_key_value",),
+)
 _OUT = (("o_proj",), ("out_proj",), ("dense",), ("c_proj",))
 _HEAD_NORMS = (
     ("q_norm", "k_norm", "v_norm"),
@@ -20,10 +26,10 @@ _HEAD_NORMS = (
     ("query_layernorm", "key_layernorm"),
     ("q_layernorm", "k_layernorm"),
 )
-_GATED = (("gate_proj", "up_proj"), ("gate_up_proj",), ("w1", "w3"), ("gate", "up"))
+_GATED = (("gate_proj", "up_proj"), ("gate_up_proj",), ("w1", "w3"), ("input_linear",))
 _PLAIN = (("up_proj",), ("c_fc",), ("fc1",), ("dense_h_to_4h",))
-_DOWN = (("down_proj",), ("c_proj",), ("fc2",), ("w2",), ("dense_4h_to_h",), ("down",))
-_ACTIVATIONS = (("act_fn",), ("activation_fn",), ("act",))
+_DOWN = (("down_proj",), ("c_proj",), ("fc2",), ("w2",), ("dense_4h_to_h",), ("output_linear",))
+_ACTIVATIONS = (("act_fn",), ("activation_fn",), ("activation",), ("act",))
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 # Norms of a layer: before and after attention, before and after the MLP.
 _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
@@ -72,9 +78,12 @@ def read(layer: nn.Module, form: Form) -> Decoder:
 
 def read_part(module: nn.Module, form: Form, name: str) -> AttentionParts | MlpParts:
     """Return the parts of ``module``, an attention or MLP that its layer calls ``name``, without what is around it."""
-    if name.rpartition(".")[2] in ATTENTIONS:
-        return read_attention(module, form, name)
-    return read_mlp(module, form)
+    return read_attention(module, form, name) if is_attention(module) else read_mlp(module, form)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether ``module`` has the linear maps of an attention."""
+    return _linears(module, _QKV) is not None and _linears(module, _OUT) is not None
 
 
 def read_attention(
@@ -96,8 +105,10 @@ def read_attention(
     if qkv is None or out is None or size is None or not hasattr(attention, "config"):
         raise Uncovered(f"{type(attention).__name__} is not an attention that is fused")
     heads, rest = divmod(_width(out[0], "in_features"), size)
-    kv_width = sum(_width(each, "out_features") for each in qkv) - heads * size
-    kv_heads, odd = divmod(kv_width, 2 * size)
+    queries = heads * size
+    gated = len(qkv) > 1 and _width(qkv[0], "out_features") == 2 * queries
+    kv_width = sum(_width(each, "out_features") for each in qkv) - queries * (2 if gated else 1)
+    kv_heads, odd = divmod(kv_width, size if len(qkv) == 2 else 2 * size)
     if rest or odd or kv_heads < 1 or heads % kv_heads:
         raise Uncovered(f"{type(attention).__name__} has more than queries, keys and values")
     found = next(
@@ -124,6 +135,8 @@ def read_attention(
         rotary=form.rotary,
         rotated_first=form.rotated_first,
         query_scale=_query_scale(attention.config),
+        gated=gated,
+        shared_values=len(qkv) == 2,
         module=attention,
     )
 

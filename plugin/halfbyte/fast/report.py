@@ -74,7 +74,7 @@ class FusionReport:
         if self.layers:
             parts.append(f"{plural(self.layers, 'layer')} fused (save level {self.level})")
         parts += [f"{plural(n, 'layer')} not fused ({why})" for why, n in self.layers_apart.items()]
-        parts += [f"{n} {name} fused" for name, n in self.parts.items()]
+        parts += [f"{plural(n, name)} fused" for name, n in self.parts.items()]
         parts.append(f"{plural(self.linears, 'linear')} fused")
         if self.experts:
             parts.append(f"experts of {plural(self.experts, 'layer')} fused")

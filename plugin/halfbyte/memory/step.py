@@ -84,7 +84,7 @@ def evaluation(model: nn.Module, workload: Any) -> Activations:
 
 def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
     """Return the bytes that one layer keeps of a token from forward to backward, in a dtype of ``size`` bytes."""
-    stream, (attended, keys) = _stream(decoder), _widths(decoder)
+    stream, (attended, _) = _stream(decoder), _widths(decoder)
     values = stream
     other = 0
     if level >= 1:
@@ -93,7 +93,7 @@ def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
         values += _ranks(decoder.attention.out) + _ranks(decoder.mlp.down)
         other += decoder.attention.heads * _LOG_SUM_BYTES
     if level >= 2:
-        values += attended + 2 * keys + _ranks(decoder.attention.qkv)
+        values += _outputs(decoder.attention.qkv) + _ranks(decoder.attention.qkv)
     if level >= 3:
         values += _outputs(decoder.mlp.gate_up) + _ranks(decoder.mlp.gate_up)
     return values * size + other
