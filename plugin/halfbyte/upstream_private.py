@@ -100,7 +100,7 @@ PRIVATE = (
     Private("torch.nn.Module.__init__:_forward_pre_hooks", "fast/adapted.py"),
     *(
         Private("torch.ops.aten._unsafe_view", place)
-        for place in ("fast/halves.py", "fast/layer_call.py", "fast/linear.py")
+        for place in ("fast/mlp_half.py", "fast/layer_call.py", "fast/linear.py")
     ),
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "fast/attention.py"),
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "fast/attention.py"),

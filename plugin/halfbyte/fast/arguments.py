@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from halfbyte.fast import adapted
 from halfbyte.fast.attention import attention
+from halfbyte.fast.attention_half import AttentionHalf
 from halfbyte.fast.forest import Forest
-from halfbyte.fast.halves import AttentionHalf, MlpHalf
+from halfbyte.fast.mlp_half import MlpHalf
 from halfbyte.fast.parts import AttentionParts, MlpParts, Uncovered
 from halfbyte.fast.rope import Rotary
 

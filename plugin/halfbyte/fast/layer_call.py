@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from halfbyte.fast.halves import Attended, AttentionHalf, MlpHalf, Transformed
+from halfbyte.fast.attention_half import Attended, AttentionHalf
+from halfbyte.fast.mlp_half import MlpHalf, Transformed
 
 LEVELS = (0, 1, 2, 3)
 
