@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.fast import adapted, arguments
-from halfbyte.fast.halves import AttentionHalf, MlpHalf
+from halfbyte.fast.attention_half import AttentionHalf
 from halfbyte.fast.layer_call import LEVELS, FusedAttention, FusedMlp, LayerCall
+from halfbyte.fast.mlp_half import MlpHalf
 from halfbyte.fast.parts import AttentionParts, Decoder, MlpParts, Uncovered
 
 __all__ = ["LEVELS", "FusedForward", "fell_back", "fuse", "fused_layers", "unfuse"]
