@@ -6,6 +6,8 @@ from datasets import Dataset
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -29,14 +31,21 @@ ARCHITECTURES = {
     "mistral": lambda: MistralConfig(**tiny._GATED, sliding_window=6),
     "mistral wide": lambda: MistralConfig(**tiny._GATED, sliding_window=64),
     "gemma3": lambda: Gemma3TextConfig(**tiny._GATED, head_dim=16, sliding_window=6),
+    # Scores that are bounded, which sdpa does not know.
+    "gemma2": lambda: Gemma2Config(
+        **tiny._GATED, head_dim=16, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=1
+    ),
 }
 
 
 def make(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     config = ARCHITECTURES[name]()
-    cls = Gemma3ForCausalLM if name == "gemma3" else AutoModelForCausalLM
-    model = cls(config) if name == "gemma3" else cls.from_config(config, attn_implementation="sdpa")
+    own = {"gemma2": Gemma2ForCausalLM, "gemma3": Gemma3ForCausalLM}
+    if name in own:
+        model = own[name](config)
+    else:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     return model
 

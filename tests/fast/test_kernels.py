@@ -90,6 +90,18 @@ else:
             ours.float(), expected, rtol=2**-7, atol=2**-7 if dtype == torch.bfloat16 else 1e-6
         )
 
+    @pytest.mark.parametrize("pairing", rope.PAIRINGS)
+    def test_rotation_of_a_part_of_the_head(pairing: rope.Pairing, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As each family pairs channels, and in float32 where the model keeps its angles so."""
+        heads = torch.randn(2, 5, 4, 20).bfloat16()
+        angles = torch.rand(1, 5, 12)
+        rotary = rope.Rotary(angles.cos(), angles.sin(), heads.dtype, pairing)
+        expected = rotary.rotate_(heads.clone())
+        monkeypatch.setattr(rope, "kernels", lambda x: kernels)
+        ours = rotary.rotate_(heads.clone())
+        assert torch.equal(ours[..., 12:], heads[..., 12:])
+        torch.testing.assert_close(ours, expected, rtol=2**-7, atol=2**-7)
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_swiglu(dtype: torch.dtype) -> None:
         gate_up, dy = torch.randn(3, 2 * 1100).to(dtype), torch.randn(3, 1100).to(dtype)

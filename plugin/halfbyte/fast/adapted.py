@@ -13,7 +13,7 @@ from halfbyte.fast.projections import Adapter, Projections, compute_dtype
 
 Parts = AttentionParts | MlpParts | Decoder
 
-_ATTENTIONS = ("sdpa", "flash_attention")
+_ATTENTIONS = ("sdpa", "flash_attention", "varlen")
 # Attributes of modules that are probabilities of dropout.
 _DROPOUTS = ("attention_dropout", "dropout", "residual_dropout", "hidden_dropout", "activation_dropout")
 

@@ -24,6 +24,8 @@ from halfbyte.fast.forest import ROOT, Forest
 from halfbyte.fast.stand_in import with_weights
 
 IMPLEMENTATION = "sdpa_varlen"
+# The same for a model with a soft cap in its attention: transformers refuses it every name with sdpa.
+CAPPED = "varlen_capped"
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Two sequences, of 2 and 3 tokens, as TRL packs them; and a pair that shares two tokens.
@@ -68,8 +70,9 @@ def prepare_pairs(model: PreTrainedModel, args: TrainingArguments, collator: Any
 
 def register() -> None:
     """Register :data:`IMPLEMENTATION` with transformers, for the process; registering twice changes nothing."""
-    AttentionInterface.register(IMPLEMENTATION, attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, mask)
+    for name in (IMPLEMENTATION, CAPPED):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
 
 
 def _uncovered(
@@ -93,16 +96,24 @@ def _uncovered(
 def use_forests(model: PreTrainedModel, example: Forest = PACKED) -> str | None:
     """Make ``model`` use :data:`IMPLEMENTATION` for batches like ``example``; return why it cannot."""
     before = model.config._attn_implementation
-    if before not in ("sdpa", IMPLEMENTATION):
+    name = CAPPED if before in ("eager", CAPPED) and _is_capped(model) else IMPLEMENTATION
+    if before not in ("sdpa", IMPLEMENTATION) and name != CAPPED:
         return f"attention is {before}; sdpa is covered"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} does not use transformers' attention interface"
     register()
-    model.set_attn_implementation(IMPLEMENTATION)
-    if model.config._attn_implementation == IMPLEMENTATION and _arrives(model, example):
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation == name and _arrives(model, example):
         return None
     model.set_attn_implementation(before)
     return f"{type(model).__name__} does not pass sequence boundaries to its attention"
+
+
+def _is_capped(model: PreTrainedModel) -> bool:
+    """Whether ``model`` bounds the scores of its attention, which sdpa does not: transformers then runs eager."""
+    config = model.config.get_text_config()
+    dropout = getattr(config, "attention_dropout", 0)
+    return getattr(config, "attn_logit_softcapping", None) is not None and not dropout
 
 
 class _Arrived(Exception):  # noqa: N818 -- not an error: it ends a forward that has shown what it was run for
@@ -117,7 +128,7 @@ _probing = False
 def _arrives(model: PreTrainedModel, forest: Forest) -> bool:
     """Whether ``forest`` reaches the first attention of ``model``."""
     global _probing
-    model = with_weights(model, IMPLEMENTATION)
+    model = with_weights(model, model.config._attn_implementation)
     device = model.get_input_embeddings().weight.device
     ids = torch.zeros(1, forest.ends[-1], dtype=torch.long, device=device)
     given: dict[str, Tensor] = {"position_ids": forest.positions().to(device)}
@@ -143,7 +154,7 @@ def _computes_pairs(model: PreTrainedModel) -> bool:
 
     So does a window, where it is shorter than the pair's sides; a longer one changes nothing here.
     """
-    model = with_weights(model, IMPLEMENTATION)
+    model = with_weights(model, model.config._attn_implementation)
     embedding = model.get_input_embeddings().weight
     device, within = embedding.device, 1e-3 if embedding.dtype == torch.float32 else 0.1
     pair = Forest.of_lengths([3, 24, 5], PAIR.parents)  # far enough apart for a position of its own to show
@@ -180,12 +191,13 @@ def attention(
     is no mask at all. The signature is that of transformers' attention functions.
     """
     forest = _forest_of(attention_mask, kwargs)
-    # What sdpa adds to the scores, or refuses, and attention in both directions.
-    beyond = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
+    # What sdpa adds to the scores, and attention in both directions.
+    beyond = any(kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
     beyond = beyond or getattr(module, "is_causal", True) is False
     if _probing:
         raise _Arrived(None if beyond else forest)
-    if forest is None or query.shape[0] != 1 or beyond:
+    cap = kwargs.get("softcap")
+    if cap is None and (forest is None or query.shape[0] != 1 or beyond):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -195,9 +207,10 @@ def attention(
         query.device,
         query.dtype,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
-        None,
+        None if forest is not None else attention_mask,
         forest,
         kwargs["sliding_window"] if "sliding_window" in kwargs else reading.window(module),
+        cap=cap,
         autograd=value.shape[-1] != query.shape[-1],
     )
     return call.attend(*(x.transpose(1, 2) for x in (query, key, value))), None

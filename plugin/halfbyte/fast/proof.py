@@ -161,8 +161,13 @@ def _kept(modules: list[nn.Module], run: Callable[[], Any]) -> list[_Call]:
     found: dict[nn.Module, _Call] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = arguments.named(module, args[1:], kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        try:
+            named = arguments.named(module, args[1:], kwargs)
+        except Uncovered:
+            return
+        if not isinstance(hidden, Tensor):
+            return
         found.setdefault(
             module, _Call(module, hidden, {n: v for n, v in named.items() if n != "hidden_states"})
         )
@@ -228,6 +233,9 @@ def _proven(call: _Call, forms: list[Form], fused: Callable[[Form], Any]) -> For
             except Uncovered as why:
                 reasons.append(str(why))
                 continue
+            except Exception as error:  # what is no such layer may fail as one in any way
+                reasons.append(f"{type(call.module).__name__} fails as one ({type(error).__name__}: {error})")
+                continue
             if all(_equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True)):
                 return form
             reasons.append(f"{type(call.module).__name__} computes something else than its parts say")
@@ -280,7 +288,7 @@ def _norm_form(module: Any) -> NormForm | None:
     forms = [NormForm(*each) for each in product((False, True), repeat=3)]
     try:
         theirs = module(x)
-    except TypeError:  # a norm of more than its input
+    except Exception:  # a norm of more than its input
         return None
     same = [form for form in forms if _equal(Norm(module, eps, form).forward(x)[0], theirs)]
     # Where rounding comes shows in 16 bits.
