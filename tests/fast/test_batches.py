@@ -42,10 +42,8 @@ def make(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     config = ARCHITECTURES[name]()
     own = {"gemma2": Gemma2ForCausalLM, "gemma3": Gemma3ForCausalLM}
-    if name in own:
-        model = own[name](config)
-    else:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    cls = AutoModelForCausalLM
+    model = own[name](config) if name in own else cls.from_config(config, attn_implementation="sdpa")
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     return model
 

@@ -12,8 +12,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, s
     scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap
     if mask is None:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
-    if mask.dtype == torch.bool:  # finite: a padded query may see nothing
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    else:
-        scores = scores + mask
+    least = torch.finfo(scores.dtype).min  # finite: a padded query may see nothing
+    scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
     return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
