@@ -201,7 +201,7 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if dropout:
+    if dropout and forest is not None:
         return _with_dropout(forest, module, (query, key, value), dropout, scaling, kwargs), None
     call = attention_of(
         query.device,

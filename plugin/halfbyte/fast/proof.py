@@ -6,7 +6,6 @@ only shards of them (FSDP2, ZeRO-3). It is made once for every kind of layer. Wh
 pairs of channels that are rotated together, is tried until the outputs and the gradients of the input are equal.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,14 +19,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.fast import adapted, arguments, layer, reading, stand_in
-from halfbyte.fast.norm import Norm, NormForm
+from halfbyte.fast.norm_proof import equal, norm_forms
 from halfbyte.fast.parts import Form, Uncovered
 from halfbyte.fast.rope import PAIRINGS
 
 _TOKENS = 9
 # What FSDP2 and parametrizations of packed experts put before the name of a class.
 _WRAPPED = ("FSDP", "Parametrized")
-_WITHIN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def _whole(call: _Call | str) -> Form | str:
     """The form of a whole layer, or why there is none."""
     if isinstance(call, str):
         return call
-    norms = _norm_forms(call.module)
+    norms = norm_forms(call.module)
     parallels = (False, True)
     forms = [Form(*each, norms) for each in product((*PAIRINGS, None), (False, True), parallels)]
 
@@ -199,7 +197,7 @@ def _parts(call: _Call | str) -> dict[str, Form]:
     """The forms of the attentions and MLPs of a layer."""
     if isinstance(call, str):
         return {}
-    whole, norms = call.module, _norm_forms(call.module)
+    whole, norms = call.module, norm_forms(call.module)
     names = {module: name for name, module in whole.named_modules() if name}
     with torch.no_grad():
         calls = _kept(list(names), lambda: _own(call, call.hidden))
@@ -236,7 +234,7 @@ def _proven(call: _Call, forms: list[Form], fused: Callable[[Form], Any]) -> For
             except Exception as error:  # what is no such layer may fail as one in any way
                 reasons.append(f"{type(call.module).__name__} fails as one ({type(error).__name__}: {error})")
                 continue
-            if all(_equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True)):
+            if all(equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True)):
                 return form
             reasons.append(f"{type(call.module).__name__} computes something else than its parts say")
     return max(reasons, key=lambda reason: (reasons.count(reason), reason))
@@ -252,10 +250,6 @@ def _both(compute: Callable[[Tensor], Any], hidden: Tensor, gradient: Tensor) ->
     return y.detach(), dx
 
 
-def _equal(mine: Tensor, theirs: Tensor) -> bool:
-    return bool((mine - theirs).norm() <= _WITHIN * theirs.norm())
-
-
 def _own(call: _Call, x: Tensor) -> Any:
     """What the module returns by its own forward."""
     y = type(call.module).forward(call.module, x, **call.kwargs)
@@ -269,33 +263,3 @@ def _fused(part: Any, call: _Call, x: Tensor) -> Any:
         given |= {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, x.shape[-2]], dtype=torch.int32)}
     y = part.apply(part.read(x, given), x)
     return y[0] if isinstance(y, tuple) else y
-
-
-def _norm_forms(module: nn.Module) -> dict[str, NormForm]:
-    """How each norm in ``module`` computes, found by trying."""
-    found = {name: _norm_form(each) for name, each in module.named_modules() if reading.is_norm(each)}
-    return {name: form for name, form in found.items() if form is not None}
-
-
-@torch.no_grad()
-def _norm_form(module: Any) -> NormForm | None:
-    weight, eps = getattr(module, "weight", None), reading.epsilon(module)
-    width = getattr(module, "normalized_shape", (16,)) if weight is None else weight.shape
-    if weight is not None and weight.dim() != 1:
-        return None
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(64, width[-1], generator=generator, device="cpu") + 0.5
-    forms = [NormForm(*each) for each in product((False, True), repeat=3)]
-    try:
-        theirs = module(x)
-    except Exception:  # a norm of more than its input
-        return None
-    same = [form for form in forms if _equal(Norm(module, eps, form).forward(x)[0], theirs)]
-    # Where rounding comes shows in 16 bits.
-    rounded, x = copy.deepcopy(module).to(torch.bfloat16), x.bfloat16()
-    theirs = rounded(x).float()
-
-    def error(form: NormForm) -> float:
-        return (Norm(rounded, eps, form).forward(x)[0].float() - theirs).norm().item()
-
-    return min(same, key=error, default=None)
