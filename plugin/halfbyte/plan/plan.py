@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from halfbyte import adapters
 from halfbyte.data.sample import LONGEST, Sample
 from halfbyte.memory import Memory
 from halfbyte.plan.changes import Change, changes
@@ -16,7 +17,7 @@ class Plan:
     """A run that was not started: what it holds at its peak, and what it computes.
 
     ``lines`` say what of the step is fused and how its data is read; ``trained`` of ``parameters`` parameters are
-    trained. ``tokens_per_second`` are those of one device, measured or stated.
+    trained, in ``modules``. ``tokens_per_second`` are those of one device, measured or stated.
     """
 
     recipe: str
@@ -27,6 +28,7 @@ class Plan:
     lines: tuple[str, ...]
     reference: str | None
     trained: int
+    modules: str
     parameters: int
     changes: tuple[Change, ...] = ()
     tokens_per_second: float | None = None
@@ -58,6 +60,7 @@ class Plan:
             "memory": self.memory.as_dict(),
             "peak": self.peak,
             "trained_parameters": self.trained,
+            "trained_modules": self.modules,
             "parameters": self.parameters,
             "step": list(self.lines),
             "reference": self.reference,
@@ -97,7 +100,8 @@ def plan(rehearsal: Rehearsal, *, full: bool = False, tokens_per_second: float |
         figures=told,
         lines=(*coverage, *lines, *rows.report.notes),
         reference=_reference(report.precomputed),
-        trained=sum(each.numel() for each in trainer.model.parameters() if each.requires_grad),
+        trained=adapters.trained_parameters(trainer.model),
+        modules=adapters.trained_modules(trainer.model),
         parameters=_parameters(trainer.model),
         changes=() if fits else tuple(changes(trainer, plugin, target)),
         tokens_per_second=tokens_per_second,
