@@ -37,16 +37,20 @@ LONG: dict[str, dict[str, Any]] = {
     "gemma3_text": _MIXED,
     "gemma4_text": {**_MIXED, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
     "glm": {"attention_bias": True},
+    "gpt_neox": {"attention_bias": True},
     "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "hunyuan_v1_dense": {},
+    "hyperclovax": {"use_post_norm": True},
     "ministral": {"sliding_window": 8},
     "olmo": {},
     "olmo3": _MIXED,
     "opt": {"dropout": 0.0},
+    "persimmon": {},
     "phi": {},
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "stablelm": {"use_parallel_residual": True, "use_qkv_bias": True},
     "starcoder2": {"residual_dropout": 0.0, "sliding_window": 8},
+    "vaultgemma": {"attn_logit_softcapping": 2.0},
 }
 # Layers of which a part is fused: what is set, how many whole layers there are, and how many parts.
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}

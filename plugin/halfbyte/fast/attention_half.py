@@ -140,6 +140,9 @@ class AttentionHalf:
 
     def _split(self, qkv: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         """Views of queries, keys and values, which the keys may be too; a gate follows the query of its head."""
+        if self.parts.by_head:
+            q, k, v = qkv.view(*shape[:2], self.parts.heads, 3, self.parts.head_size).unbind(3)
+            return q, k, v
         queries = self.parts.heads * (2 if self.parts.gated else 1)
         q, k, *v = qkv.view(*shape[:2], -1, self.parts.head_size).tensor_split(
             (queries, queries + self.parts.kv_heads), dim=2
@@ -150,7 +153,8 @@ class AttentionHalf:
         """Rotate queries and keys of ``qkv`` in place, and scale the queries."""
         heads = qkv.view(*shape[:2], -1, self.parts.head_size)
         q, k, _ = self._split(qkv, shape)
-        turned = (q, k) if self.parts.gated else (heads[:, :, : self.parts.heads + self.parts.kv_heads],)
+        apart = self.parts.gated or self.parts.by_head
+        turned = (q, k) if apart else (heads[:, :, : self.parts.heads + self.parts.kv_heads],)
         if self.rotary is not None:
             for each in turned:
                 self.rotary.rotate_(each, back=back)

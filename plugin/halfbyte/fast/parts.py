@@ -29,13 +29,15 @@ class Form:
     """What the names of a layer's parts leave open.
 
     ``rotary`` says which channels are rotated together, None for a layer without rotation; heads are
-    ``rotated_first`` and then normed, or the other way round; the MLP is ``parallel`` to attention or follows it.
+    ``rotated_first`` and then normed, or the other way round; the MLP is ``parallel`` to attention or follows it;
+    one map makes queries, keys and values side by side, or those of each head together (``by_head``).
     ``norms`` are by name in the layer.
     """
 
     rotary: Pairing | None = "halves"
     rotated_first: bool = False
     parallel: bool = False
+    by_head: bool = False
     norms: Mapping[str, NormForm] = field(default_factory=dict)
 
 
@@ -79,6 +81,7 @@ class AttentionParts:
     rotated_first: bool
     query_scale: QueryScale | None
     gated: bool
+    by_head: bool
     shared_values: bool
     module: Any  # what it is set to may change between calls
 

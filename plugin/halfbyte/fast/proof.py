@@ -183,9 +183,7 @@ def _whole(call: _Call | str) -> Form | str:
     """The form of a whole layer, or why there is none."""
     if isinstance(call, str):
         return call
-    norms = norm_forms(call.module)
-    parallels = (False, True)
-    forms = [Form(*each, norms) for each in product((*PAIRINGS, None), (False, True), parallels)]
+    forms = _forms(call.module, parallels=(False, True))
 
     def fused(form: Form) -> Any:
         return layer.forward_of(call.module, reading.read(call.module, form))
@@ -197,11 +195,11 @@ def _parts(call: _Call | str) -> dict[str, Form]:
     """The forms of the attentions and MLPs of a layer."""
     if isinstance(call, str):
         return {}
-    whole, norms = call.module, norm_forms(call.module)
+    whole = call.module
     names = {module: name for name, module in whole.named_modules() if name}
     with torch.no_grad():
         calls = _kept(list(names), lambda: _own(call, call.hidden))
-    forms = [Form(*each, norms=norms) for each in product((*PAIRINGS, None), (False, True))]
+    forms = _forms(whole)
     found: dict[str, Form] = {}
     for each in calls:
         name = names[each.module]
@@ -210,6 +208,13 @@ def _parts(call: _Call | str) -> dict[str, Form]:
         if isinstance(form, Form):
             found[name] = form
     return found
+
+
+def _forms(module: nn.Module, parallels: tuple[bool, ...] = (False,)) -> list[Form]:
+    """What the names in a layer leave open, each way."""
+    by_head = (False, True) if reading.has_one_map(module) else (False,)
+    norms = norm_forms(module)
+    return [Form(*each, norms) for each in product((*PAIRINGS, None), (False, True), parallels, by_head)]
 
 
 def _part(module: nn.Module, name: str, form: Form) -> Any:

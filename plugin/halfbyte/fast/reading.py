@@ -27,8 +27,8 @@ _HEAD_NORMS = (
     ("q_layernorm", "k_layernorm"),
 )
 _GATED = (("gate_proj", "up_proj"), ("gate_up_proj",), ("w1", "w3"), ("input_linear",))
-_PLAIN = (("up_proj",), ("c_fc",), ("fc1",), ("dense_h_to_4h",))
-_DOWN = (("down_proj",), ("c_proj",), ("fc2",), ("w2",), ("dense_4h_to_h",), ("output_linear",))
+_PLAIN = (("up_proj",), ("c_fc",), ("fc1",), ("fc_in",), ("dense_h_to_4h",))
+_DOWN = (("down_proj",), ("c_proj",), ("fc2",), ("fc_out",), ("w2",), ("dense_4h_to_h",), ("output_linear",))
 _ACTIVATIONS = (("act_fn",), ("activation_fn",), ("activation",), ("act",))
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 # Norms of a layer: before and after attention, before and after the MLP.
@@ -43,7 +43,12 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
     ("input_layernorm", None, "post_attention_layernorm", None),
     ("input_layernorm", None, "input_layernorm", None),
+    ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
+    ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+    ("input_layernorm", None, "pre_feedforward_layernorm", None),
+    ("attention_layernorm", None, "feedforward_layernorm", None),
     ("ln_1", None, "ln_2", None),
+    ("ln_1", None, "ln_1", None),
     ("self_attn_layer_norm", None, "final_layer_norm", None),
     ("operator_norm", None, "ffn_norm", None),
     ("attention_norm", None, "ffn_norm", None),
@@ -79,6 +84,12 @@ def read(layer: nn.Module, form: Form) -> Decoder:
 def read_part(module: nn.Module, form: Form, name: str) -> AttentionParts | MlpParts:
     """Return the parts of ``module``, an attention or MLP that its layer calls ``name``, without what is around it."""
     return read_attention(module, form, name) if is_attention(module) else read_mlp(module, form)
+
+
+def has_one_map(module: nn.Module) -> bool:
+    """Whether one linear map in ``module`` makes queries, keys and values."""
+    single = {names[0] for names in _QKV if len(names) == 1}
+    return any(name.rpartition(".")[2] in single for name, _ in module.named_modules())
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -136,6 +147,7 @@ def read_attention(
         rotated_first=form.rotated_first,
         query_scale=_query_scale(attention.config),
         gated=gated,
+        by_head=form.by_head and len(qkv) == 1,
         shared_values=len(qkv) == 2,
         module=attention,
     )

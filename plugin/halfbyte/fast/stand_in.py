@@ -73,7 +73,10 @@ def _shrink(config: Any, layers: int = 2) -> None:
         if isinstance(value, list) and len(value) == deep:  # what each layer is
             setattr(config, name, value[: config.num_hidden_layers])
     for name in _TOKENS:
-        setattr(config, name, None)
+        try:
+            setattr(config, name, None)
+        except Exception:  # some configurations require a number, and check it as it is set
+            setattr(config, name, 0)
 
 
 def _narrow(config: Any) -> None:
