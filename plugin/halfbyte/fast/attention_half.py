@@ -144,10 +144,10 @@ class AttentionHalf:
             q, k, v = qkv.view(*shape[:2], self.parts.heads, 3, self.parts.head_size).unbind(3)
             return q, k, v
         queries = self.parts.heads * (2 if self.parts.gated else 1)
-        q, k, *v = qkv.view(*shape[:2], -1, self.parts.head_size).tensor_split(
+        q, k, *values = qkv.view(*shape[:2], -1, self.parts.head_size).tensor_split(
             (queries, queries + self.parts.kv_heads), dim=2
         )
-        return (q[:, :, ::2] if self.parts.gated else q), k, (k if self.parts.shared_values else v[0])
+        return (q[:, :, ::2] if self.parts.gated else q), k, (k if self.parts.shared_values else values[0])
 
     def _turn(self, qkv: Tensor, shape: torch.Size, *, back: bool = False) -> None:
         """Rotate queries and keys of ``qkv`` in place, and scale the queries."""
