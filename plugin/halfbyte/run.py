@@ -57,7 +57,7 @@ def main(name: str, recipe: Recipe, argv: list[str], written: config.Written | N
     """Train ``recipe`` with the settings of ``argv``, which is ``written`` once collected; return the exit code."""
     settings = read(name, recipe, argv if written is None else written)
     try:
-        _quieten()
+        quieten()
         settings.check(QLoRAPlugin)  # before what depends on the machine
         resolve.join(settings)
         output = settings["output_dir"] or "trainer_output"  # upstream's default
@@ -291,7 +291,7 @@ def _evaluated_last(trainer: Trainer) -> bool:
     return bool(rows) and rows[-1]["step"] == trainer.state.global_step and trainer.state.global_step > 0
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silence upstream's progress bars and deprecation notices: this run prints its own lines."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()

@@ -122,7 +122,8 @@ def test_an_evaluation_may_hold_the_most(given, planned: Planned, tmp_path: Path
 
 @pytest.mark.faults  # for its seconds
 def test_a_probe_measures_here(given, planned: Planned) -> None:
-    found = planned("sft", *given("sft"), "--probe")
+    evaluating = ("--eval_strategy=steps", "--eval_steps=1", "--eval_on_start")
+    found = planned("sft", *given("sft"), *evaluating, "--probe")
     assert found["tokens_per_second"] > 0
     assert found["seconds_per_epoch"] > 0
 

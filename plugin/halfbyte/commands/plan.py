@@ -39,7 +39,9 @@ def main(arguments: list[str]) -> int:
     recipe, _ = recipes.named(given.recipe, options)
     from halfbyte.plan import page, plan, preview, probe, target
     from halfbyte.plan.rehearsal import Rehearsal
+    from halfbyte.run import quieten
 
+    quieten()
     rehearsal = Rehearsal.of(given.recipe, recipe, options, target.find(given.gpu, given.launch))
     if given.preview is not None or given.row is not None:
         shown = [given.row] if given.row is not None else range(1, given.preview + 1)

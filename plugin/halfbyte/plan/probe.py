@@ -13,6 +13,7 @@ _STEPS = 6
 _OFF = {
     "save_strategy": "no",
     "eval_strategy": "no",
+    "eval_on_start": "false",
     "push_to_hub": "false",
     "load_best_model_at_end": "false",
     "report_to": "none",

@@ -73,8 +73,9 @@ def find(gpu: str | None, launch: Path | None) -> Target:
         _, total = torch.cuda.mem_get_info()
         said = f"{torch.cuda.get_device_name()}, {memory(total)} less {memory(CONTEXT)} for the CUDA context"
         return Target("cuda", count, _strategy(request, count), total - CONTEXT, said, notes)
-    free = host_memory() // max(count // max(request.machines, 1), 1)
-    said = f"{memory(free)} of memory free for each process"
+    sharing = max(count // max(request.machines, 1), 1)
+    free = host_memory() // sharing
+    said = "the memory that is free here" + (f", shared by {sharing}" if sharing > 1 else "")
     return Target("cpu", count, _strategy(request, count), free, said, notes)
 
 
