@@ -12,6 +12,7 @@ PREPARATION = "## Before the first step"
 SCHEMES = "### The order of schemes"
 METHODS = "### QLoRA, LoRA and full fine-tuning"
 MEMORY = "## Memory, predicted and measured"
+EXPERTS = "## Loading experts"
 ORDER = (
     "## The machine",
     "## The cases",
@@ -19,6 +20,7 @@ ORDER = (
     OVERHEAD,
     PREPARATION,
     MEMORY,
+    EXPERTS,
     SCHEMES,
     METHODS,
 )
