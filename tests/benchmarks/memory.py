@@ -57,6 +57,8 @@ class Point:
     accumulation: int = 1
     strategy: str = "single"
     evaluated: int = 0
+    experts: int = 0
+    adapted: bool = False
 
     @property
     def name(self) -> str:
@@ -84,6 +86,14 @@ def points() -> list[Point]:
         found += [Point(batch=1, evaluated=evaluated, level=level) for level in (0, 3)]
     found += [Point(batch=1, evaluated=16, dtype="float32"), dpo(batch=1, evaluated=16)]
     found += [Point(batch=1, evaluated=8, fast="none", level=None)]
+    moe = partial(Point, experts=16, level=None)
+    found += [
+        moe(),
+        moe(adapted=True),
+        moe(hidden=512, batch=8),
+        moe(recipe="dpo", length=128),
+        moe(fast="none"),
+    ]
     found += [Point(strategy=strategy, level=level) for strategy in ("cpu", "fsdp2") for level in (0, 3)]
     return [*found, *(Point(fast=fast, level=None, checkpointing=False) for fast in ("none", "auto"))]
 
@@ -159,7 +169,9 @@ def prepare(point: Point, scratch: Path) -> list[str]:
     cache = Path(tempfile.gettempdir()) / "halfbyte-benchmarks"
     cache.mkdir(exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    case = Case("memory", hidden=point.hidden, layers=point.layers, vocabulary=point.vocabulary)
+    case = Case(
+        "memory", hidden=point.hidden, layers=point.layers, vocabulary=point.vocabulary, experts=point.experts
+    )
     written = [json.dumps(each) for each in rows(point)]
     (scratch / "rows").mkdir()
     for split in ("train", "test"):
@@ -167,6 +179,8 @@ def prepare(point: Point, scratch: Path) -> list[str]:
     chosen = options(point, workload.checkpoint(case, cache), scratch / "rows")
     if point.evaluated:
         chosen |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": point.evaluated}
+    if point.adapted:
+        chosen |= {"lora_target_parameters": "[experts.gate_up_proj, experts.down_proj]"}
     words = [f"--{name}={value}" for name, value in chosen.items()]
     return [point.recipe, *words, f"--output_dir={scratch}/run"]
 

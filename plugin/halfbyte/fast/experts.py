@@ -14,10 +14,13 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from halfbyte.errors import UserError
 from halfbyte.fast.expert_maps import Activation, ExpertAdapter, Map
 from halfbyte.quantization import experts
+
+_ROWS = 64
 
 
 def fuse(module: nn.Module) -> bool:
@@ -143,11 +146,11 @@ class _Experts(torch.autograd.Function):
         result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             for expert, rows in _reached(counts):
-                mine = tokens[rows]
-                inner = up.forward(x[mine], expert, up_weights.of(expert, dtype))
-                kept[rows] = inner
+                mine, count = tokens[rows], rows.stop - rows.start
+                inner = up.forward(_rows(x, mine), expert, up_weights.of(expert, dtype))
+                kept[rows] = inner[:count]
                 y = down.forward(activation.forward(inner), expert, down_weights.of(expert, dtype))
-                result.index_add_(0, mine, y * flat[order[rows], None])
+                result.index_add_(0, mine, y[:count] * flat[order[rows], None])
         ctx.save_for_backward(x, flat, order, kept, *parameters)
         ctx.counts, ctx.maps, ctx.activation = counts, maps, activation
         ctx.dtypes, ctx.routed = (hidden.dtype, weights.dtype), weights.shape
@@ -165,21 +168,36 @@ class _Experts(torch.autograd.Function):
         up_weights, down_weights = up.read(), down.read()
         with torch.autocast(x.device.type, enabled=False):
             for expert, rows in _reached(ctx.counts):
-                mine, here = tokens[rows], order[rows]
-                share = flat[here, None].to(x.dtype)
-                dy, activations = grad[mine].to(x.dtype), ctx.activation.forward(kept[rows])
+                mine, here, count = tokens[rows], order[rows], rows.stop - rows.start
+                inner, dy = _rows(kept, rows), _rows(grad, mine).to(x.dtype)
+                share = _rows(flat[:, None], here).to(x.dtype)
+                activations = ctx.activation.forward(inner)
                 # The weights g are left out of dy and put into what it meets, so that <dy, y> = <D' dy, a> + <dy, b>.
                 weight = down_weights.of(expert, x.dtype)
                 dactivations = down.backward(dy, activations * share, expert, weight, gradients[1])
-                dweights[here] = torch.linalg.vecdot(dactivations.float(), activations.float())
+                dweights[here] = torch.linalg.vecdot(dactivations.float(), activations.float())[:count]
                 if down.bias is not None:
-                    dweights[here] += torch.mv(dy.float(), down.bias[expert].float())
-                dinner = ctx.activation.backward(dactivations.mul_(share), kept[rows])
+                    dweights[here] += torch.mv(dy.float(), down.bias[expert].float())[:count]
+                dinner = ctx.activation.backward(dactivations.mul_(share), inner)
                 weight = up_weights.of(expert, x.dtype)
-                dx.index_add_(0, mine, up.backward(dinner, x[mine], expert, weight, gradients[0]).float())
+                part = up.backward(dinner, _rows(x, mine), expert, weight, gradients[0])
+                dx.index_add_(0, mine, part[:count].float())
         hidden_dtype, weights_dtype = ctx.dtypes
         routing = dweights.view(ctx.routed).to(weights_dtype)
         return dx.to(hidden_dtype), routing, None, None, None, *gradients[0], *gradients[1]
+
+
+def _rows(tensor: Tensor, at: Tensor | slice) -> Tensor:
+    """The rows ``at`` of ``tensor``, on a CPU with zeros behind them up to a number that few products have.
+
+    oneDNN compiles and keeps a kernel for every shape, and the tokens of an expert are of another number every time.
+    """
+    found = tensor[at]
+    if found.is_cuda:
+        return found
+    count = len(found)
+    padded = max(8, 1 << (count - 1).bit_length()) if count < _ROWS else -(-count // _ROWS) * _ROWS
+    return functional.pad(found, (0, 0, 0, padded - count))
 
 
 def _by_expert(index: Tensor, experts: int) -> tuple[Tensor, list[int]]:

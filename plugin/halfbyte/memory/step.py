@@ -17,6 +17,7 @@ from halfbyte.fast.attention import _working_dtype
 from halfbyte.fast.layer import LEVELS, FusedForward
 from halfbyte.fast.parts import Decoder, Linears
 from halfbyte.fast.scores import chunk_rows
+from halfbyte.memory.experts import of_experts
 
 __all__ = ["LEVELS", "Activations", "activations", "kept_per_token"]
 
@@ -58,8 +59,9 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
             working = max(working, again + of_mlp, again + _of_attention(decoder, at, size, workload))
         else:
             size, whole = _whole_per_token(layer)
-            kept += tokens * (size if workload.checkpointing else whole)
-            working = max(working, tokens * whole if workload.checkpointing else 0)
+            inside = tokens * whole + of_experts(layer, model.config, tokens, item_size(layer))
+            kept += tokens * size if workload.checkpointing else inside
+            working = max(working, inside if workload.checkpointing else 0)
     head = _head(model, workload, tokens) + _around(model, tokens)
     return Activations(kept, max(working, head) + tokens * _IDS, products, layers)
 
@@ -77,7 +79,8 @@ def evaluation(model: nn.Module, workload: Any) -> Activations:
             products = max(products, multiplied)
             working = max(working, of_mlp, _forward_of_attention(decoder, workload))
         else:
-            working = max(working, tokens * _whole_per_token(layer)[1] // 2)
+            inside = tokens * _whole_per_token(layer)[1] // 2
+            working = max(working, inside + of_experts(layer, model.config, tokens, item_size(layer)))
     head = _head(model, workload, tokens, backward=False) + _around(model, tokens)
     return Activations(0, max(working, head) + tokens * _IDS, products, layers)
 

@@ -1,0 +1,54 @@
+"""What the experts of one layer work with, beside what the rest of the layer does."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte.fast.experts import ExpertsForward
+from halfbyte.quantization import experts
+
+_FLOAT32 = 4
+# What configurations call the experts of a token.
+_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+
+
+def of_experts(layer: nn.Module, config: Any, tokens: int, size: int) -> int:
+    """Return the bytes that the experts of ``layer`` work with for ``tokens``, in a dtype of ``size`` bytes.
+
+    Fused, one expert is dequantized at a time, and what its first map gives is kept for the backward of the layer; else
+    all are, and what goes through them is kept, with gradients. Their adapters' gradients count with the others.
+    """
+    found = 0
+    for path, module, names in experts.modules(layer):
+        shapes = [experts.shapes(module)[f".{name}"] for name in names]
+        pairs = tokens * _experts_of_a_token(config)
+        hidden, inner = _widths(module, shapes)
+        if _is_fused(layer, path):
+            largest = max(shape[1:].numel() for shape in shapes)
+            share = -(-pairs // shapes[0][0]) * 4  # of one expert, if four times the mean reach it
+            values = share * (2 * hidden + 3 * inner) * size + tokens * hidden * (2 * _FLOAT32 + size)
+            found = max(found, pairs * inner * size + values + 2 * largest * size)
+        else:
+            whole = sum(shape.numel() for shape in shapes)
+            found = max(found, whole * size + pairs * (3 * hidden + 4 * inner) * size)
+    return found
+
+
+def _experts_of_a_token(config: Any) -> int:
+    return next((value for name in _TOP_K if isinstance(value := getattr(config, name, None), int)), 2)
+
+
+def _widths(module: Any, shapes: list[torch.Size]) -> tuple[int, int]:
+    """H of the stream, and the width of what the first map gives."""
+    _, one, other = shapes[0]
+    return (one, other) if getattr(module, "is_transposed", False) else (other, one)
+
+
+def _is_fused(layer: nn.Module, path: str) -> bool:
+    """Whether the experts at ``path``, or PEFT's wrapper around them, run fused."""
+    names = path.split(".")
+    outer = [".".join(names[:count]) for count in range(1, len(names) + 1)]
+    return any(
+        isinstance(layer.get_submodule(each).__dict__.get("forward"), ExpertsForward) for each in outer
+    )
