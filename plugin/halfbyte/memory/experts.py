@@ -3,17 +3,20 @@
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from halfbyte.fast.experts import ExpertsForward
 from halfbyte.quantization import experts
 
 _FLOAT32 = 4
+# Products of an expert in a step, and those of the adapter of a stack; the numbers of rows that experts have, fitted.
+_PRODUCTS, _OF_ADAPTER, _NUMBERS_OF_ROWS = 6, 5, 7
 # What configurations call the experts of a token.
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 
 
-def of_experts(layer: nn.Module, config: Any, tokens: int, size: int) -> int:
+def of_experts(layer: nn.Module, config: Any, tokens: int, size: int, device: str) -> int:
     """Return the bytes that the experts of ``layer`` work with for ``tokens``, in a dtype of ``size`` bytes.
 
     Fused, one expert is dequantized at a time, and what its first map gives is kept for the backward of the layer; else
@@ -28,11 +31,18 @@ def of_experts(layer: nn.Module, config: Any, tokens: int, size: int) -> int:
             largest = max(shape[1:].numel() for shape in shapes)
             share = -(-pairs // shapes[0][0]) * 4  # of one expert, if four times the mean reach it
             values = share * (2 * hidden + 3 * inner) * size + tokens * hidden * (2 * _FLOAT32 + size)
-            found = max(found, pairs * inner * size + values + 2 * largest * size)
+            kernels = _kernels(layer) if device == "cpu" else 0
+            found = max(found, pairs * inner * size + values + 2 * largest * size + kernels)
         else:
             whole = sum(shape.numel() for shape in shapes)
             found = max(found, whole * size + pairs * (3 * hidden + 4 * inner) * size)
     return found
+
+
+def _kernels(layer: nn.Module) -> int:
+    """Bytes that oneDNN keeps of the products of experts: about a mebibyte for each number of rows, as measured."""
+    adapted = sum(isinstance(module, ParamWrapper) for module in layer.modules())
+    return (_PRODUCTS + _OF_ADAPTER * adapted) * _NUMBERS_OF_ROWS * 2**20
 
 
 def _experts_of_a_token(config: Any) -> int:

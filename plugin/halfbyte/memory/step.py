@@ -59,7 +59,9 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
             working = max(working, again + of_mlp, again + _of_attention(decoder, at, size, workload))
         else:
             size, whole = _whole_per_token(layer)
-            inside = tokens * whole + of_experts(layer, model.config, tokens, item_size(layer))
+            inside = tokens * whole + of_experts(
+                layer, model.config, tokens, item_size(layer), workload.device
+            )
             kept += tokens * size if workload.checkpointing else inside
             working = max(working, inside if workload.checkpointing else 0)
     head = _head(model, workload, tokens) + _around(model, tokens)
@@ -80,7 +82,9 @@ def evaluation(model: nn.Module, workload: Any) -> Activations:
             working = max(working, of_mlp, _forward_of_attention(decoder, workload))
         else:
             inside = tokens * _whole_per_token(layer)[1] // 2
-            working = max(working, inside + of_experts(layer, model.config, tokens, item_size(layer)))
+            working = max(
+                working, inside + of_experts(layer, model.config, tokens, item_size(layer), workload.device)
+            )
     head = _head(model, workload, tokens, backward=False) + _around(model, tokens)
     return Activations(0, max(working, head) + tokens * _IDS, products, layers)
 
