@@ -7,14 +7,14 @@ time of training tokens, from what cards can compute and an assumed share of it.
 import argparse
 import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from halfbyte import QLoRAPlugin, fast, loading, memory, resolve
 from halfbyte.memory import Memory, Workload
@@ -50,13 +50,17 @@ class Shape:
     kv_heads: int
     vocabulary: int
     tied: bool = False
+    more: Mapping[str, int] = field(default_factory=dict)
 
 
+# Adapters on attention: experts are an option of their own.
+MOE = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 SHAPES = (
     Shape("Llama 3.2 1B", LlamaConfig, 2048, 8192, 16, 32, 8, 128_256, tied=True),
     Shape("Qwen3 8B", Qwen3Config, 4096, 12_288, 36, 32, 8, 151_936),
     Shape("Qwen3 14B", Qwen3Config, 5120, 17_408, 40, 40, 8, 151_936),
     Shape("Qwen3 32B", Qwen3Config, 5120, 25_600, 64, 64, 8, 151_936),
+    Shape("Qwen3 30B-A3B", Qwen3MoeConfig, 2048, 6144, 48, 32, 4, 151_936, more=MOE),
     Shape("Llama 3.1 70B", LlamaConfig, 8192, 28_672, 80, 64, 8, 128_256),
 )
 # A pair whose prompt is half of it and is computed once: 1.5 times the tokens of a row.
@@ -117,7 +121,7 @@ def config_of(shape: Shape) -> Any:
     return shape.config(
         hidden_size=shape.hidden, intermediate_size=shape.features, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied, head_dim=64 if shape.tied else 128,
+        tie_word_embeddings=shape.tied, head_dim=64 if shape.tied else 128, **shape.more,
     )  # fmt: skip
 
 

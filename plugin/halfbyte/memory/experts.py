@@ -25,7 +25,7 @@ def of_experts(layer: nn.Module, config: Any, tokens: int, size: int, device: st
     found = 0
     for path, module, names in experts.modules(layer):
         shapes = [experts.shapes(module)[f".{name}"] for name in names]
-        pairs = tokens * _experts_of_a_token(config)
+        pairs = tokens * experts_of_a_token(config)
         hidden, inner = _widths(module, shapes)
         if _is_fused(layer, path):
             largest = max(shape[1:].numel() for shape in shapes)
@@ -45,7 +45,9 @@ def _kernels(layer: nn.Module) -> int:
     return (_PRODUCTS + _OF_ADAPTER * adapted) * _NUMBERS_OF_ROWS * 2**20
 
 
-def _experts_of_a_token(config: Any) -> int:
+def experts_of_a_token(config: Any) -> int:
+    """Return how many experts a token goes to, as the configuration of a model says it."""
+    config = config.get_text_config()
     return next((value for name in _TOP_K if isinstance(value := getattr(config, name, None), int)), 2)
 
 
