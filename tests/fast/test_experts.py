@@ -11,6 +11,7 @@ from torch import nn
 
 from halfbyte.errors import UserError
 from halfbyte.fast import experts as fused
+from halfbyte.fast import grouped_experts
 from halfbyte.quantization import stacks_of
 from tests import experts, tiny
 
@@ -102,6 +103,18 @@ def test_loss_and_gradients_are_those_of_dense_rounded_experts(pair, family: str
         packed, dense = model.unload(), reference.unload()
         for module in packed.modules():
             fused.unfuse(module)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "aria_text"])
+@pytest.mark.filterwarnings("ignore")
+def test_experts_in_groups_as_on_a_gpu(pair, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_experts, "is_used", lambda device, dtype: True)
+    packed, dense = pair(family)
+    stacks = tuple(sorted({".".join(path.split(".")[-2:]) for path in stacks_of(packed)}))
+    reference = adapted(dense, stacks=stacks)
+    model = adapted(packed, reference, stacks=stacks)
+    assert fuse(model) > 0
+    assert_same(gradients(model), gradients(reference))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])

@@ -26,6 +26,11 @@ class ExpertAdapter:
         a, b = self.split(self.a.detach(), self.b.detach())
         return a[index].to(dtype), b[:, :, index].to(dtype)
 
+    def whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A ``[E, r, I]`` and B ``[E, O, r]`` of all experts."""
+        a, b = self.split(self.a.detach(), self.b.detach())
+        return a.to(dtype), b.permute(2, 0, 1).to(dtype).contiguous()
+
     def split(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return views of tensors like A and B by expert: ``[E, r, I]`` and ``[O, r, E]``."""
         return a.view(self.experts, -1, a.shape[1]), b.view(b.shape[0], -1, self.experts)
@@ -58,9 +63,29 @@ class Map:
 
     def read(self) -> Weights:
         """Return the weights, for one pass: a sharded model holds them around a layer's forward and backward only."""
+        stack = self._stack
+        return Weights(stack, stack.scales(), self.held.is_transposed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are dequantized to."""
+        return self._stack.dtype
+
+    @property
+    def experts(self) -> int:
+        """E, the number of experts."""
+        return self._stack.shape[0]
+
+    @property
+    def _stack(self) -> Stack:
         stack = experts.packed(self.held, self.name)
         assert stack is not None
-        return Weights(stack, stack.scales(), self.held.is_transposed)
+        return stack
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """Return the weights of all experts, dequantized, ``[E, O, I]``."""
+        weight = self._stack.whole(dtype)
+        return weight.transpose(1, 2) if self.held.is_transposed else weight
 
     @property
     def bias(self) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from halfbyte.errors import UserError
+from halfbyte.fast import grouped_experts
 from halfbyte.fast.expert_maps import Activation, ExpertAdapter, Map
 from halfbyte.quantization import experts
 
@@ -92,7 +93,9 @@ class ExpertsForward:
         maps = self._maps()
         index, weights = args if not kwargs else (*args, *kwargs.values())
         parameters = [parameter for each in maps for parameter in each.parameters()]
-        result: Tensor = _Experts.apply(
+        grouped = grouped_experts.is_used(hidden_states.device, maps[0].dtype)
+        function = grouped_experts.GroupedExperts if grouped else _Experts
+        result: Tensor = function.apply(
             hidden_states, weights, index, maps, Activation(self.held), *parameters
         )
         return result
@@ -138,9 +141,9 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         up, down = maps
         up_weights, down_weights = up.read(), down.read()
-        dtype = up_weights.stack.dtype
+        dtype = up.dtype
         x = hidden.to(dtype)
-        order, counts = _by_expert(index, up_weights.stack.shape[0])
+        order, counts = _by_expert(index, up.experts)
         flat, tokens = weights.reshape(-1).float(), order // weights.shape[1]
         kept = x.new_empty(len(order), up_weights.outputs)
         result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

@@ -19,15 +19,19 @@ _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 def of_experts(layer: nn.Module, config: Any, tokens: int, size: int, device: str) -> int:
     """Return the bytes that the experts of ``layer`` work with for ``tokens``, in a dtype of ``size`` bytes.
 
-    Fused, one expert is dequantized at a time, and what its first map gives is kept for the backward of the layer; else
-    all are, and what goes through them is kept, with gradients. Their adapters' gradients count with the others.
+    Fused, one expert is dequantized at a time (on a GPU one stack), and what its first map gives is kept for the
+    backward of the layer; else all are, and what goes through them is kept, with gradients. Their adapters' gradients
+    count with the others.
     """
     found = 0
     for path, module, names in experts.modules(layer):
         shapes = [experts.shapes(module)[f".{name}"] for name in names]
         pairs = tokens * experts_of_a_token(config)
         hidden, inner = _widths(module, shapes)
-        if _is_fused(layer, path):
+        if _is_fused(layer, path) and device == "cuda":  # in groups: one stack is dequantized after the other
+            whole = max(shape.numel() for shape in shapes)
+            found = max(found, whole * size + pairs * ((2 * hidden + 3 * inner) * size + hidden * _FLOAT32))
+        elif _is_fused(layer, path):
             largest = max(shape[1:].numel() for shape in shapes)
             share = -(-pairs // shapes[0][0]) * 4  # of one expert, if four times the mean reach it
             values = share * (2 * hidden + 3 * inner) * size + tokens * hidden * (2 * _FLOAT32 + size)
