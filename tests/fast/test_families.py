@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional
+from transformers import Gemma3TextConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from halfbyte import fast
 from halfbyte.fast import batches, layer
@@ -167,3 +169,15 @@ def test_layers_of_a_kind_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> No
     forms = [proofs.whole(each).rotary for each in proofs.layers]
     assert forms == ["halves", "halves", None, "halves", "halves", None]
     assert len(proven) == 2
+
+
+def test_a_proof_costs_the_same_for_any_size() -> None:
+    """A plan's model is on meta: what is compared is small, and of the kinds of layers that the model has."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(Gemma3TextConfig(num_hidden_layers=12), dtype=torch.bfloat16)
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=_LINEARS))
+    proofs = Proofs(model.get_base_model())
+    assert {proofs.whole(each).rotary for each in proofs.layers} == {"halves"}
+    assert len({proofs._kinds[each] for each in proofs.layers}) == 2
+    small = [call.module for call in proofs._calls.values() if not isinstance(call, str)]
+    assert sum(p.numel() for each in small for p in each.parameters()) < 2_000_000

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 _SMALL = {
     "num_hidden_layers": 2,
     "vocab_size": 128,
+    "vocab_size_per_layer_input": 128,
     "intermediate_size": 128,
     "ffn_dim": 128,
     "n_inner": 128,
@@ -82,12 +83,15 @@ def _shrink(config: Any, layers: int = 2) -> None:
 def _narrow(config: Any) -> None:
     """Make the stream narrow, of four heads, and windows short."""
     heads, hidden = config.num_attention_heads, config.hidden_size
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    own_size = getattr(config, "head_dim", None)
-    config.num_attention_heads = 4
-    if hasattr(config, "num_key_value_heads"):
-        config.num_key_value_heads = 4 if shared == heads else min(shared, 2)
-    config.hidden_size = 64 if own_size else 4 * (hidden // heads)
+    try:
+        shared, own_size = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
+    except Exception:  # transformers refuses what differs by layer: there the heads stay as they are
+        config.hidden_size = 64
+    else:
+        config.num_attention_heads = 4
+        if shared is not None:
+            config.num_key_value_heads = 4 if shared == heads else min(shared, 2)
+        config.hidden_size = 64 if own_size else 4 * (hidden // heads)
     if getattr(config, "word_embed_proj_dim", None) is not None:
         config.word_embed_proj_dim = config.hidden_size
     for name in ("sliding_window", "max_position_embeddings"):
