@@ -55,6 +55,11 @@ _SIZES: dict[int, str] = {
     1: "n_group topk_group n_shared_experts first_k_dense_replace mamba_ngroups mamba_n_groups n_groups",
     0: "bos_token_id num_kv_shared_layers",
 }  # fmt: skip
+_WIDTHS = {
+    *_SIZES[128].split(),
+    *_SIZES[64].split(),
+    *(name for size in (2, 4, 8) for name in _SIZES[size].split() if "heads" in name or name == "n_head"),
+} - {"sliding_window"}
 _BY_FIELD = {name: size for size, names in _SIZES.items() for name in names.split()}
 # Arguments of one step in a test.
 _STEP: dict[str, Any] = {
@@ -97,10 +102,120 @@ _MORE: dict[str, dict[str, Any]] = {
        for name, section in (("glm4v_text", [1, 1, 2]), ("glm4v_moe_text", [1, 1, 2]))},
 }  # fmt: skip
 
+# The architectures of the table in plugin/README.md: dense, hybrid, mixtures of experts, multimodal.
+DECODERS = [
+    "apertus",
+    "arcee",
+    "bloom",
+    "cohere",
+    "cohere2",
+    "cwm",
+    "diffllama",
+    "ernie4_5",
+    "exaone4",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gemma3n_text",
+    "gemma4_text",
+    "glm",
+    "glm4",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "helium",
+    "hunyuan_v1_dense",
+    "internlm3",
+    "llama",
+    "minicpm3",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "modernbert-decoder",
+    "mpt",
+    "nanochat",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "openai-gpt",
+    "opt",
+    "persimmon",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+    "vaultgemma",
+    "youtu",
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "granitemoehybrid",
+    "jamba",
+    "kimi_linear",
+    "lfm2",
+    "mamba2",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5_text",
+    "qwen3_next",
+    "zamba2",
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "llama4_text",
+    "minimax",
+    "minimax_m2",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "aya_vision",
+    "cohere2_vision",
+    "exaone4_5",
+    "gemma3",
+    "gemma4",
+    "glm4v",
+    "glm46v",
+    "idefics3",
+    "internvl",
+    "lfm2_vl",
+    "lighton_ocr",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mistral3",
+    "mllama",
+    "ovis2",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+]
 
-def config(name: str, **more: Any) -> PretrainedConfig:
-    """A tiny configuration of the architecture ``name``."""
-    return _shrunk(CONFIG_MAPPING[name], **{**_MORE.get(name, {}), **more})
+
+def config(name: str, *, wider: int = 1, **more: Any) -> PretrainedConfig:
+    """A tiny configuration of the architecture ``name``; ``wider`` multiplies its widths and heads."""
+    return _shrunk(CONFIG_MAPPING[name], wider, **{**_MORE.get(name, {}), **more})
 
 
 def model(name: str, **more: Any) -> PreTrainedModel:
@@ -168,7 +283,7 @@ def dpo_loss(directory: str, output: Path, plugin: dict[str, Any] | None = None,
     return next(row["loss"] for row in trainer.state.log_history if "loss" in row)
 
 
-def _shrunk(cls: type[PretrainedConfig], **more: Any) -> PretrainedConfig:
+def _shrunk(cls: type[PretrainedConfig], wider: int = 1, **more: Any) -> PretrainedConfig:
     fields = {*inspect.signature(cls.__init__).parameters}
     fields |= {name for base in cls.__mro__ for name in vars(base).get("__annotations__", {})}
     aliases = getattr(cls, "attribute_map", {})
@@ -177,14 +292,17 @@ def _shrunk(cls: type[PretrainedConfig], **more: Any) -> PretrainedConfig:
     parts = getattr(cls, "sub_configs", {})
     if AutoConfig in parts.values():
         default = cls()
+    inner = {}
     for name, part in parts.items():
         if part is AutoConfig:
             if (own := getattr(default, name, None)) is None:
                 continue
             part = type(own)
         given = {**_MORE.get(part.model_type, {}), **more.pop(name, {})}
-        values[name] = _shrunk(part, **given).to_dict()
-    return cls(**{**values, **more})
+        inner[name] = _shrunk(part, wider, **given).to_dict()
+    values = {**values, **more}
+    grown = {name: wider * values[name] for name in _WIDTHS & values.keys() if isinstance(values[name], int)}
+    return cls(**{**values, **grown, **inner})
 
 
 def _walk(names: list[str]) -> None:

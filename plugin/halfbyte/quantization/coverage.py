@@ -122,7 +122,9 @@ def measure_coverage(model: PreTrainedModel) -> Coverage:
                 continue
             in_16_bits += 2 * parameter.numel()
             in_4_bits += parameter.nbytes
-            kind = _left_out_kind(name, module, parameter, id(module) in heads, model.config)
+            kind = _left_out_kind(
+                name, module, parameter, id(module) in heads, model.config.get_text_config()
+            )
             if others and f"{name}.".startswith(others):
                 kind = TOWERS
             if kind is None:
