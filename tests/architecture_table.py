@@ -7,6 +7,7 @@ under a time limit, so that one crash does not end the table.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -102,8 +103,9 @@ def rounded(base: str) -> PreTrainedModel:
 
 
 def _arguments(output: Path, rows_a_device: int = 2, **options: Any) -> SFTConfig:
-    given = {"max_steps": _STEPS, "per_device_train_batch_size": rows_a_device, "max_length": 256, **options}
-    return plain_trl.arguments(SFTConfig, output, gradient_accumulation_steps=1, **given)
+    given = {"max_steps": _STEPS, "per_device_train_batch_size": rows_a_device, "max_length": 256}
+    given |= {"gradient_accumulation_steps": 1, **options}
+    return plain_trl.arguments(SFTConfig, output, **given)
 
 
 def _trainer(base: str, output: Path, rows: list[dict[str, str]], plugin: Row, **options: Any) -> Any:
@@ -131,7 +133,20 @@ def train(name: str, directory: Path) -> Row:
         processing_class=tiny.tokenizer(),
     )
     row["sft"] = _difference(losses, _Losses.of(theirs).losses)
-    row["losses"], row["options"] = losses, options
+    if hasattr(theirs.model.config.get_text_config(), "output_router_logits"):
+        # Its loss of the router is computed a batch, so that it is another one on two ranks, and part of DPO's.
+        options["router_aux_loss_coef"] = 0.0
+    given = {"adapter_name_or_path": str(start)}
+    one = _trainer(
+        base,
+        directory / "one",
+        tiny.texts(8),
+        given,
+        rows_a_device=1,
+        gradient_accumulation_steps=2,
+        **options,
+    )
+    row["losses"], row["options"] = _Losses.of(one).losses, options
     try:
         row["dpo"] = architectures.dpo_loss(base, directory / "dpo", **options)
     except UserError as error:
@@ -250,6 +265,25 @@ def measure(name: str) -> Row:
     return {"name": name, **row}
 
 
+def warm_up() -> None:
+    """Import what a row imports, so that each process finds it there; importing does nothing else."""
+
+    def imported() -> Row:
+        with tempfile.TemporaryDirectory() as scratch:
+            train("llama", Path(scratch))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+        torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+        return {"modules": sorted(sys.modules)}
+
+    for name in result(apart(imported)).get("modules", []):
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
 def _difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     assert len(ours) == len(theirs) == _STEPS
     return max(abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
@@ -317,6 +351,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = kept() if given.write else {}
     failed = []
+    warm_up()
     for name in given.names or architectures.DECODERS:
         row = measure(name)
         print(json.dumps(row), file=sys.stderr, flush=True)

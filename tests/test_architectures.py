@@ -53,7 +53,6 @@ REFUSED = {
     "llama4_text": ({}, r"model_name_or_path: TRL cannot compute the loss of Llama4ForCausalLM .*; use another model$"),
     "modernbert-decoder": ({}, "TRL would compute another loss than ModernBertDecoderForCausalLM does"),
     "openai-gpt": ({}, "OpenAIGPTLMHeadModel does not .* write `gradient_checkpointing: false`"),
-    "falcon": ({}, "no other class: FalconLinear stay in 16 bits"),
     "zamba2": ({}, "transformers leaves out nn.Linear that share their weights"),
 }  # fmt: skip
 

@@ -1,6 +1,5 @@
 """Load a base model for this rank: quantize a 16-bit checkpoint, or load one that is quantized already."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +16,12 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from halfbyte import multimodal, store
 from halfbyte.errors import UserError
 from halfbyte.quantization import experts, quantizer, stored
-from halfbyte.quantization.skeleton import without_weights
+from halfbyte.quantization.skeleton import selective, without_weights
 from halfbyte.task import CAUSAL_LM, Task
 from halfbyte.terminal.wording import first_line, shorten
 
 # Arguments of from_pretrained that leave the bytes of a base as they are.
 _KEEPS_BYTES = {"attn_implementation"}
-# Linear layers of a few weights that a model reads itself, not by a product: packed bytes are no numbers to it.
-_READ_AS_NUMBERS = {"gemma3n_text": ("prediction_coefs", "correction_coefs")}
 
 
 def load_base(
@@ -103,11 +100,8 @@ def planned(
     Raises :class:`UserError` for a configuration that is missing, or that no class takes.
     """
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = _configuration(name_or_path, origin)
-    own = _own_quantization(config)
+    own = _own_quantization(_configuration(name_or_path, origin))
     _check_own_quantization(name_or_path, own, quantization)
-    if quantization is not None and own is None:
-        quantization = _but_heads(quantization, config, task)
     try:
         model = without_weights(
             name_or_path, quantization=quantization, dtype=dtype, task=task, entire=entire, **origin
@@ -151,7 +145,7 @@ def _load(
 
     if quantization is None or own is not None:
         return load(name, **origin)
-    quantization = _but_heads(quantization, config, task)
+    quantization = selective(quantization, config, task)
     description = None
     if quantization.load_in_4bit and _can_be_stored(task, origin, options):
         stored.download(name, origin["revision"])
@@ -176,19 +170,6 @@ def _load(
     # What is trained on this base must name the base, not the store.
     model.name_or_path = model.config._name_or_path = name
     return model
-
-
-def _but_heads(quantization: BitsAndBytesConfig, config: Any, task: Task) -> BitsAndBytesConfig:
-    """``quantization`` without a new head, which 4 bits would freeze, what a model reads as numbers, and towers."""
-    kept = [
-        *_READ_AS_NUMBERS.get(config.get_text_config().model_type, ()),
-        *multimodal.kept_in_16_bits(config, task),
-    ]
-    if not task.unquantized and not kept:
-        return quantization
-    quantization = copy.copy(quantization)
-    quantization.llm_int8_skip_modules = [*task.unquantized, *(("lm_head", *kept) if kept else ())]
-    return quantization
 
 
 def _configuration(name: str, origin: dict[str, Any]) -> Any:

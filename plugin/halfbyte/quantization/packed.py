@@ -15,9 +15,13 @@ def pack(weight: Tensor, template: bnb.nn.Params4bit) -> dict[str, Tensor]:
 
     Returns the tensors of a pre-quantized checkpoint by what follows the parameter's name, "" for the packed bytes.
     """
-    packed = bnb.nn.Params4bit(weight, requires_grad=False, **template.__dict__).to(weight.device)
-    state: dict[str, Tensor] = packed.quant_state.as_dict(packed=True)
-    return {"": packed.data, **{f".{name}": value for name, value in state.items()}}
+    return parts_of(bnb.nn.Params4bit(weight, requires_grad=False, **template.__dict__).to(weight.device))
+
+
+def parts_of(parameter: bnb.nn.Params4bit) -> dict[str, Tensor]:
+    """The tensors of a parameter in four bits, as :func:`pack` returns them."""
+    state: dict[str, Tensor] = parameter.quant_state.as_dict(packed=True)
+    return {"": parameter.data, **{f".{name}": value for name, value in state.items()}}
 
 
 def is_packed(parts: Mapping[str, Tensor]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Params4bit
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize
 from transformers.quantizers import auto
@@ -17,6 +17,8 @@ from halfbyte.quantization import experts, stacks_in_peft
 
 _METHOD = "bitsandbytes_4bit"
 _PARTS = tuple(name.removeprefix("weight") for name in Bnb4BitHfQuantizer.serialized_names["weight"])
+# Linear layers of a class of their own that compute what nn.Linear does, and that transformers would leave in 16 bits.
+_LINEARS = {"FalconLinear"}
 
 
 class Quantizer(Bnb4BitHfQuantizer):
@@ -42,6 +44,10 @@ class Quantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any, **kwargs: Any
     ) -> None:
+        for path, module in list(model.named_modules()):
+            if type(module).__name__ in _LINEARS and isinstance(module, nn.Linear):
+                sizes = (module.in_features, module.out_features, module.bias is not None)
+                model.set_submodule(path, nn.Linear(*sizes, device="meta", dtype=module.weight.dtype))
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
         settings = self.quantization_config
         self.serialized_names = dict(Bnb4BitHfQuantizer.serialized_names)

@@ -1,5 +1,6 @@
 """A model without weights, on meta, its linear layers as quantization makes them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import transformers
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from halfbyte.multimodal import model_class
+from halfbyte import multimodal
 from halfbyte.quantization.quantizer import registered
 from halfbyte.task import Task
+
+# Linear layers of a few weights that a model reads itself, not by a product: packed bytes are no numbers to it.
+_READ_AS_NUMBERS = {"gemma3n_text": ("prediction_coefs", "correction_coefs")}
 
 
 def without_weights(
@@ -27,9 +31,11 @@ def without_weights(
     if isinstance(own := getattr(config, "quantization_config", None), dict):
         quantization = BitsAndBytesConfig.from_dict(own)
         del config.quantization_config
+    elif quantization is not None:
+        quantization = selective(quantization, config, task)
     for name, value in task.model_kwargs.items():
         setattr(config, name, value)
-    auto = model_class(config, task, entire=entire)
+    auto = multimodal.model_class(config, task, entire=entire)
     with torch.device("meta"):
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, **_of_code(origin))
     if quantization is not None:
@@ -48,3 +54,16 @@ def without_weights(
 def _of_code(origin: dict[str, Any]) -> dict[str, Any]:
     """What of ``origin`` a model's class takes beside its configuration, which the revision has decided."""
     return {name: value for name, value in origin.items() if name != "revision"}
+
+
+def selective(quantization: BitsAndBytesConfig, config: Any, task: Task) -> BitsAndBytesConfig:
+    """``quantization`` without a new head, which 4 bits would freeze, what a model reads as numbers, and towers."""
+    kept = [
+        *_READ_AS_NUMBERS.get(config.get_text_config().model_type, ()),
+        *multimodal.kept_in_16_bits(config, task),
+    ]
+    if not task.unquantized and not kept:
+        return quantization
+    quantization = copy.copy(quantization)
+    quantization.llm_int8_skip_modules = [*task.unquantized, *(("lm_head", *kept) if kept else ())]
+    return quantization

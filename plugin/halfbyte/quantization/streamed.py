@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Params4bit
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import UserError
 from halfbyte.multimodal import left_out
-from halfbyte.quantization import packed
+from halfbyte.quantization import experts, packed
 from halfbyte.quantization.checkpoint import weight_files
 from halfbyte.quantization.load import load_base
 from halfbyte.quantization.skeleton import without_weights
@@ -72,10 +73,12 @@ class Streamed:
         if packed.is_packed(parts):
             return parts
         value = parts[""]
-        module = self.model.get_submodule(name.rpartition(".")[0])
-        template = getattr(module, "weight", None)
-        if name.endswith(".weight") and hasattr(template, "quant_type"):
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if isinstance(template := getattr(module, leaf, None), Params4bit):
             value = value.to(self.model.dtype)
+            if leaf != "weight":
+                return packed.parts_of(experts.pack(value, template))
             return packed.pack(value.T if issubclass(module.source_cls, Conv1D) else value, template)
         return {"": value.to(like.dtype) if value.is_floating_point() else value}
 
