@@ -92,6 +92,7 @@ def rounded(base: str) -> PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(base)
     auto = getattr(transformers, multimodal.auto_class(config, CAUSAL_LM))
     model: PreTrainedModel = auto.from_pretrained(base, dtype=torch.float32)
+    model.config._is_quantized = True  # Mamba's layers read a weight past its adapter otherwise
     source = streamed.read(Path(base), quantization=NF4, dtype=torch.float32, task=CAUSAL_LM)
     state = model.state_dict()
     for name, parts in source.parameters():
@@ -132,6 +133,9 @@ def train(name: str, directory: Path) -> Row:
         train_dataset=Dataset.from_list(tiny.texts(8)),
         processing_class=tiny.tokenizer(),
     )
+    if not theirs._loss_shifts_labels:
+        theirs._loss_shifts_labels = True
+        row["note"] = "against TRL with `_loss_shifts_labels`: it divides by the first label of each row too"
     row["sft"] = _difference(losses, _Losses.of(theirs).losses)
     if hasattr(theirs.model.config.get_text_config(), "output_router_logits"):
         # Its loss of the router is computed a batch, so that it is another one on two ranks, and part of DPO's.

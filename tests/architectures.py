@@ -60,7 +60,10 @@ _WIDTHS = {
     *_SIZES[64].split(),
     *(name for size in (2, 4, 8) for name in _SIZES[size].split() if "heads" in name or name == "n_head"),
 } - {"sliding_window"}
-_BY_FIELD = {name: size for size, names in _SIZES.items() for name in names.split()}
+_BY_FIELD: dict[str, float] = {name: size for size, names in _SIZES.items() for name in names.split()}
+# Rates that would let no two trainers compute the same.
+_RATES = "resid_pdrop embd_pdrop attn_pdrop attention_dropout hidden_dropout dropout residual_dropout"
+_BY_FIELD |= dict.fromkeys(_RATES.split(), 0.0)
 # Arguments of one step in a test.
 _STEP: dict[str, Any] = {
     "max_steps": 1,

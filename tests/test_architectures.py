@@ -9,7 +9,11 @@ import torch
 from halfbyte import QLoRAPlugin
 from halfbyte.errors import UserError
 from halfbyte.fast.forest import ROOT
+from halfbyte.quantization import load_base, streamed
+from halfbyte.quantization.stored import same_bytes
+from halfbyte.task import CAUSAL_LM
 from tests import architectures
+from tests.architecture_table import NF4
 
 
 @pytest.fixture
@@ -163,3 +167,17 @@ def test_a_model_that_numbers_tokens_itself_keeps_padded_pairs(monkeypatch) -> N
     monkeypatch.setattr(model.model, "forward", lambda position_ids=None, **kwargs: inner(**kwargs))
     assert "computes other values" in (architectures.prepare_pairs(model) or "")
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "granitemoe", "falcon", "llava"])
+def test_what_is_read_tensor_by_tensor_is_what_trains(base, name: str) -> None:
+    """Merges and `halfbyte quantize` read so: weights left out, stacks of experts, other names in the files."""
+    directory = Path(base(name))
+    settings: Any = {"quantization": NF4, "dtype": torch.float32, "task": CAUSAL_LM}
+    found = streamed.stream(directory, **settings)
+    assert found is not None
+    whole = streamed.Whole(directory, load_base(str(directory), device=torch.device("cpu"), **settings))
+    wanted = dict(whole.parameters())
+    for parameter, parts in found.parameters():
+        assert parts.keys() == wanted[parameter].keys()
+        assert all(same_bytes(parts[part], wanted[parameter][part]) for part in parts), parameter

@@ -45,7 +45,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=IDS, attention_mask=MASK, use_cache=False).logits[MASK.bool()]
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "smolvlm"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "smolvlm"])
 def test_the_adapter_of_the_language_model_fits_the_whole(tmp_path: Path, name: str) -> None:
     base = architectures.save(tmp_path / "base", name)
     trainer, still = architectures.step(base, tmp_path / "out")
@@ -54,6 +54,7 @@ def test_the_adapter_of_the_language_model_fits_the_whole(tmp_path: Path, name: 
     parts = multimodal.other_parts(trainer.model.get_base_model())
     assert parts
     assert trainer.report.coverage.not_loaded == tuple(parts)
+    assert trainer.model_accepts_loss_kwargs
     assert not any(parameter.is_meta for parameter in trainer.model.parameters())
     served = PeftModel.from_pretrained(whole(base), str(tmp_path / "out"))
     assert logits(trainer.model).allclose(logits(served), atol=1e-5)

@@ -148,6 +148,10 @@ class _Checked:
 class _Alone(_Checked):
     """A mixin over a multimodal class of transformers."""
 
+    # Some of these classes say no, and pass it on to their loss all the same: without it the Trainer would weigh
+    # micro-batches and ranks alike, however many tokens they have.
+    accepts_loss_kwargs = True
+
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         path = language_model(self)
