@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -170,6 +171,7 @@ def _sft(base: str, directory: Path, options: Row) -> tuple[Row, list[float]]:
     row = {
         "share": coverage.four_bit_share,
         "layers": [fusion.layers, fusion.layers + sum(fusion.layers_apart.values())],
+        "parts": {**fusion.parts, **({"experts": fusion.experts} if fusion.experts else {})},
         "padding_free": fusion.padding_free,
     }
     return row, losses
@@ -294,8 +296,18 @@ def _difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def _reason(error: UserError) -> str:
-    """A refusal as a note: without paths of this run, and one sentence of what it names."""
+    """A refusal on one line."""
     return " ".join(str(error).split())
+
+
+def _short(reason: str) -> str:
+    """A refusal as a note: without the option that names the base, the list of its weights, and the advice."""
+    reason = reason.replace("model_name_or_path: ", "").removesuffix("; use another model")
+    return re.sub(r"; not quantized: .*?\)\.", ".", reason).partition(" Use another model,")[0]
+
+
+def _measured(difference: float) -> str:
+    return f"{difference:.0e}" if difference else "0"
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -303,7 +315,7 @@ def table(rows: Iterable[Row]) -> str:
     notes: dict[str, int] = {}
 
     def note(text: str) -> str:
-        return f"[{notes.setdefault(text, len(notes) + 1)}]"
+        return f"[{notes.setdefault(_short(text), len(notes) + 1)}]"
 
     def cell(value: Any, shown: Callable[[Any], str]) -> str:
         if isinstance(value, dict):
@@ -319,11 +331,16 @@ def table(rows: Iterable[Row]) -> str:
             (
                 f"`{row['name']}`" + (f" {note(row['note'])}" if "note" in row else ""),
                 f"{row['share']:.1%}",
-                "{} of {}".format(*row["layers"]),
+                "; ".join(
+                    [
+                        "{} of {}".format(*row["layers"]),
+                        *(f"{name} {n}" for name, n in row.get("parts", {}).items()),
+                    ]
+                ),
                 "yes" if row["padding_free"] else "no",
-                f"{row['sft']:.0e}",
+                _measured(row["sft"]),
                 cell(row["dpo"], lambda loss: f"{loss:.6f}"),
-                cell(row["two"], lambda difference: f"{difference:.0e}"),
+                cell(row["two"], _measured),
                 cell(row["speed"], lambda ratio: f"{ratio:.2f}x"),
             )
         )

@@ -96,6 +96,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
                "num_mem_blocks": 1, "n_mamba_heads": 8, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
+    "deepseek_v2": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
     "mistral_large4_text": {"num_key_value_heads": 4},
     **{name: {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}}

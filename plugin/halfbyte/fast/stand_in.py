@@ -24,6 +24,7 @@ _SMALL = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
 }
+_DEPTHS = {"num_hidden_layers", "depth", "encoder_layers", "num_layers"}
 _SHORT = {"sliding_window": 4, "max_position_embeddings": 64}
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -35,6 +36,10 @@ def with_weights(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     for each in {id(config): config, id(text := config.get_text_config()): text}.values():
         _shrink(each)
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None and part is not text:
+            for depth in _DEPTHS & vars(part).keys():  # of a tower, which is made and left out
+                setattr(part, depth, 1)
     with torch.random.fork_rng(devices=[]):
         small: Any = type(model)(config)
     small.set_attn_implementation(attention)
@@ -65,7 +70,7 @@ def of_layers(owner: Any, layers: int, *, narrow: bool = True) -> Any:
 def _shrink(config: Any, layers: int = 2) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    deep = config.num_hidden_layers
+    deep = getattr(config, "num_hidden_layers", None)  # none of a multimodal one itself
     for name, most in _SMALL.items():
         value = getattr(config, name, None)
         if isinstance(value, int):
