@@ -212,6 +212,8 @@ def apart(work: Callable[[], Row]) -> int:
     read, write = os.pipe()
     child = os.fork()
     if child:
+        with contextlib.suppress(OSError):  # by whichever of the two is first
+            os.setpgid(child, child)
         os.close(write)
         _children[read] = child
         return read
@@ -303,7 +305,7 @@ def _reason(error: UserError) -> str:
 def _short(reason: str) -> str:
     """A refusal as a note: without the option that names the base, the list of its weights, and the advice."""
     reason = reason.replace("model_name_or_path: ", "").removesuffix("; use another model")
-    return re.sub(r"; not quantized: .*?\)\.", ".", reason).partition(" Use another model,")[0]
+    return re.sub(r"; not quantized: .*?(\)|more)\.", ".", reason).partition(" Use another model,")[0]
 
 
 def _measured(difference: float) -> str:

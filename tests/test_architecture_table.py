@@ -25,7 +25,7 @@ def test_a_row_trains_as_trl_does_or_says_why_not(name: str) -> None:
         assert not any(word in row["refused"] for word in ("Traceback", "/tmp"))
         return
     assert row["share"] >= 0.95
-    assert row["sft"] < 1e-5
+    assert row["sft"] < 5e-5
     assert row["two"] < 1e-5
     assert isinstance(row["dpo"], str) or row["dpo"] == pytest.approx(math.log(2), abs=1e-5)
 
