@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from halfbyte.adapters import REFUSED_INITIALIZATIONS
 from halfbyte.adapters import config as saved
 from halfbyte.adapters.tensors import check_tensors
 from halfbyte.errors import UserError
+from halfbyte.export.stacked import Experts, module_at
 
 _PREFIX = "base_model.model."
 _ROWS = "token_adapter.trainable_tokens_delta"
@@ -26,17 +28,26 @@ class Deltas:
     """What the adapters in ``directories`` change, each by its weight of ``weights``.
 
     Several are combined as PEFT's ``add_weighted_adapter`` does by ``combination``; `cat` is the sum of the updates.
+    ``stacks`` are the shapes of the base's experts by path.
     """
 
     def __init__(
-        self, directories: Sequence[Path], weights: Sequence[float] | None = None, combination: str = "cat"
+        self,
+        directories: Sequence[Path],
+        weights: Sequence[float] | None = None,
+        combination: str = "cat",
+        stacks: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
-        self._adapters = [_Saved(path) for path in directories]
+        self._adapters = [_Saved(path, stacks) for path in directories]
         self._weights = list(weights) if weights is not None else [1.0] * len(self._adapters)
-        self._combination = combination
+        self._combination, self._stacks = combination, stacks
         if self.combines and any(each.config.use_dora for each in self._adapters):
             raise UserError(
                 "DoRA adapters change the norm of a weight, and cannot be weighed or added; merge one"
+            )
+        if self._combination != "cat" and any(each.config.target_parameters for each in self._adapters):
+            raise UserError(
+                "adapters on experts are added up; write `cat`, or merge one", option="--combination_type"
             )
 
     @property
@@ -81,7 +92,11 @@ class Deltas:
             for number, each in enumerate(self._adapters)
             if (factors := each.factors(parameter))
         }
-        if factors:
+        if factors and parameter in self._stacks:
+            for number, (_, tensors) in factors.items():
+                update = self._adapters[int(number)].experts.update(parameter, tensors, module)
+                weight = weight + self._weights[int(number)] * update
+        elif factors:
             weight = self._merged(parameter, weight, module, factors)
         for indices, values in rows:
             weight = weight.index_copy(0, torch.tensor(indices), values.float())
@@ -121,7 +136,7 @@ class Deltas:
 class _Saved:
     """One adapter's configuration, and its tensors that have not been taken yet."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, stacks: Mapping[str, Sequence[int]]) -> None:
         check_tensors(str(directory), saved.read(str(directory)))
         self._file = directory / SAFETENSORS_WEIGHTS_NAME
         if not self._file.is_file():
@@ -139,12 +154,14 @@ class _Saved:
                 f"{directory} began with {begun!r}, which changes the base; merge it where it was trained"
             )
         self.directory, self.config = directory, config
+        self.experts = Experts(config, stacks)
         with safe_open(self._file, framework="pt") as file:
             self.left = set(file.keys())
 
     def names(self, parameter: str) -> Iterator[str]:
         path, _, last = parameter.rpartition(".")
         yield from (name for name in self.left if name == f"{_PREFIX}{parameter}")
+        yield from self.experts.names(parameter, self.left)
         if last == "weight":
             start = f"{_PREFIX}{path}."
             yield from (
@@ -179,9 +196,9 @@ class _Saved:
 
     def factors(self, parameter: str) -> dict[str, Tensor]:
         start = f"{_PREFIX}{parameter.removesuffix('.weight')}.lora_"
-        names = (
-            [name for name in self.left if name.startswith(start)] if parameter.endswith(".weight") else []
-        )
+        names = list(self.experts.names(parameter, self.left))
+        if parameter.endswith(".weight"):
+            names += [name for name in self.left if name.startswith(start)]
         return {name: self._take(name).float() for name in sorted(names)}
 
     def _take(self, name: str) -> Tensor:
@@ -198,13 +215,7 @@ def _one_layer(path: str, weight: Tensor, *, embeds: bool) -> nn.Module:
     else:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(weight, requires_grad=False)
-    *above, name = path.split(".")
-    root = model = nn.Module()
-    for part in above:
-        model.add_module(part, nn.Module())
-        model = getattr(model, part)
-    model.add_module(name, layer)
-    return root
+    return module_at(path, layer)
 
 
 def _for_layer(config: LoraConfig, path: str) -> LoraConfig:

@@ -21,6 +21,7 @@ from halfbyte.export.measure import Measured
 from halfbyte.export.origin import Origin, origin_of
 from halfbyte.export.published import published
 from halfbyte.names import is_local, public
+from halfbyte.quantization import stacks_of
 from halfbyte.quantization.streamed import own_quantization
 
 # How far a merge may be from the model as trained, as a share of the adapter's effect on the logits. 16 bits round the
@@ -82,9 +83,9 @@ def merge(options: Options) -> Result:
     """
     origin = _common_origin(options)
     dtype = options.dtype or (origin.dtype if origin.dtype == torch.float16 else torch.bfloat16)
-    deltas = Deltas(options.adapters, options.weights, options.combination_type)
     tokenizer = _tokenizer(options.adapters[-1], origin)
     plain = merging.skeleton(origin, dtype)
+    deltas = Deltas(options.adapters, options.weights, options.combination_type, stacks_of(plain))
     with published(options.output_dir, merging.bytes_of(plain)) as directory:
         written = merging.write(
             origin,

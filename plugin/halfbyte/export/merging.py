@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import UserError
 from halfbyte.export.deltas import Deltas
 from halfbyte.export.origin import Origin
 from halfbyte.export.shards import Shards
-from halfbyte.quantization import packed, streamed
+from halfbyte.quantization import packed, stacks_of, streamed
 from halfbyte.quantization.skeleton import without_weights
 from halfbyte.task import SEQUENCE_CLASSIFICATION
 from halfbyte.terminal.passes import Pass
@@ -86,9 +87,12 @@ def write(
         task=origin.task,
         new=[name for name in plain.state_dict() if deltas.of(name)],
     )
-    shards, untied, norms = Shards(directory, most), False, _Norms()
+    shards, untied, norms, stacks = Shards(directory, most), False, _Norms(), stacks_of(plain)
     for name, tensor in _merged(source, plain, deltas, len(tokenizer), norms):
-        shards.add({source.stored_as(name): tensor.to(dtype) if tensor.is_floating_point() else tensor})
+        stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        made = {source.stored_as(name): stored}
+        # Experts are published a matrix each; transformers loads both.
+        shards.add(revert_weight_conversion(plain, made) if name in stacks else made)
         untied |= name in plain.all_tied_weights_keys
     if deltas.unused:
         raise UserError(f"{deltas.unused[0]}: nothing in the base {origin.name} has this name")

@@ -59,8 +59,8 @@ def require(model: nn.Module) -> None:
 
 
 def unfuse(module: nn.Module) -> None:
-    """Undo :func:`fuse`."""
-    if isinstance(module.__dict__.get("forward"), ExpertsForward):
+    """Undo :func:`fuse` where transformers' own forward is right: not with adapters, see :func:`require`."""
+    if not isinstance(module, ParamWrapper) and isinstance(module.__dict__.get("forward"), ExpertsForward):
         del module.forward
 
 
