@@ -96,8 +96,8 @@ PRIVATE = (
     Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
     Private("transformers.PreTrainedModel._is_stateful", "trainer/completions.py"),
     Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),
-    Private("torch.nn.Module.__init__:_forward_hooks", "fast/adapted.py"),
-    Private("torch.nn.Module.__init__:_forward_pre_hooks", "fast/adapted.py"),
+    Private("torch.nn.Module._call_impl:_forward_hooks", "fast/adapted.py"),
+    Private("torch.nn.Module._call_impl:_forward_pre_hooks", "fast/adapted.py"),
     *(
         Private("torch.ops.aten._unsafe_view", place)
         for place in ("fast/mlp_half.py", "fast/layer_call.py", "fast/linear.py")
