@@ -100,7 +100,7 @@ def planned(
     Raises :class:`UserError` for a configuration that is missing, or that no class takes.
     """
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    own = _own_quantization(_configuration(name_or_path, origin))
+    own = _own_quantization(_configuration(name_or_path, origin), quantization)
     _check_own_quantization(name_or_path, own, quantization)
     try:
         model = without_weights(
@@ -126,7 +126,7 @@ def _load(
     options: dict[str, Any],
 ) -> PreTrainedModel:
     config = _configuration(name, origin)
-    own = _own_quantization(config)
+    own = _own_quantization(config, quantization)
     _check_own_quantization(name, own, quantization)
     auto = multimodal.model_class(config, task, entire=entire)
 
@@ -154,8 +154,13 @@ def _load(
             settings["auto_class"] = task.auto_class
         description = stored.describe(name, origin["revision"], settings)
 
+    given: dict[str, Any] = {"quantization_config": quantization, **origin}
+    if hasattr(config, "quantization_config"):  # one that is not the base's any more
+        del config.quantization_config
+        given["config"] = config
+
     def quantize() -> PreTrainedModel:
-        return load(name, quantization_config=quantization, **origin)
+        return load(name, **given)
 
     if description is None:
         return quantize()
@@ -206,10 +211,11 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _own_quantization(config: Any) -> dict[str, Any] | None:
+def _own_quantization(config: Any, requested: BitsAndBytesConfig | None) -> dict[str, Any] | None:
+    """How a checkpoint is quantized already, unless it is packed anew."""
     own = getattr(config, "quantization_config", None)
     if own is None or isinstance(own, dict):
-        return own
+        return None if quantizer.is_packed_anew(own, requested) else own
     if not hasattr(own, "to_dict"):
         raise ValueError(f"quantization_config must be a mapping, is {shorten(repr(own))}")
     found: dict[str, Any] = own.to_dict()

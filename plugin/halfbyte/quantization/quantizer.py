@@ -1,21 +1,25 @@
 """How transformers loads a model in four bits here: its bitsandbytes quantizer, which packs stacks of experts too."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Params4bit
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize
+from transformers.integrations.mxfp4 import Mxfp4Dequantize
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from halfbyte.quantization import experts, stacks_in_peft
 
 _METHOD = "bitsandbytes_4bit"
+_MXFP4 = "mxfp4"
 _PARTS = tuple(name.removeprefix("weight") for name in Bnb4BitHfQuantizer.serialized_names["weight"])
 # Linear layers of a class of their own that compute what nn.Linear does, and that transformers would leave in 16 bits.
 _LINEARS = {"FalconLinear"}
@@ -36,6 +40,14 @@ class Quantizer(Bnb4BitHfQuantizer):
     def get_quantize_ops(self) -> Bnb4bitQuantize:
         """What quantizes a parameter once it was read and put together."""
         return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """What puts parameters together that the model's own conversions do not: packed ones, or those in MXFP4."""
+        found: list[Any] = super().get_weight_conversions()
+        if self.pre_quantized:
+            return found
+        names = Mxfp4HfQuantizer.serialized_names
+        return [*found, *(WeightConverter(parts, name, [_FromMxfp4(self)]) for name, parts in names.items())]
 
     def get_load_operations(self) -> dict[str, Any]:
         """What puts a packed parameter together from its tensors."""
@@ -85,6 +97,16 @@ class Quantizer(Bnb4BitHfQuantizer):
         """Leave the experts of Llama 4 stacked: transformers would make linear layers of them."""
 
 
+def is_packed_anew(own: Mapping[str, Any] | None, requested: BitsAndBytesConfig | None) -> bool:
+    """Whether a checkpoint with a quantization of its ``own`` is dequantized while it is read, and packed in NF4."""
+    return (
+        own is not None
+        and own.get("quant_method") == _MXFP4
+        and requested is not None
+        and requested.load_in_4bit
+    )
+
+
 @contextmanager
 def registered() -> Iterator[None]:
     """Have transformers load 4-bit models by :class:`Quantizer` in this block.
@@ -97,6 +119,19 @@ def registered() -> Iterator[None]:
         yield
     finally:
         auto.AUTO_QUANTIZER_MAPPING[_METHOD] = before
+
+
+class _FromMxfp4(Mxfp4Dequantize):
+    """Dequantize a stack from MXFP4, in which gpt-oss is published, before it is packed."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        # The loader casts what will be quantized to the model's dtype, which holds every byte.
+        parts = {
+            name: (value[0] if isinstance(value, list) else value).to(torch.uint8)
+            for name, value in input_dict.items()
+        }
+        found: dict[str, Tensor] = super().convert(parts, **kwargs)
+        return found
 
 
 class _Quantize(Bnb4bitQuantize):

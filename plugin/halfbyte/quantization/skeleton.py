@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from halfbyte import multimodal
-from halfbyte.quantization.quantizer import registered
+from halfbyte.quantization.quantizer import is_packed_anew, registered
 from halfbyte.task import Task
 
 # Linear layers of a few weights that a model reads itself, not by a product: packed bytes are no numbers to it.
@@ -29,8 +29,9 @@ def without_weights(
     """Return the model that ``name_or_path`` configures, on meta, its linear layers as ``quantization`` makes them."""
     config = transformers.AutoConfig.from_pretrained(name_or_path, **origin)
     if isinstance(own := getattr(config, "quantization_config", None), dict):
-        quantization = BitsAndBytesConfig.from_dict(own)
         del config.quantization_config
+    if own is not None and not is_packed_anew(own, quantization):
+        quantization = BitsAndBytesConfig.from_dict(own)
     elif quantization is not None:
         quantization = selective(quantization, config, task)
     for name, value in task.model_kwargs.items():
