@@ -90,6 +90,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [], "num_local_experts": 1},
     "mamba": {"state_size": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mpt": {"attn_config": {"attn_pdrop": 0}},
     "minicpm3": {"num_key_value_heads": 4},
     "reformer": {"is_decoder": True},
     "youtu": {"num_key_value_heads": 4},

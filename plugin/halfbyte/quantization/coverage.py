@@ -85,7 +85,7 @@ class Coverage:
         reasons = []
         if classes:
             reasons.append(
-                f"nn.Linear and Conv1D are quantized, and no other class: {classes} stay in 16 bits."
+                f"Linear layers and stacks of experts are quantized, and nothing else: {classes} stay in 16 bits."
             )
         if "Linear" in self.unquantized_classes:
             reasons.append("transformers leaves out nn.Linear that share their weights or stay in 32 bits.")
