@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig
 
 from halfbyte import QLoRAPlugin
-from halfbyte.distributed import Strategy, check_adapters, fsdp2, launcher
+from halfbyte.distributed import Strategy, check_adapters, check_experts, fsdp2, launcher
 from halfbyte.errors import UserError
 
 FSDP2, ZERO3 = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
@@ -32,6 +32,17 @@ def test_wrong_adapters_are_refused(
     check_adapters([LoraConfig()])
     with pytest.raises(UserError, match=named):
         check_adapters([LoraConfig(), config])
+
+
+def test_experts_are_refused_under_zero3_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stacks = ["model.layers.0.mlp.experts.down_proj"]
+    check_experts(stacks)
+    monkeypatch.setenv(FSDP2, "true")
+    check_experts(stacks)
+    monkeypatch.setenv(ZERO3, "true")
+    check_experts([])
+    with pytest.raises(UserError, match=r"model_name_or_path: experts in 4 bits .*launch/fsdp2\.yaml"):
+        check_experts(stacks)
 
 
 def test_the_environment_is_looked_up_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
