@@ -71,7 +71,7 @@ def test_experts_in_groups_compute_what_one_after_the_other_does(
     stacks = ["experts.gate_up_proj", "experts.down_proj"]
     found = []
     for grouped in (True, False):
-        monkeypatch.setattr(grouped_experts, "is_used", lambda device, dtype, grouped=grouped: grouped)
+        monkeypatch.setattr(grouped_experts, "is_used", lambda device, maps, grouped=grouped: grouped)
         torch.manual_seed(0)
         model = QLoRAPlugin(dtype="bfloat16", lora_target_parameters=stacks).load(str(model_dir("qwen3_moe")))
         loss = model(input_ids=ids, labels=ids).loss

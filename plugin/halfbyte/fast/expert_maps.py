@@ -77,6 +77,12 @@ class Map:
         return self._stack.shape[0]
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """I and O in the order they are stored, and the rank of the adapter."""
+        rank = () if self.adapter is None else (self.adapter.a.shape[0] // self.adapter.experts,)
+        return (*self._stack.shape[1:], *rank)
+
+    @property
     def _stack(self) -> Stack:
         stack = experts.packed(self.held, self.name)
         assert stack is not None

@@ -93,7 +93,7 @@ class ExpertsForward:
         maps = self._maps()
         index, weights = args if not kwargs else (*args, *kwargs.values())
         parameters = [parameter for each in maps for parameter in each.parameters()]
-        grouped = grouped_experts.is_used(hidden_states.device, maps[0].dtype)
+        grouped = grouped_experts.is_used(hidden_states.device, maps)
         function = grouped_experts.GroupedExperts if grouped else _Experts
         result: Tensor = function.apply(
             hidden_states, weights, index, maps, Activation(self.held), *parameters

@@ -13,13 +13,18 @@ from torch.nn import functional
 
 from halfbyte.fast.expert_maps import Activation, Map
 
+_ALIGNED = 8  # values of bfloat16
 
-def is_used(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether experts are computed in groups there: torch's grouped products are for bfloat16, from Ampere on."""
-    return (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+
+def is_used(device: torch.device, maps: tuple[Map, Map]) -> bool:
+    """Whether ``maps`` are computed in groups on ``device``.
+
+    torch's grouped products are for bfloat16, from Ampere on, and for rows that begin at multiples of 16 bytes.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return maps[0].dtype == torch.bfloat16 and all(
+        width % _ALIGNED == 0 for each in maps for width in each.widths
     )
 
 
