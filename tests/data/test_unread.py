@@ -167,7 +167,7 @@ def test_a_row_far_down_that_says_more(write):
 
 @pytest.mark.parametrize("column", ["image", "images", "video", "audio"])
 def test_media_are_refused(write, column):
-    with refusal("text models only", column):
+    with refusal("training is on text", column):
         notes(write("a.jsonl", [{"messages": [U, A], column: ["a.png"]}]), Text)
 
 
