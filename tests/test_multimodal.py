@@ -45,7 +45,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=IDS, attention_mask=MASK, use_cache=False).logits[MASK.bool()]
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.faults) for name in ("gemma3", "smolvlm"))]
+)
 def test_the_adapter_of_the_language_model_fits_the_whole(tmp_path: Path, name: str) -> None:
     base = architectures.save(tmp_path / "base", name)
     trainer, still = architectures.step(base, tmp_path / "out")
@@ -69,7 +71,7 @@ def test_a_pair_starts_at_ln_2(tmp_path: Path, name: str) -> None:
     assert architectures.dpo_loss(base, tmp_path / "out") == pytest.approx(0.693147, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl_moe"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen3_vl_moe", marks=pytest.mark.faults)])
 def test_a_run_is_planned_resumed_and_merged_into_the_whole(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,10 @@ def given(model_dir, tmp_path: Path) -> Callable[..., tuple[str, ...]]:
     return words
 
 
-@pytest.mark.parametrize(("recipe", "arch"), [("sft", "llama"), ("dpo", "qwen3"), ("sft", "opt")])
+@pytest.mark.parametrize(
+    ("recipe", "arch"),
+    [("sft", "llama"), ("dpo", "qwen3"), pytest.param("sft", "opt", marks=pytest.mark.faults)],
+)
 def test_a_run_is_what_was_planned(given, planned: Planned, tmp_path: Path, recipe: str, arch: str) -> None:
     words = given(recipe, arch)
     found = planned(recipe, *words)
@@ -70,14 +73,14 @@ def test_a_run_is_what_was_planned(given, planned: Planned, tmp_path: Path, reci
     ("recipe", "more"),
     [
         ("sft", ("--packing",)),
-        ("sft", ("--max_tokens_per_batch=100",)),
+        pytest.param("sft", ("--max_tokens_per_batch=100",), marks=pytest.mark.faults),
         ("sft", ("--dataset_streaming", "--max_steps=2")),
         ("sft", ("--use_peft=false", "--load_in_4bit=false")),
-        ("sft", ("--load_in_4bit=false",)),
+        pytest.param("sft", ("--load_in_4bit=false",), marks=pytest.mark.faults),
         ("sft", ("--load_in_8bit",)),
-        ("sft", ("--additional_special_tokens=<new>",)),
+        pytest.param("sft", ("--additional_special_tokens=<new>",), marks=pytest.mark.faults),
         ("dpo", ("--fast=none",)),
-        ("kto", ("--train_sampling_strategy=sequential",)),
+        pytest.param("kto", ("--train_sampling_strategy=sequential",), marks=pytest.mark.faults),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
