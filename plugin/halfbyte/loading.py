@@ -98,6 +98,7 @@ def planned(
         task=by_peft_type(options.lora_task_type),
         entire=not options.use_peft,
     )
+    _check_experts(options, base)
     coverage = quantization.measure_coverage(base)
     if options.load_in_4bit:
         coverage.require()
@@ -210,14 +211,22 @@ def _load_base(
     )
     if fsdp2.requested():
         fsdp2.check_base(base, dtype)
-    if options.load_in_4bit:
-        distributed.check_experts(quantization.stacks_of(base))
+    _check_experts(options, base)
     coverage = quantization.measure_coverage(base)
     if options.load_in_4bit:
         coverage.require()
     for line in coverage.parts():
         say(line, error=True)
     return base, coverage
+
+
+def _check_experts(options: ModelOptions, base: PreTrainedModel) -> None:
+    """Raise :class:`UserError` for experts that would stay in 16 bits, or cannot be sharded."""
+    stacks = quantization.stacks_of(base)
+    if options.load_in_8bit and stacks:
+        raise UserError("experts would stay in 16 bits; write `load_in_4bit: true`", option="load_in_8bit")
+    if options.load_in_4bit:
+        distributed.check_experts(stacks)
 
 
 def _quantization_config(

@@ -175,5 +175,16 @@ def test_mxfp4_is_dequantized_and_packed_as_it_is_read(tmp_path: Path) -> None:
             )
     on_meta = planned(str(directory), quantization=nf4(), dtype=torch.float32)
     assert measure_coverage(on_meta).bytes_4bit == measure_coverage(model).bytes_4bit
+    plain = without_weights(directory, quantization=None, dtype=torch.float32, task=CAUSAL_LM)
+    assert not hasattr(plain.config, "quantization_config"), "what a merge writes is not quantized"
     with pytest.raises(UserError, match="quantized with mxfp4"):
         load_base(str(directory), quantization=None, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_more_weights_than_kernels_count_are_dequantized_by_expert(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = of(load(base), "gate_up_proj")
+    expected = stack.whole(torch.float32)
+    monkeypatch.setattr(experts, "_MOST", 100)
+    assert torch.equal(stack.whole(torch.float32), expected)

@@ -28,7 +28,24 @@ def check_parameters(model: PreTrainedModel, config: LoraConfig, stacks: Shapes)
         return
     if config.lora_dropout:
         raise UserError("PEFT drops no inputs of a parameter; write `lora_dropout: 0`", option="lora_dropout")
-    paths = {*stacks, *_plain_parameters(model)}
+    if config.use_dora:
+        raise UserError("PEFT has no DoRA of a parameter; take it out", option="use_dora")
+    if config.init_lora_weights == "eva":
+        raise UserError(
+            "EVA reads the inputs of layers, and a parameter has none; take it out",
+            option="init_lora_weights",
+        )
+    holders = {path.rpartition(".")[0] for path in stacks}
+    excluded = (
+        [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules or ()
+    )
+    for name in sorted(excluded):
+        if any(path == name or path.endswith(f".{name}") for path in holders):
+            raise UserError(
+                f"{name!r} are experts, and PEFT excludes layers alone; take their names out of lora_target_parameters",
+                option="lora_exclude_modules",
+            )
+    paths = {*stacks, *_plain_parameters(model, holders)}
     names = sorted(
         {*short_names(stacks), *(path.rpartition(".")[0].rpartition(".")[2] for path in paths)} - {""}
     )
@@ -98,10 +115,13 @@ def described(stacks: Shapes) -> str:
     return f"the {experts} experts of {plural(len(layers), 'layer')} ({weights:,} weights)"
 
 
-def _plain_parameters(model: PreTrainedModel) -> Iterable[str]:
-    """The paths of parameters that are not a linear layer's or an embedding's: routers', for the most part."""
+def _plain_parameters(model: PreTrainedModel, holders: set[str]) -> Iterable[str]:
+    """The paths of parameters that are not a linear layer's or an embedding's: routers', for the most part.
+
+    Beside their stacks the ``holders`` of experts have biases, which take no adapter.
+    """
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding):
+        if path not in holders and not isinstance(module, nn.Linear | nn.Embedding):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_floating_point() and parameter.dim() == 2:
                     yield f"{path}.{name}"

@@ -16,7 +16,7 @@ from halfbyte.export.measure import Measured
 from halfbyte.export.origin import Origin
 from halfbyte.multimodal import model_class
 from halfbyte.plugin import QLoRAPlugin
-from halfbyte.quantization import compute_in_float32
+from halfbyte.quantization import compute_in_float32, quantizer
 from halfbyte.quantization.streamed import own_quantization
 from halfbyte.task import SEQUENCE_CLASSIFICATION
 from halfbyte.terminal.wording import say
@@ -110,7 +110,8 @@ def _candidates(
     place = {"": 0 if torch.cuda.is_available() else "cpu"}
 
     def load(path: Path, **more: Any) -> PreTrainedModel:
-        model: PreTrainedModel = auto.from_pretrained(path, dtype=torch.float32, device_map=place, **more)
+        with quantizer.registered():  # "in 4 bits again" packs experts too
+            model: PreTrainedModel = auto.from_pretrained(path, dtype=torch.float32, device_map=place, **more)
         return model
 
     found: dict[str, Callable[[], Any]] = {MERGED: lambda: load(directory)}

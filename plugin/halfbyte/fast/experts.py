@@ -5,6 +5,7 @@
 transformers dequantizes all experts of a layer for a pass, and PEFT adds a dense update to each; autograd keeps both
 until the backward. Here an expert that no token reaches is not read, nothing dequantized outlives its expert, and an
 adapter is two thin products. Tokens x are ``[N, H]``, routing weights g and indices ``[N, K]``; E experts, width F.
+On a GPU in bfloat16 one stack is dequantized at a time: :mod:`halfbyte.fast.grouped_experts`.
 """
 
 from collections.abc import Iterator
@@ -123,6 +124,7 @@ class ExpertsForward:
                 )
             module = module.base_layer
         first = "gate_up_proj" if module.has_gate else "up_proj"
+        assert adapters.keys() <= {first, "down_proj"}, adapters.keys()
         return Map(module, first, adapters.get(first)), Map(module, "down_proj", adapters.get("down_proj"))
 
 

@@ -94,6 +94,7 @@ def _forward(map_: Map, x: Tensor, offsets: Tensor, experts: Tensor) -> Tensor:
     """Map ``x`` by the expert of each row, ``experts`` int64 ``[S]``; return ``[S, O]``."""
     weight = map_.whole(x.dtype)
     y = functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    del weight
     if map_.bias is not None:
         y += map_.bias[experts].to(y.dtype)
     if map_.adapter is not None:

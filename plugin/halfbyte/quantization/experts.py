@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 _NAMES = ("gate_up_proj", "up_proj", "down_proj")
 _NESTED_BLOCK = 256
+_MOST = 2**31 - 1  # weights that bitsandbytes' kernels count (0.50, backends/cuda/ops.py)
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,14 @@ class Stack:
 
     @property
     def ndim(self) -> int:
-        """Three, for experts."""
+        """The number of dimensions: 3."""
         return len(self.shape)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """Return all experts, dequantized."""
+        if self.shape.numel() > _MOST:
+            scales = self.scales()
+            return torch.stack([self.expert(index, scales, dtype) for index in range(self.shape[0])])
         weight: Tensor = functional.dequantize_4bit(self.data.view(torch.uint8), self._state)
         return weight.to(dtype)
 

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from halfbyte import multimodal
-from halfbyte.quantization.quantizer import is_packed_anew, registered
+from halfbyte.quantization.quantizer import registered
 from halfbyte.task import Task
 
 # Linear layers of a few weights that a model reads itself, not by a product: packed bytes are no numbers to it.
@@ -30,7 +30,7 @@ def without_weights(
     config = transformers.AutoConfig.from_pretrained(name_or_path, **origin)
     if isinstance(own := getattr(config, "quantization_config", None), dict):
         del config.quantization_config
-    if own is not None and not is_packed_anew(own, quantization):
+    if own is not None and own.get("quant_method") == "bitsandbytes":
         quantization = BitsAndBytesConfig.from_dict(own)
     elif quantization is not None:
         quantization = selective(quantization, config, task)

@@ -11,23 +11,23 @@ from torch import nn
 
 from halfbyte.quantization import experts
 
+_OWN = BaseTuner._inject_parameters
 
+
+@functools.cache
 def install() -> None:
     """Show packed stacks whole to PEFT for as long as it looks for ``target_parameters``, in this process.
 
     PEFT 0.21 finds a parameter that is parametrized by its module's full path alone, and not below one of its own
     wrappers: it would adapt no experts for a reference, or in another order than it loads them in over a 16-bit base.
     """
-    own = BaseTuner._inject_parameters
-    if hasattr(own, "__wrapped__"):
-        return
+    BaseTuner._inject_parameters = _inject
 
-    @functools.wraps(own)
-    def inject(self: BaseTuner, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
-        with shown_whole(model):
-            return own(self, peft_config, model, *args, **kwargs)
 
-    BaseTuner._inject_parameters = inject
+@functools.wraps(_OWN)
+def _inject(self: BaseTuner, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+    with shown_whole(model):
+        return _OWN(self, peft_config, model, *args, **kwargs)
 
 
 @contextmanager
