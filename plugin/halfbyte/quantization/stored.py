@@ -16,7 +16,7 @@ from halfbyte.errors import UserError
 from halfbyte.quantization import experts
 from halfbyte.quantization.checkpoint import content, directory_of, require, weight_files
 
-FORMAT = 1
+FORMAT = 2  # raised where other weights are packed than before: FalconLinear, stacks of experts
 
 
 def describe(name: str, revision: str, settings: dict[str, Any]) -> dict[str, Any] | None:
