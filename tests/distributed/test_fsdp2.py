@@ -43,7 +43,13 @@ def live_packed_bytes() -> int:
 # What is sharded.
 
 
-@pytest.mark.parametrize(("arch", "world_size"), [("llama", 2), ("qwen3", 3), ("opt", 5)])
+@pytest.mark.parametrize(
+    ("arch", "world_size"),
+    [
+        ("llama", 2),
+        *(pytest.param(*each, marks=pytest.mark.distributed) for each in (("qwen3", 3), ("opt", 5))),
+    ],
+)
 def test_the_base_is_sharded(model_dir: ModelDir, arch: str, world_size: int) -> None:
     before = live_packed_bytes()
     model = load(model_dir, arch)

@@ -94,7 +94,9 @@ def test_padding_and_label_masks(arch: str, model_dir, adapter, tmp_path: Path) 
     assert all(step.count_nonzero() > 0.99 * step.numel() for step in ours.gradients)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", ["llama", "gemma", *(pytest.param(arch, marks=pytest.mark.faults) for arch in ("opt", "qwen3"))]
+)
 def test_dropout_draws_the_same_masks(arch: str, model_dir, adapter, tmp_path: Path) -> None:
     # Rows of one length: a padded batch and a padding-free row then draw the same numbers.
     rows = Dataset.from_list([{"text": tiny.text(5 * n)} for n in range(12)])
