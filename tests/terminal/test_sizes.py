@@ -2,6 +2,8 @@
 
 import pytest
 
+from halfbyte.errors import UserError
+from halfbyte.export.shards import most_bytes
 from halfbyte.terminal.wording import duration, size_in_bytes
 
 
@@ -14,6 +16,17 @@ from halfbyte.terminal.wording import duration, size_in_bytes
 )  # fmt: skip
 def test_a_size_has_a_unit(text: str, size: float | None) -> None:
     assert size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("256MiB", 2**28), ("2000000", 2_000_000)])
+def test_the_size_of_a_file_may_be_a_plain_number_of_bytes(text: str, size: int) -> None:
+    assert most_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["0", "0GB", "-5", "5G", "many", ""])
+def test_what_is_no_size_of_a_file(text: str) -> None:
+    with pytest.raises(UserError, match="is no size"):
+        most_bytes(text)
 
 
 @pytest.mark.parametrize(

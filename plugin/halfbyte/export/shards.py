@@ -13,9 +13,12 @@ from halfbyte.terminal.wording import size_in_bytes
 
 
 def most_bytes(text: str) -> int:
-    """The bytes of a `max_shard_size` such as ``5GB`` or ``256MiB``. Raises :class:`UserError` for what is none."""
-    if not (found := size_in_bytes(text)):
-        raise UserError(f"{text!r} is no size; write one such as 5GB", option="--max_shard_size")
+    """The bytes of a `max_shard_size`: ``5GB``, ``256MiB`` or a plain number of them.
+
+    Raises :class:`UserError` for what is no size.
+    """
+    if not (found := int(text) if text.strip().isdecimal() else size_in_bytes(text)):
+        raise UserError(f"{text!r} is no size; write one such as 5GB, or a number of bytes", option="--max_shard_size")
     return found
 
 
