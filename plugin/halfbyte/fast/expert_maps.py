@@ -1,4 +1,7 @@
-"""What one expert computes: two linear maps with LoRA, read from packed stacks, and the activation between them."""
+"""What one expert computes: two linear maps with LoRA, read from packed stacks, and the activation between them.
+
+Beside these, what a forward of all experts keeps for its backward, and the gradients that the backward returns.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -151,3 +154,42 @@ class Activation:
             result = self.function(leaf)
         (gradient,) = torch.autograd.grad(result, leaf, dy)
         return gradient
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a backward reads of its forward; S are the pairs of a token and an expert, rows are ordered by expert.
+
+    Tokens ``x`` ``[N, H]``; experts ``index`` ``[N, K]``; routing ``weights`` float32 ``[S]``; ``order`` ``[S]``, the
+    pair of each row; ``offsets`` int32 ``[E]``, where the rows of each expert end; ``inner`` ``[S, O]``, results of the
+    first map.
+    """
+
+    x: Tensor
+    index: Tensor
+    weights: Tensor
+    order: Tensor
+    offsets: Tensor
+    inner: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """The token of each row, ``[S]``."""
+        return self.order // self.index.shape[1]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of tokens ``[N, H]`` and of routing weights ``[S]``, both float32, and of the adapters of both maps."""
+
+    x: Tensor
+    weights: Tensor
+    up: list[Tensor]
+    down: list[Tensor]
+
+
+def by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return the pairs of ``index`` ``[N, K]`` ordered by expert, and int32 ``[E]``, where those of each expert end."""
+    flat = index.reshape(-1)
+    counts = torch.bincount(flat, minlength=experts)[:experts]
+    return torch.argsort(flat, stable=True), counts.cumsum(0).to(torch.int32)

@@ -1,28 +1,27 @@
-"""The experts of a layer as one autograd function: their packed weights are dequantized one expert at a time.
+"""The experts of a layer as one autograd function.
 
     y_t = sum over the experts e of token t:  g_te (D_e act(U_e x_t)),   U_e, D_e with the LoRA of the expert
 
 transformers dequantizes all experts of a layer for a pass, and PEFT adds a dense update to each; autograd keeps both
-until the backward. Here an expert that no token reaches is not read, nothing dequantized outlives its expert, and an
-adapter is two thin products. Tokens x are ``[N, H]``, routing weights g and indices ``[N, K]``; E experts, width F.
-On a GPU in bfloat16 one stack is dequantized at a time: :mod:`halfbyte.fast.grouped_experts`.
+until the backward. Here nothing dequantized outlives its products, and an adapter is two thin products. Experts are
+dequantized one at a time (:mod:`halfbyte.fast.looped_experts`), on a GPU in bfloat16 one stack at a time
+(:mod:`halfbyte.fast.grouped_experts`). Tokens x are ``[N, H]``, routing weights g and indices ``[N, K]``; E experts,
+width F.
 """
 
-from collections.abc import Iterator
+from dataclasses import fields
+from types import ModuleType
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from halfbyte.errors import UserError
-from halfbyte.fast import grouped_experts
-from halfbyte.fast.expert_maps import Activation, ExpertAdapter, Map
+from halfbyte.fast import grouped_experts, looped_experts
+from halfbyte.fast.expert_maps import Activation, ExpertAdapter, Gradients, Map, Pass
 from halfbyte.quantization import experts
-
-_ROWS = 64
 
 
 def fuse(module: nn.Module) -> bool:
@@ -94,10 +93,9 @@ class ExpertsForward:
         maps = self._maps()
         index, weights = args if not kwargs else (*args, *kwargs.values())
         parameters = [parameter for each in maps for parameter in each.parameters()]
-        grouped = grouped_experts.is_used(hidden_states.device, maps)
-        function = grouped_experts.GroupedExperts if grouped else _Experts
-        result: Tensor = function.apply(
-            hidden_states, weights, index, maps, Activation(self.held), *parameters
+        way = grouped_experts if grouped_experts.is_used(hidden_states.device, maps) else looped_experts
+        result: Tensor = _Experts.apply(
+            hidden_states, weights, index, way, maps, Activation(self.held), *parameters
         )
         return result
 
@@ -129,7 +127,7 @@ class ExpertsForward:
 
 
 class _Experts(torch.autograd.Function):
-    """Tokens, routing weights and adapters in, the weighted sums out."""
+    """Tokens, routing weights and adapters in, the weighted sums out, computed by the module ``way``."""
 
     @staticmethod
     def forward(
@@ -137,85 +135,25 @@ class _Experts(torch.autograd.Function):
         hidden: Tensor,
         weights: Tensor,
         index: Tensor,
+        way: ModuleType,
         maps: tuple[Map, Map],
         activation: Activation,
         *parameters: Tensor,
     ) -> Tensor:
-        up, down = maps
-        up_weights, down_weights = up.read(), down.read()
-        dtype = up.dtype
-        x = hidden.to(dtype)
-        order, counts = _by_expert(index, up.experts)
-        flat, tokens = weights.reshape(-1).float(), order // weights.shape[1]
-        kept = x.new_empty(len(order), up_weights.outputs)
-        result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        x, flat = hidden.to(maps[0].dtype), weights.reshape(-1).float()
         with torch.autocast(x.device.type, enabled=False):
-            for expert, rows in _reached(counts):
-                mine, count = tokens[rows], rows.stop - rows.start
-                inner = up.forward(_rows(x, mine), expert, up_weights.of(expert, dtype))
-                kept[rows] = inner[:count]
-                y = down.forward(activation.forward(inner), expert, down_weights.of(expert, dtype))
-                result.index_add_(0, mine, y[:count] * flat[order[rows], None])
-        ctx.save_for_backward(x, flat, order, kept, *parameters)
-        ctx.counts, ctx.maps, ctx.activation = counts, maps, activation
-        ctx.dtypes, ctx.routed = (hidden.dtype, weights.dtype), weights.shape
+            result, kept = way.forward(x, index, flat, maps, activation)
+        ctx.save_for_backward(*vars(kept).values(), *parameters)
+        ctx.way, ctx.maps, ctx.activation = way, maps, activation
+        ctx.dtypes = hidden.dtype, weights.dtype
         return result.to(hidden.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, flat, order, kept, *_ = ctx.saved_tensors
-        up, down = ctx.maps
-        tokens = order // ctx.routed[1]
-        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        dweights = torch.zeros_like(flat)
-        gradients = up.gradients(), down.gradients()
-        up_weights, down_weights = up.read(), down.read()
-        with torch.autocast(x.device.type, enabled=False):
-            for expert, rows in _reached(ctx.counts):
-                mine, here, count = tokens[rows], order[rows], rows.stop - rows.start
-                inner, dy = _rows(kept, rows), _rows(grad, mine).to(x.dtype)
-                share = _rows(flat[:, None], here).to(x.dtype)
-                activations = ctx.activation.forward(inner)
-                # The weights g are left out of dy and put into what it meets, so that <dy, y> = <D' dy, a> + <dy, b>.
-                weight = down_weights.of(expert, x.dtype)
-                dactivations = down.backward(dy, activations * share, expert, weight, gradients[1])
-                dweights[here] = torch.linalg.vecdot(dactivations.float(), activations.float())[:count]
-                if down.bias is not None:
-                    dweights[here] += torch.mv(dy.float(), down.bias[expert].float())[:count]
-                dinner = ctx.activation.backward(dactivations.mul_(share), inner)
-                weight = up_weights.of(expert, x.dtype)
-                part = up.backward(dinner, _rows(x, mine), expert, weight, gradients[0])
-                dx.index_add_(0, mine, part[:count].float())
+        kept = Pass(*ctx.saved_tensors[: len(fields(Pass))])
+        with torch.autocast(grad.device.type, enabled=False):
+            found: Gradients = ctx.way.backward(grad, kept, ctx.maps, ctx.activation)
         hidden_dtype, weights_dtype = ctx.dtypes
-        routing = dweights.view(ctx.routed).to(weights_dtype)
-        return dx.to(hidden_dtype), routing, None, None, None, *gradients[0], *gradients[1]
-
-
-def _rows(tensor: Tensor, at: Tensor | slice) -> Tensor:
-    """The rows ``at`` of ``tensor``, on a CPU with zeros behind them up to a number that few products have.
-
-    oneDNN compiles and keeps a kernel for every shape, and the tokens of an expert are of another number every time.
-    """
-    found = tensor[at]
-    if found.is_cuda:
-        return found
-    count = len(found)
-    padded = max(8, 1 << (count - 1).bit_length()) if count < _ROWS else -(-count // _ROWS) * _ROWS
-    return functional.pad(found, (0, 0, 0, padded - count))
-
-
-def _by_expert(index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
-    """Return the places in ``index`` ``[N, K]``, flattened, ordered by expert, and how many each expert has."""
-    flat = index.reshape(-1)
-    counts: list[int] = torch.bincount(flat, minlength=experts)[:experts].tolist()
-    return torch.argsort(flat, stable=True), counts
-
-
-def _reached(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Each expert that has tokens, with its rows among those that are ordered by expert."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
+        routing = found.weights.view(kept.index.shape).to(weights_dtype)
+        return found.x.to(hidden_dtype), routing, None, None, None, None, *found.up, *found.down

@@ -4,14 +4,11 @@ With hundreds of experts a loop over them would wait for the launches of its ker
 ``x`` are ``[S, I]``, S the pairs of a token and an expert; ``offsets`` int32 ``[E]`` are where each expert's rows end.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from halfbyte.fast.expert_maps import Activation, Map
+from halfbyte.fast.expert_maps import Activation, Gradients, Map, Pass, by_expert
 
 _ALIGNED = 8  # values of bfloat16
 
@@ -28,59 +25,36 @@ def is_used(device: torch.device, maps: tuple[Map, Map]) -> bool:
     )
 
 
-class GroupedExperts(torch.autograd.Function):
-    """Tokens ``[N, H]``, routing weights and experts ``[N, K]`` and adapters in, the weighted sums out."""
+def forward(
+    x: Tensor, index: Tensor, weights: Tensor, maps: tuple[Map, Map], activation: Activation
+) -> tuple[Tensor, Pass]:
+    """Return the weighted sums, ``[N, H]``, and what :func:`backward` reads of this pass."""
+    up, down = maps
+    order, offsets = by_expert(index, up.experts)
+    experts = index.reshape(-1)[order]
+    inner = _forward(up, x[order // index.shape[1]], offsets, experts)
+    y = _forward(down, activation.forward(inner), offsets, experts)
+    result = _unordered(y * weights[order, None], order, index.shape)
+    return result, Pass(x, index, weights, order, offsets, inner)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weights: Tensor,
-        index: Tensor,
-        maps: tuple[Map, Map],
-        activation: Activation,
-        *parameters: Tensor,
-    ) -> Tensor:
-        up, down = maps
-        x, flat = hidden.to(up.dtype), weights.reshape(-1).float()
-        experts, order = torch.sort(index.reshape(-1), stable=True)
-        offsets = torch.bincount(experts, minlength=up.experts).cumsum(0).to(torch.int32)
-        with torch.autocast(x.device.type, enabled=False):
-            inner = _forward(up, x[order // index.shape[1]], offsets, experts)
-            y = _forward(down, activation.forward(inner), offsets, experts)
-            result = _unordered(y * flat[order, None], order, index.shape)
-        ctx.save_for_backward(x, flat, order, experts, offsets, inner, *parameters)
-        ctx.maps, ctx.activation, ctx.dtypes, ctx.routed = (
-            maps,
-            activation,
-            (hidden.dtype, weights.dtype),
-            index.shape,
-        )
-        return result.to(hidden.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, flat, order, experts, offsets, inner, *_ = ctx.saved_tensors
-        up, down = ctx.maps
-        tokens = order // ctx.routed[1]
-        gradients = up.gradients(), down.gradients()
-        with torch.autocast(x.device.type, enabled=False):
-            dy, share = grad[tokens].to(x.dtype), flat[order, None].to(x.dtype)
-            activations = ctx.activation.forward(inner)
-            # As in experts.py: the weights g are left out of dy and put into what it meets.
-            dactivations = _backward(down, dy, activations * share, offsets, gradients[1])
-            dweights = torch.empty_like(flat)
-            dweights[order] = torch.linalg.vecdot(dactivations.float(), activations.float())
-            if down.bias is not None:
-                dweights[order] += torch.linalg.vecdot(dy.float(), down.bias[experts].float())
-            dinner = ctx.activation.backward(dactivations.mul_(share), inner)
-            dx = _unordered(
-                _backward(up, dinner, x[tokens], offsets, gradients[0]).float(), order, ctx.routed
-            )
-        hidden_dtype, weights_dtype = ctx.dtypes
-        routing = dweights.view(ctx.routed).to(weights_dtype)
-        return dx.to(hidden_dtype), routing, None, None, None, *gradients[0], *gradients[1]
+def backward(grad: Tensor, kept: Pass, maps: tuple[Map, Map], activation: Activation) -> Gradients:
+    """Return the gradients for ``grad`` ``[N, H]`` of the sums."""
+    up, down = maps
+    x, order, offsets, tokens = kept.x, kept.order, kept.offsets, kept.tokens
+    up_gradients, down_gradients = up.gradients(), down.gradients()
+    dy, share = grad[tokens].to(x.dtype), kept.weights[order, None].to(x.dtype)
+    activations = activation.forward(kept.inner)
+    # As in looped_experts.py: the weights g are left out of dy and put into what it meets.
+    dactivations = _backward(down, dy, activations * share, offsets, down_gradients)
+    dweights = torch.empty_like(kept.weights)
+    dweights[order] = torch.linalg.vecdot(dactivations.float(), activations.float())
+    if down.bias is not None:
+        bias = down.bias[kept.index.reshape(-1)[order]]
+        dweights[order] += torch.linalg.vecdot(dy.float(), bias.float())
+    dinner = activation.backward(dactivations.mul_(share), kept.inner)
+    dx = _backward(up, dinner, x[tokens], offsets, up_gradients).float()
+    return Gradients(_unordered(dx, order, kept.index.shape), dweights, up_gradients, down_gradients)
 
 
 def _unordered(rows: Tensor, order: Tensor, routed: torch.Size) -> Tensor:
