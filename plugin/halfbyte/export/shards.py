@@ -18,7 +18,9 @@ def most_bytes(text: str) -> int:
     Raises :class:`UserError` for what is no size.
     """
     if not (found := int(text) if text.strip().isdecimal() else size_in_bytes(text)):
-        raise UserError(f"{text!r} is no size; write one such as 5GB, or a number of bytes", option="--max_shard_size")
+        raise UserError(
+            f"{text!r} is no size; write one such as 5GB, or a number of bytes", option="--max_shard_size"
+        )
     return found
 
 
