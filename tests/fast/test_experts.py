@@ -57,8 +57,7 @@ def adapted(model: nn.Module, like: nn.Module | None = None, *, stacks: tuple[st
 
 def fuse(model: PeftModel) -> int:
     fused.require(model)
-    wrapped = {id(module.base_layer) for module in model.modules() if type(module).__name__ == "ParamWrapper"}
-    return sum(fused.fuse(module) for module in list(model.modules()) if id(module) not in wrapped)
+    return sum(fused.fuse(module, held) for _, module, held in fused.within(model))
 
 
 def gradients(model: Any, *, checkpointing: bool = False) -> tuple[float, dict[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ dequantized one at a time (:mod:`halfbyte.fast.looped_experts`), on a GPU in bfl
 width F.
 """
 
+from collections.abc import Iterator
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -24,13 +25,32 @@ from halfbyte.fast.expert_maps import Activation, ExpertAdapter, Gradients, Map,
 from halfbyte.quantization import experts
 
 
-def fuse(module: nn.Module) -> bool:
-    """Compute the experts that ``module`` is, or wraps for PEFT, fused from now on; return whether they are covered.
+def within(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield every module of experts in ``model``, packed or not: its path, what is called there, and the module itself.
+
+    PEFT's outermost wrapper is called for a module with adapters, else the module.
+    """
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        held = module
+        while isinstance(held, ParamWrapper):
+            held = held.base_layer
+            inside.add(held)
+        if module not in inside and experts.names_of(held):
+            yield path, module, held
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module``, experts or PEFT's wrapper of them, runs fused."""
+    return isinstance(module.__dict__.get("forward"), ExpertsForward)
+
+
+def fuse(module: nn.Module, held: nn.Module) -> bool:
+    """Run the experts ``held``, which are called as ``module``, fused from now on; return whether they are covered.
 
     Only the instance's ``forward`` changes.
     """
-    held = _experts(module)
-    if held is None or not _is_covered(held):
+    if not _is_covered(held):
         return False
     module.forward = ExpertsForward(module, held)
     return True
@@ -43,42 +63,34 @@ def require(model: nn.Module) -> None:
     ``ParamWrapper._remove_parametrizations``), once more at every call. Raises :class:`UserError` for experts that the
     fused form does not cover.
     """
-    inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, ParamWrapper) or module in inside:
+    for path, module, held in within(model):
+        if not isinstance(module, ParamWrapper) or experts.packed(held, module.parameter_name) is None:
             continue
-        inside.add(module.base_layer)
-        held = _experts(module)
-        if held is None or experts.packed(held, module.parameter_name) is None or fuse(module):
-            continue
-        raise UserError(
-            f"{name}: {type(held).__mro__[1].__name__} computes its experts in a way of its own, and adapters on them "
-            "would not be right in 4 bits; take it out",
-            option="lora_target_parameters",
-        )
+        if not fuse(module, held):
+            raise UserError(
+                f"{path}: {type(held).__mro__[1].__name__} computes its experts in a way of its own, and adapters on "
+                "them would not be right in 4 bits; take it out",
+                option="lora_target_parameters",
+            )
 
 
 def unfuse(module: nn.Module) -> None:
     """Undo :func:`fuse` where transformers' own forward is right: not with adapters, see :func:`require`."""
-    if not isinstance(module, ParamWrapper) and isinstance(module.__dict__.get("forward"), ExpertsForward):
+    if is_fused(module) and not isinstance(module, ParamWrapper):
         del module.forward
 
 
-def _experts(module: nn.Module) -> nn.Module | None:
-    """The module of experts under ``module``, if that is one or PEFT's outermost wrapper of one."""
-    held = module
-    while isinstance(held, ParamWrapper):
-        held = held.base_layer
-    return held if experts.names_of(held) else None
+def _first(held: nn.Module) -> str:
+    """The name of the stack of ``held`` that is applied first."""
+    return "gate_up_proj" if held.has_gate else "up_proj"
 
 
 def _is_covered(held: nn.Module) -> bool:
     """Whether ``held`` is as transformers' own implementations of experts require, and packed."""
-    names = ("gate_up_proj" if getattr(held, "has_gate", False) else "up_proj", "down_proj")
     return (
         hasattr(held, "is_transposed")
         and not held.has_post_expert_norm
-        and all(experts.packed(held, name) is not None for name in names)
+        and all(experts.packed(held, name) is not None for name in (_first(held), "down_proj"))
     )
 
 
@@ -121,7 +133,7 @@ class ExpertsForward:
                     a, b, module.scaling[name], module.num_experts
                 )
             module = module.base_layer
-        first = "gate_up_proj" if module.has_gate else "up_proj"
+        first = _first(module)
         assert adapters.keys() <= {first, "down_proj"}, adapters.keys()
         return Map(module, first, adapters.get(first)), Map(module, "down_proj", adapters.get("down_proj"))
 

@@ -175,8 +175,7 @@ def _autocast(hidden: torch.Tensor, args: TrainingArguments | None) -> torch.aut
 
 def _fuse_experts(model: nn.Module) -> int:
     """Fuse the packed experts of every layer; return how many layers. Those with adapters are fused already."""
-    inside = {module.base_layer for module in model.modules() if isinstance(module, ParamWrapper)}
-    return sum(experts.fuse(module) for module in list(model.modules()) if module not in inside)
+    return sum(experts.fuse(module, held) for _, module, held in experts.within(model))
 
 
 def _fuse_linears(base: nn.Module) -> tuple[int, dict[str, int]]:

@@ -6,7 +6,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from halfbyte.fast.experts import ExpertsForward
+from halfbyte.fast import experts as fused
 from halfbyte.quantization import experts
 
 _FLOAT32 = 4
@@ -24,14 +24,15 @@ def of_experts(layer: nn.Module, config: Any, tokens: int, size: int, device: st
     count with the others.
     """
     found = 0
-    for path, module, names in experts.modules(layer):
-        shapes = [experts.shapes(module)[f".{name}"] for name in names]
+    for _, module, held in fused.within(layer):
+        shapes = list(experts.shapes(held).values())
         pairs = tokens * experts_of_a_token(config)
-        hidden, inner = _widths(module, shapes)
-        if _is_fused(layer, path) and device == "cuda":  # in groups: one stack is dequantized after the other
+        hidden, inner = _widths(held, shapes)
+        is_fused = fused.is_fused(module)
+        if is_fused and device == "cuda":  # in groups: one stack is dequantized after the other
             whole = max(shape.numel() for shape in shapes)
             found = max(found, whole * size + pairs * ((2 * hidden + 3 * inner) * size + hidden * _FLOAT32))
-        elif _is_fused(layer, path):
+        elif is_fused:
             largest = max(shape[1:].numel() for shape in shapes)
             share = -(-pairs // shapes[0][0]) * 4  # of one expert, if four times the mean reach it
             values = share * (2 * hidden + 3 * inner) * size + tokens * hidden * (2 * _FLOAT32 + size)
@@ -59,12 +60,3 @@ def _widths(module: Any, shapes: list[torch.Size]) -> tuple[int, int]:
     """H of the stream, and the width of what the first map gives."""
     _, one, other = shapes[0]
     return (one, other) if getattr(module, "is_transposed", False) else (other, one)
-
-
-def _is_fused(layer: nn.Module, path: str) -> bool:
-    """Whether the experts at ``path``, or PEFT's wrapper around them, run fused."""
-    names = path.split(".")
-    outer = [".".join(names[:count]) for count in range(1, len(names) + 1)]
-    return any(
-        isinstance(layer.get_submodule(each).__dict__.get("forward"), ExpertsForward) for each in outer
-    )
