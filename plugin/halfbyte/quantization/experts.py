@@ -17,8 +17,10 @@ from bitsandbytes.nn.modules import Params4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 from torch import Tensor, nn
 
+from halfbyte.quantization.size import NESTED_BLOCK
+
 _NAMES = ("gate_up_proj", "up_proj", "down_proj")
-_NESTED_BLOCK = 256
+_BLOCK = 64  # bitsandbytes' default
 _MOST = 2**31 - 1  # weights that bitsandbytes' kernels count (0.50, backends/cuda/ops.py)
 
 
@@ -39,11 +41,6 @@ class Stack:
         """The dtype that the weights are dequantized to where they are read."""
         dtype: torch.dtype = self._state.dtype
         return dtype
-
-    @property
-    def ndim(self) -> int:
-        """The number of dimensions: 3."""
-        return len(self.shape)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """Return all experts, dequantized."""
@@ -89,9 +86,7 @@ def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
     """The shape of every stack of ``model``, packed or not, by the path that PEFT and checkpoints name it by."""
     return {
-        f"{path}.{name}": stack.shape if (stack := packed(module, name)) else getattr(module, name).shape
-        for path, module, names in modules(model)
-        for name in names
+        f"{path}.{name}": _shape(module, name) for path, module, names in modules(model) for name in names
     }
 
 
@@ -101,7 +96,7 @@ def names_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(
         name
         for name in _NAMES
-        if name in _parametrized(module) or (name in own and (packed(module, name) or own[name]).ndim == 3)
+        if name in _parametrized(module) or (name in own and len(_shape(module, name)) == 3)
     )
 
 
@@ -115,9 +110,9 @@ def packed(module: nn.Module, name: str) -> Stack | None:
     return Stack(parameter, parameter.quant_state) if isinstance(parameter, Params4bit) else None
 
 
-def can_be_packed(parameter: Tensor, blocksize: int = 64) -> bool:
-    """Whether no block of ``blocksize`` weights would cross from one expert of a stack to the next."""
-    return parameter[0].numel() % blocksize == 0
+def can_be_packed(parameter: Tensor) -> bool:
+    """Whether no block of weights with one scale would cross from one expert of a stack to the next."""
+    return parameter[0].numel() % _BLOCK == 0
 
 
 def pack(weights: Tensor, template: Params4bit) -> Params4bit:
@@ -138,7 +133,7 @@ def pack(weights: Tensor, template: Params4bit) -> Params4bit:
     if template.compress_statistics:
         state.offset = absmax.mean()
         state.absmax, state.state2 = functional.quantize_blockwise(
-            absmax - state.offset, blocksize=_NESTED_BLOCK
+            absmax - state.offset, blocksize=NESTED_BLOCK
         )
         state.nested = True
     return Params4bit(
@@ -167,6 +162,13 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             stack = packed(module, name)
             if stack is not None and stack.state is not None:
                 stack.state.dtype = dtype
+
+
+def _shape(module: nn.Module, name: str) -> torch.Size:
+    """The shape of the stack ``name`` of ``module``, packed or not."""
+    stack: Any = packed(module, name) or getattr(module, name)
+    shape: torch.Size = stack.shape
+    return shape
 
 
 def _parametrized(module: nn.Module) -> Any:

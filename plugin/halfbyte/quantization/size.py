@@ -9,7 +9,7 @@ import math
 import bitsandbytes as bnb
 import torch
 
-_NESTED_BLOCK = 256
+NESTED_BLOCK = 256
 _CODE = 16 * 4
 _NESTED_CODE = 256 * 4 + 4
 
@@ -36,7 +36,7 @@ def state_bytes(parameter: bnb.nn.Params4bit) -> int:
         blocks = math.ceil(count_of(parameter) / parameter.blocksize)
         if not parameter.compress_statistics:
             return 4 * blocks + _CODE
-        return blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + _CODE + _NESTED_CODE
+        return blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + _CODE + _NESTED_CODE
     tensors = [state.absmax, state.code]
     if state.nested:
         tensors += [state.offset, state.state2.absmax, state.state2.code]
