@@ -49,9 +49,7 @@ def load(
     if adapter is not None:
         _check_saved(options, decisions, adapter, added_token_ids)
     base, coverage = _load_base(options, decisions, trust_remote_code, dict(model_init_kwargs or {}))
-    if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        # Mean resizing draws at random: the new rows must be the same on every rank and after a reload.
-        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    _grow(base, tokenizer)
     if not options.use_peft:
         return Loaded(base, coverage)
     if adapter is not None:
@@ -98,14 +96,8 @@ def planned(
         task=by_peft_type(options.lora_task_type),
         entire=not options.use_peft,
     )
-    _check_experts(options, base)
-    coverage = quantization.measure_coverage(base)
-    if options.load_in_4bit:
-        coverage.require()
-    for line in coverage.parts():
-        say(line, error=True)
-    if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    coverage = _covered(options, base)
+    _grow(base, tokenizer)
     model: PreTrainedModel | PeftModel = base
     if options.use_peft:
         with torch.device("meta"):
@@ -211,22 +203,31 @@ def _load_base(
     )
     if fsdp2.requested():
         fsdp2.check_base(base, dtype)
-    _check_experts(options, base)
-    coverage = quantization.measure_coverage(base)
-    if options.load_in_4bit:
-        coverage.require()
-    for line in coverage.parts():
-        say(line, error=True)
-    return base, coverage
+    return base, _covered(options, base)
 
 
-def _check_experts(options: ModelOptions, base: PreTrainedModel) -> None:
-    """Raise :class:`UserError` for experts that would stay in 16 bits, or cannot be sharded."""
+def _covered(options: ModelOptions, base: PreTrainedModel) -> Coverage:
+    """Return how much of ``base`` is in four bits, and print what is loaded of a multimodal one.
+
+    Raises :class:`UserError` if it is too little, and for experts that would stay in 16 bits or cannot be sharded.
+    """
     stacks = quantization.stacks_of(base)
     if options.load_in_8bit and stacks:
         raise UserError("experts would stay in 16 bits; write `load_in_4bit: true`", option="load_in_8bit")
+    coverage = quantization.measure_coverage(base)
     if options.load_in_4bit:
         distributed.check_experts(stacks)
+        coverage.require()
+    for line in coverage.parts():
+        say(line, error=True)
+    return coverage
+
+
+def _grow(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Grow the embeddings of ``base`` where the vocabulary of ``tokenizer`` is larger."""
+    if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        # Mean resizing draws at random: the new rows must be the same on every rank and after a reload.
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def _quantization_config(
