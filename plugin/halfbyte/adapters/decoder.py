@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from halfbyte.adapters.targets import is_named
 from halfbyte.multimodal import language_model
 from halfbyte.task import SEQUENCE_CLASSIFICATION
 
@@ -50,7 +51,7 @@ def matched(model: PreTrainedModel, targets: str | Collection[str]) -> list[str]
     def is_target(name: str) -> bool:
         if isinstance(targets, str):
             return re.fullmatch(targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in targets)
+        return is_named(name, *targets)
 
     return [name for name in _layers(model) if is_target(name)]
 

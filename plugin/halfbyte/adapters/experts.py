@@ -10,6 +10,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
+from halfbyte.adapters.targets import is_named
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import plural, suggestion
 
@@ -40,7 +41,7 @@ def check_parameters(model: PreTrainedModel, config: LoraConfig, stacks: Shapes)
         [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules or ()
     )
     for name in sorted(excluded):
-        if any(path == name or path.endswith(f".{name}") for path in holders):
+        if any(is_named(path, name) for path in holders):
             raise UserError(
                 f"{name!r} are experts, and PEFT excludes layers alone; take their names out of lora_target_parameters",
                 option="lora_exclude_modules",
@@ -50,7 +51,7 @@ def check_parameters(model: PreTrainedModel, config: LoraConfig, stacks: Shapes)
         {*short_names(stacks), *(path.rpartition(".")[0].rpartition(".")[2] for path in paths)} - {""}
     )
     for target in sorted(targets):
-        if not any(path == target or path.endswith(f".{target}") for path in paths):
+        if not any(is_named(path, target) for path in paths):
             known = ", ".join(short_names(stacks)) or "none: the model has no experts"
             raise UserError(
                 f"{target!r} matches no parameter{suggestion(target, names)}; stacks of experts: {known}",

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from halfbyte import multimodal
 from halfbyte.adapters import decoder, experts, patterns
+from halfbyte.adapters.targets import is_named
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import first_line, plural, say, suggestion
 
@@ -146,7 +147,7 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig, stacks: experts.S
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings()
     for target in sorted(targets):
-        matched = [name for name in names if name == target or name.endswith(f".{target}")]
+        matched = [name for name in names if is_named(name, target)]
         if head is not None and any(model.get_submodule(name) is head for name in matched):
             raise _head_refused(f"{target} is the output head", model)
         if target == "all-linear":
@@ -166,7 +167,7 @@ def _check_excluded(model: PreTrainedModel, config: LoraConfig) -> None:
         return
     paths = [name for name, _ in model.named_modules()]
     for name in sorted(excluded):
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
+        if not any(is_named(path, name) for path in paths):
             parts = {part for path in paths for part in path.split(".") if not part.isdigit()}
             raise UserError(
                 f"{name!r} excludes nothing: no module has that name{suggestion(name, parts)}; "

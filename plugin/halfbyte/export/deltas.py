@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.adapters import REFUSED_INITIALIZATIONS
 from halfbyte.adapters import config as saved
+from halfbyte.adapters.targets import is_named
 from halfbyte.adapters.tensors import check_tensors
 from halfbyte.errors import UserError
 from halfbyte.export.stacked import Experts, module_at
@@ -191,7 +192,7 @@ class _Saved:
             return None
         indices = self.config.trainable_token_indices
         if isinstance(indices, dict):
-            indices = next(found for key, found in indices.items() if path == key or path.endswith(f".{key}"))
+            indices = next(found for key, found in indices.items() if is_named(path, key))
         return list(indices or []), self._take(name)
 
     def factors(self, parameter: str) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from halfbyte.adapters.targets import is_named
+
 _PREFIX = "base_model.model."
 _WRAPPED = "base_layer."
 
@@ -53,9 +55,7 @@ class Experts:
 
     def _is_target(self, parameter: str) -> bool:
         targets = self._config.target_parameters or ()
-        return parameter in self._shapes and any(
-            parameter == target or parameter.endswith(f".{target}") for target in targets
-        )
+        return parameter in self._shapes and is_named(parameter, *targets)
 
 
 class _Held(nn.Module):
