@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEV := build hatchling hypothesis mypy pytest pytest-xdist ruff types-PyYAML
+DEV := build hatchling hypothesis mypy pytest pytest-xdist ruff tensorboardX types-PyYAML
 # One thread a process: tests start several, and two processes on shared threads are slower than on their own.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 

@@ -252,7 +252,7 @@ MISTAKES = {
     ),
     "tracker": (
         [*WHOLE, "--report_to", "comet_ml"],
-        "report_to: comet_ml: not installed here",
+        "report_to: comet_ml: not installed here; `pip install comet-ml`",
     ),
     "schedule": (
         [*WHOLE, "--lr_scheduler_type", "cosine_with_min_lr"],

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers.integrations import get_available_reporting_integrations
 
 from halfbyte import adapters, distributed, init_kwargs, optimizers, precision, tracking, unsupported
 from halfbyte.checkpoint.manifest import Manifest
@@ -207,16 +206,7 @@ def _training(
         lines.append(
             f"wandb: {missing}, so nothing is reported; `wandb login` or WANDB_MODE=offline turns it on"
         )
-    _check_trackers(values.get("report_to", options["report_to"]))
-
-
-def _check_trackers(report_to: str | list[str] | None) -> None:
-    names = [report_to] if isinstance(report_to, str) else report_to or []
-    if missing := sorted(set(names) - {"none", "all", *get_available_reporting_integrations()}):
-        raise UserError(
-            f"{', '.join(missing)}: not installed here; install it, or leave it out", option="report_to"
-        )
-    tracking.check_wandb(names)
+    tracking.check_trackers(values.get("report_to", options["report_to"]))
 
 
 def _recorded_level(options: Any, manifest: Manifest | None) -> int | None:

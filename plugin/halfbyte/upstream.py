@@ -82,6 +82,7 @@ OVERRIDES = (
             ("on_pre_optimizer_step", _EVENT),
             ("on_predict", "self args state control metrics kwargs"),
             ("on_prediction_step", _EVENT),
+            ("on_push_begin", _EVENT),
             ("on_save", _EVENT),
             ("on_step_begin", _EVENT),
             ("on_step_end", _EVENT),

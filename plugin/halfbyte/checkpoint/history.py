@@ -10,6 +10,7 @@ from halfbyte.files import next_free, read, replace_file
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+_TENSORBOARD = "runs"  # where upstream's callback writes, unless the environment says otherwise
 EARLIER = "_earlier"  # upstream pushes no name that begins with an underscore
 _PREFIX = "checkpoint-"
 # What marks a directory as that of an earlier run, and is kept when the run starts over.
@@ -97,6 +98,7 @@ def cut(output_dir: Path, step: int | None) -> list[str]:
         for name in _OF_A_RUN:
             if (output_dir / name).exists():
                 _move(output_dir / name, aside)
+        _move_events(output_dir, aside)
         return [f"the logs of the earlier run are now in {aside}"] if aside.exists() else []
     for log in (output_dir / METRICS, output_dir / SAMPLES):
         if not log.exists():
@@ -107,6 +109,8 @@ def cut(output_dir: Path, step: int | None) -> list[str]:
             shutil.copyfile(log, aside / log.name)
             replace_file(log, b"".join(kept))
             lines.append(f"{log.name}: {dropped} rows after step {step} cut (kept in {aside / log.name})")
+    if _move_events(output_dir, aside):
+        lines.append(f"{_TENSORBOARD}: moved to {aside}, since TensorBoard's new files begin with its rows")
     later = [path for path in checkpoints(output_dir) if (step_of(path) or 0) > step]
     for path in later:
         _move(path, aside)
@@ -130,6 +134,14 @@ def _rows_until(log: Path, step: int) -> tuple[list[bytes], int]:
         else:
             dropped += 1
     return kept, dropped
+
+
+def _move_events(output_dir: Path, aside: Path) -> bool:
+    """Move TensorBoard's files, where there are any: they can neither be cut nor be continued."""
+    found = any((output_dir / _TENSORBOARD).glob("*/events.out.tfevents.*"))
+    if found:
+        _move(output_dir / _TENSORBOARD, aside)
+    return found
 
 
 def _move(path: Path, aside: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halfbyte.tracking.callback import Tracker
+    from halfbyte.tracking.installed import check_trackers
     from halfbyte.tracking.record import RunRecord, peak_memory_bytes
     from halfbyte.tracking.suggested import again_command, next_command, resume_command
     from halfbyte.tracking.wandb_login import check_wandb, wandb_missing, wandb_ready
@@ -16,6 +17,7 @@ _PLACES = {
     "again_command": "suggested",
     "RunRecord": "record",
     "Tracker": "callback",
+    "check_trackers": "installed",
     "check_wandb": "wandb_login",
     "next_command": "suggested",
     "peak_memory_bytes": "record",
@@ -28,6 +30,7 @@ __all__ = [
     "RunRecord",
     "Tracker",
     "again_command",
+    "check_trackers",
     "check_wandb",
     "next_command",
     "peak_memory_bytes",

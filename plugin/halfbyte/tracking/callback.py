@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from halfbyte.tracking.held_memory import HeldMemory, beside_predicted
 from halfbyte.tracking.metrics import MetricsLog, Throughput
 from halfbyte.tracking.progress import RunProgress
 from halfbyte.tracking.record import RunRecord, read_record
+from halfbyte.tracking.reports import Reports
 from halfbyte.tracking.rows import Row, read_rows
 from halfbyte.tracking.samples import SamplesLog
 from halfbyte.tracking.samples import lines as sample_lines
-from halfbyte.tracking.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _REDRAW_SECONDS = 60.0
 
 
 class Tracker(TrainerCallback):
-    """Rows to metrics.jsonl, W&B and the terminal as they come; run.json, plots and card at each save.
+    """Rows to metrics.jsonl, trackers and the terminal as they come; run.json, plots and card at each save.
 
     A context manager: leaving it closes the run as completed, failed or interrupted. Works on rank 0 alone (``main``),
     except that every rank reports at the end of training how much memory it held.
@@ -63,7 +63,7 @@ class Tracker(TrainerCallback):
         self._throughput, self._held = Throughput(), HeldMemory(Peak() if peak is None else peak)
         self._figures = figures
         self._progress = RunProgress(bar=bar, figures=figures)
-        self._wandb: WandbRun | None = None
+        self._reports = Reports(figures)
         self._warned: set[str] = set()
         self._drawn: dict[str, Any] = {}
         self._finished = False
@@ -80,8 +80,8 @@ class Tracker(TrainerCallback):
             interrupted = isinstance(error, KeyboardInterrupt | Stopped)
             status = "interrupted" if interrupted else "failed"
             by_hand = isinstance(error, KeyboardInterrupt) or getattr(error, "signal", None) == "SIGINT"
-            if self._wandb is not None and not by_hand:
-                self._wandb.alert(f"{self.record['recipe']} {status}", first_line(error))
+            if not by_hand:
+                self._reports.alert(f"{self.record['recipe']} {status}", first_line(error))
             self.finish(status, self._goes_on)
 
     # Events of the Trainer, in the order they come.
@@ -101,20 +101,13 @@ class Tracker(TrainerCallback):
         self.record.update(next=self._goes_on)  # for a run that is killed
         earlier = read_record(self.record.path)
         self.record.write()
-        if "wandb" in args.report_to and self._wandb is None:
-            logs = (read_rows(self.metrics.path), self._samples.rows)
-            self._wandb = WandbRun(
-                self.record,
-                args.run_name,
-                *logs,
-                figures=self._figures,
-                earlier=earlier,
-                step=state.global_step,
-            )
-            self.record.update(**self._wandb.place)
+        logs = (read_rows(self.metrics.path), self._samples.rows)
+        self._reports.begin(self.record, args, state, control, kwargs.get("model"), *logs, earlier)
+        if self._reports.place:
+            self.record.update(**self._reports.place)
             self.record.write()
-            if self._wandb.url:
-                say(f"wandb: {self._wandb.url}")
+        if self._reports.url:
+            say(f"wandb: {self._reports.url}")
         self._progress.begin(state.global_step, state.max_steps)
         self._throughput.begin(self._tokens(counted_tokens, state.epoch))
 
@@ -138,8 +131,7 @@ class Tracker(TrainerCallback):
         row = self.metrics.append(logs, state.global_step, state.epoch)
         self.record.update(tokens_per_second=self._throughput.rate)
         self._progress.row(row, row.get("tokens_per_second"))
-        if self._wandb is not None:
-            self._wandb.log(row)
+        self._reports.log(row)
 
     def on_prediction_step(
         self,
@@ -166,8 +158,7 @@ class Tracker(TrainerCallback):
             self._held.over("save")
             self.record.update(next=self._goes_on)
             self._write_record()
-            if self._wandb is not None:
-                self._wandb.log_checkpoint(self.record.output_dir / f"checkpoint-{state.global_step}")
+            self._reports.log_checkpoint(self.record.output_dir / f"checkpoint-{state.global_step}")
             if time.monotonic() - self._drawn_at >= _REDRAW_SECONDS:
                 self._draw()
             self._throughput.resume()
@@ -184,7 +175,16 @@ class Tracker(TrainerCallback):
                 self.record.update(memory=found)
             self._progress.end()
 
+    def on_push_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._main:
+            self._reports.push()
+
     # What the run calls.
+
+    def report_through(self, callbacks: Iterable[TrainerCallback]) -> None:
+        """Give transformers' own ``callbacks`` for trackers the rows of this run, on rank 0."""
+        if self._main:
+            self._reports.report_through(callbacks)
 
     def rate(self, counted_tokens: float | None, epoch: float | None) -> float | None:
         """Tokens per second of all ranks since the last call, without evaluations and saves; on rank 0."""
@@ -200,12 +200,11 @@ class Tracker(TrainerCallback):
         self._held.over("sample")
         self._samples.append(rows)
         self._progress.lines(sample_lines(rows, self.record["total_steps"]))
-        if self._wandb is not None:
-            self._wandb.log_samples(rows)
+        self._reports.log_samples(rows)
         self._throughput.resume()
 
     def finish(self, status: str, next_command: str | None = None) -> None:
-        """Close the run: run.json, plots, model card, W&B, and the summary with the next command.
+        """Close the run: run.json, plots, model card, trackers, and the summary with the next command.
 
         Safe on every rank and after a failure; only rank 0 does anything, and only once. ``status`` is completed,
         failed or interrupted; ``next_command`` is the exact command to run next.
@@ -228,7 +227,7 @@ class Tracker(TrainerCallback):
             self.write_card()
         self._try("metrics.jsonl", self.metrics.close)
         self._try("samples.jsonl", self._samples.close)
-        where = self._wandb.finish(self.record, status) if self._wandb is not None else None
+        where = self._reports.finish(self.record, status)
         values, place = self.record.as_dict(), self.record.output_dir
         summary.show(values, place, self._figures, plots, where)
 

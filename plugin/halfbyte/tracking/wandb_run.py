@@ -14,6 +14,7 @@ from wandb.sdk import wandb_setup
 
 from halfbyte.terminal.redaction import redact
 from halfbyte.terminal.wording import first_line, shorten
+from halfbyte.tracking.configuration import about
 from halfbyte.tracking.figures import DEFAULT, Figures
 from halfbyte.tracking.record import RunRecord
 from halfbyte.tracking.rows import Row
@@ -26,11 +27,6 @@ _INIT_TIMEOUT = 10.0
 _FINISH_TIMEOUT = 60.0
 
 _AXIS = "train/global_step"  # upstream's name of the axis, so that runs of both are drawn on one
-# What of run.json is in the config: what the run stands on, and what was decided and predicted for it.
-_ABOUT = (
-    *("recipe", "run_id", "versions", "base", "data", "tokenizer", "lineage", "fast", "batching", "strategy"),
-    "memory",
-)
 _MEMORY = ("peak_memory_bytes", "peak_memory_by_phase", "memory")
 _BEST = {"less": "min", "greater": "max"}
 
@@ -238,11 +234,10 @@ def _goes_on(earlier: Mapping[str, Any], step: int) -> bool:
 
 def _config(record: RunRecord, continues: str | None) -> dict[str, Any]:
     """The resolved configuration, flat; what the run stands on, under the name ``halfbyte``."""
-    values = record.as_dict()
-    about = {key: values[key] for key in _ABOUT if key in values}
+    found = about(record)
     if continues is not None:
-        about["continues_wandb_run"] = continues
-    return {**values["config"], "halfbyte": about}
+        found["continues_wandb_run"] = continues
+    return {**record.as_dict()["config"], "halfbyte": found}
 
 
 def _settings() -> wandb.Settings:

@@ -8,6 +8,7 @@ from transformers import PrinterCallback, TrainerControl, TrainerState
 from transformers import ProgressCallback as TqdmCallback
 from transformers.integrations import WandbCallback
 
+from halfbyte.tracking.reported import UPSTREAM, without_telemetry
 from halfbyte.trainer.base import Mixin
 from halfbyte.trainer.model_flops import flops_per_token
 
@@ -27,11 +28,12 @@ class RunDirectory(Mixin):
     """Passes the Trainer's events and its model card to ``conduct.tracker``.
 
     Takes the place of the Trainer's own progress bars, of its WandbCallback (which sends nested secrets and the
-    command line; ``wandb`` stays in `report_to`, where TRL looks for it) and of its model card. Other trackers are
-    left alone.
+    command line; ``wandb`` stays in `report_to`, where TRL looks for it) and of its model card. Its callbacks for
+    TensorBoard, Trackio and MLflow are driven by the tracker; those of others are left alone.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        without_telemetry()
         super().__init__(*args, **kwargs)
         for callback in (
             TqdmCallback,
@@ -40,6 +42,9 @@ class RunDirectory(Mixin):
             transformers.trainer.DEFAULT_PROGRESS_CALLBACK,  # in a notebook, one of its own
         ):
             self.remove_callback(callback)
+        taken = [found for kind in UPSTREAM if (found := self.pop_callback(kind)) is not None]
+        if self.conduct is not None:
+            self.conduct.tracker.report_through(taken)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -69,6 +74,7 @@ class RunDirectory(Mixin):
     on_predict = _forwarded("on_predict")
     on_save = _forwarded("on_save")
     on_train_end = _forwarded("on_train_end")
+    on_push_begin = _forwarded("on_push_begin")
 
     def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Write the run's model card in place of upstream's, whose arguments it accepts."""
