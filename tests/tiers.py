@@ -74,6 +74,7 @@ NOT_QUICK = (
     "tests/test_third_party.py",
     "tests/test_umask.py::test_a_finished_run_and_the_store",
     "tests/test_umask.py::test_a_finished_run_and_the_store[True-23]",
+    "tests/tracking/test_reported.py::test_an_interrupted_run",
     "tests/tracking/test_wandb_run.py",
     "tests/trainer/test_accumulation.py",
     "tests/trainer/test_exact_resume.py::test_a_finished_run",
