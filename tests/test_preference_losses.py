@@ -32,7 +32,10 @@ LOSSES: dict[str, dict[str, Any]] = {
     "aot_unpaired": {"loss_type": ["aot_unpaired"]},
     "apo_zero": {"loss_type": ["apo_zero"]},
     "apo_down": {"loss_type": ["apo_down"]},
-    "discopop": {"loss_type": ["discopop"]},
+    "discopop": {
+        "loss_type": ["discopop"],
+        "beta": 0.1,
+    },  # it multiplies margins, and their rounding, by beta / 0.05
     "sft": {"loss_type": ["sft"]},
     "sigmoid_norm": {"loss_type": ["sigmoid_norm"]},
     "a weighted mixture": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from halfbyte.data.lengths import Lengths, common_prefixes, most_tokens
+from halfbyte.fast.forest import Forest
 from halfbyte.fast.pairs import PairsAsTrees, common_prefix
 
 PAIRS = [
@@ -42,6 +43,17 @@ def test_pairs(size: int, length: int | None, mode: str) -> None:
     wide = max(padded(batch)["input_ids"].numel() for batch in batches)
     given_rows = min(size, len(PAIRS))
     assert most_tokens(lengths.sizes(padded=True), given_rows, padded=True) == wide
+
+
+@pytest.mark.parametrize("length", [None, 12])
+def test_what_is_read_of_pairs(length: int | None) -> None:
+    rows = [
+        PAIRS[i] for i in (0, 2, 3)
+    ]  # of a branch of one token, which predicts nothing, that token is counted
+    lengths = Lengths.of(Dataset.from_list(rows), SimpleNamespace(max_length=length))
+    trees = PairsAsTrees(DataCollatorForPreference(pad_token_id=0, max_length=length))
+    read = [Forest.of_tensor(trees([row])["forest"]).queries[-1][1] for row in rows]
+    assert (lengths.sizes(padded=False, shared=True) - lengths.unread).tolist() == read
 
 
 def test_rows() -> None:

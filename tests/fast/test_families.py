@@ -1,6 +1,7 @@
 """Layers that are fused from their description: loss and gradients equal those of the model's own forward."""
 
 from collections.abc import Container, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Gemma3TextConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Model
 
 from halfbyte import fast
 from halfbyte.fast import batches, layer
+from halfbyte.fast.forest import ROOT, Forest
 from halfbyte.fast.proof import Proofs
 from tests import architectures
 from tests.fast import models
@@ -141,6 +144,60 @@ def test_a_described_layer_computes_what_its_model_does(name: str) -> None:
         for each in TRIED:
             assert_same(step(model, BATCHES[each]), references[each])
     assert layer.fell_back(model) == {}
+
+
+# A pair of which the prefix is read from its last token on, and a row alone of which nothing is read.
+TREE = Forest.of_lengths([9, 4, 5, 3], [ROOT, 0, 0, ROOT])
+READ = replace(TREE, read_from=(8, 9, 14, 21))
+
+
+def read(model: PeftModel, forest: Forest) -> dict[str, Tensor]:
+    """The hidden states that are read of ``forest``, and the gradients of a loss on them."""
+    model.zero_grad()
+    hidden = model.get_base_model().base_model(
+        input_ids=torch.arange(1, 22)[None],
+        position_ids=TREE.positions(),
+        attention_mask=forest.tensor(),
+        use_cache=False,
+    )[0]
+    if forest.read_from is None:
+        hidden = hidden[:, [8, *range(9, 13), *range(14, 18)]]
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))
+    (hidden * weights).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"hidden": hidden.detach(), **gradients}
+
+
+@pytest.mark.parametrize("name", in_tiers([name for name in [*QUICK, *LONG] if name != "stablelm"], QUICK))
+def test_the_last_layer_computes_what_is_read(name: str) -> None:
+    """StableLM keeps padded batches."""
+    model = make(name)
+    assert batches.use_forests(model.get_base_model(), TREE) is None
+    assert fuse(model).layers == 2
+    for level in layer.LEVELS:
+        for forward in layer.fused_layers(model):
+            forward.level = level
+        found = read(model, READ)
+        # GPT-2 gives its output the shape of its input, whatever its last layer returns.
+        assert found["hidden"].shape[1] == (21 if name == "gpt2" else 9)
+        if name != "gpt2":
+            assert_same(found, read(model, TREE))
+    assert layer.fell_back(model) == {}
+
+
+def test_a_model_that_reads_its_tokens_together_gets_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Olmo2Model.forward
+
+    def centered(self: Olmo2Model, *args: Any, **kwargs: Any) -> Any:
+        output = own(self, *args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state - output.last_hidden_state.mean(1, keepdim=True)
+        return output
+
+    monkeypatch.setattr(Olmo2Model, "forward", centered)
+    model = make("olmo2")
+    assert batches.use_forests(model.get_base_model(), TREE) is None
+    assert fuse(model).layers == 2
+    assert not any(forward.only_read for forward in layer.fused_layers(model))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,22 +1,36 @@
 """The description of a batch as a forest, and attention along its paths."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
 
 from halfbyte.fast.attention import CpuAttention, GraphAttention
-from halfbyte.fast.forest import ROOT, Forest, varlen_layout
+from halfbyte.fast.forest import ROOT, Forest, read_tokens, varlen_layout
 
 # A row alone, a pair, a group of three whose last continues a branch, a pair without a common prefix, an empty branch.
 LENGTHS = (5, 7, 3, 4, 6, 2, 1, 3, 4, 0, 5, 3, 2, 0)
 PARENTS = (ROOT, ROOT, 1, 1, ROOT, 4, 4, 4, 7, ROOT, 9, 9, ROOT, 12)
 FOREST = Forest.of_lengths(LENGTHS, PARENTS)
+# All of a segment is read, its end, or nothing of it.
+READ = replace(FOREST, read_from=(4, 9, 12, 19, 21, 25, 28, 29, 31, 35, 36, 41, 45, 45))
+READ_TOKENS = [i for first, end in zip(READ.read_from, READ.ends, strict=True) for i in range(first, end)]
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 
 
 def test_a_forest_survives_its_tensor() -> None:
     assert Forest.of_tensor(FOREST.tensor()) == FOREST
     assert FOREST.tensor().shape == (1, 1, 2, len(LENGTHS))
+
+
+def test_what_is_read_survives_the_tensor_too() -> None:
+    assert Forest.of_tensor(READ.tensor()) == READ
+    assert READ.whole == FOREST
+    assert FOREST.whole is FOREST
+    assert READ.queries[2:5] == ((4, 7), (7, 7), (7, 11))
+    assert torch.equal(read_tokens(READ, torch.device("cpu")), torch.tensor(READ_TOKENS))
+    assert read_tokens(FOREST, torch.device("cpu")) is None
 
 
 def test_positions_continue_from_the_prefix() -> None:
@@ -50,6 +64,9 @@ def test_the_varlen_layout_gathers_the_keys_of_each_path() -> None:
     assert layout.queries.diff().tolist() == [n for n in LENGTHS if n]
     assert layout.gathered is not None
     assert layout.gathered.split(counts)[3].tolist() == [*range(5, 12), *range(15, 19)]
+    asked = varlen_layout(READ, torch.device("cpu"))
+    assert asked.queries[-1] == len(READ_TOKENS)
+    assert len(asked.keys) == len(asked.queries) == 1 + len(READ.segments)
 
 
 def dense(q, k, v, window: int | None):
@@ -70,9 +87,10 @@ def dense(q, k, v, window: int | None):
     )
 
 
+@pytest.mark.parametrize("forest", [FOREST, READ], ids=["all", "what is read"])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("kind", [CpuAttention, GraphAttention])
-def test_attention_along_paths_equals_the_mask_of_the_row(kind, window: int | None) -> None:
+def test_attention_along_paths_equals_the_mask_of_the_row(kind, window: int | None, forest: Forest) -> None:
     generator = torch.Generator().manual_seed(3)
 
     def draw(heads: int):
@@ -81,9 +99,12 @@ def test_attention_along_paths_equals_the_mask_of_the_row(kind, window: int | No
     q, k, v = draw(HEADS), draw(KV_HEADS), draw(KV_HEADS)
     gradient = torch.randn(q.shape, generator=generator)
     expected = dense(q, k, v, window)
+    asked = q
+    if forest is READ:
+        expected, gradient, asked = (x[:, READ_TOKENS] for x in (expected, gradient, q))
     expected_gradients = torch.autograd.grad(expected, (q, k, v), gradient)
-    call = kind(0.3, None, FOREST, window)
-    found = call.attend(q, k, v)
+    call = kind(0.3, None, forest, window)
+    found = call.attend(asked, k, v)
     assert torch.allclose(found, expected, atol=1e-6)
     for ours, theirs in zip(torch.autograd.grad(found, (q, k, v), gradient), expected_gradients, strict=True):
         assert torch.allclose(ours, theirs, atol=2e-6)

@@ -77,6 +77,8 @@ def test_the_prefix_is_there_once_and_its_last_token_has_a_label_a_branch() -> N
     assert batch["scored"].tolist() == [[2, 3, 4, 3]]
     assert batch["scored_ids"].tolist() == [[4, 5, 6, 7]]
     assert batch["places"].tolist() == [[0, 1, 2], [0, 3, 0]]
+    # No token is read before the first that predicts, nor a branch of one token, which predicts nothing.
+    assert Forest.of_tensor(batch["forest"]).read_from == (2, 4, 7)
 
 
 def test_reference_log_probabilities_travel_along() -> None:

@@ -6,6 +6,7 @@ import torch
 from halfbyte import memory
 from halfbyte.errors import UserError
 from halfbyte.fast import layer
+from halfbyte.fast.forest import ROOT, Forest
 from halfbyte.memory import Workload, available, level, step
 from halfbyte.memory import model as memory_model
 from tests.fast import models, test_families, test_layer
@@ -34,6 +35,28 @@ def test_what_a_level_keeps_is_what_is_estimated(arch: str, at: int, dtype: torc
         forward(hidden, position_embeddings=positions)
     estimate = 2 * 19 * step.kept_per_token(forward.parts, at, dtype.itemsize)
     assert sum(kept.values()) == estimate
+
+
+@pytest.mark.parametrize("at", layer.LEVELS)
+def test_what_the_last_layer_keeps_is_what_is_estimated(at: int) -> None:
+    """Of a row of 19 tokens of which 6 are read."""
+    model = test_layer.fuse_all(models.make("qwen2"), at)
+    forward = models.layers(model)[-1].forward
+    forward.only_read = True
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    hidden = torch.randn(1, 19, models.SHAPE["hidden_size"])
+    positions = model.get_base_model().model.rotary_emb(hidden, torch.arange(19)[None])
+    tree = Forest((12, 15, 19), (ROOT, 0, 0), read_from=(11, 12, 17)).tensor()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert forward(hidden, position_embeddings=positions, attention_mask=tree).shape[1] == 6
+    each, of_all = (of(forward.parts, at, 4) for of in (step.kept_per_token, step.kept_of_all))
+    assert sum(kept.values()) == 19 * of_all + 6 * (each - of_all)
 
 
 @pytest.mark.parametrize("name", ["cohere2", "nemotron", "olmo2", "qwen3_5_text"])

@@ -22,12 +22,14 @@ from halfbyte.data.preparation.counting import (
 class Lengths:
     """Tokens of each row after truncation, int64 ``[rows]``: of each of its ``sides``, and of their ``common`` prefix.
 
+    ``unread`` are those of the prefix that come before what predicts an answer: no loss reads what is computed of them.
     A row of SFT has one side, and one of KTO: what it estimates its KL term on is another forward. The width of a
     padded batch is a multiple of ``multiple``.
     """
 
     sides: tuple[np.ndarray, ...]
     common: np.ndarray
+    unread: np.ndarray
     multiple: int = 1
 
     @classmethod
@@ -43,8 +45,8 @@ class Lengths:
             return None
         wanted, measure = found
         parts = [measure(*(batch[name] for name in wanted), args) for batch in list_batches(dataset, *wanted)]
-        *sides, common = (np.concatenate(each).astype(np.int64) for each in zip(*parts, strict=True))
-        return cls(tuple(sides), common, getattr(args, "pad_to_multiple_of", None) or 1)
+        *sides, common, unread = (np.concatenate(each).astype(np.int64) for each in zip(*parts, strict=True))
+        return cls(tuple(sides), common, unread, getattr(args, "pad_to_multiple_of", None) or 1)
 
     def sizes(self, *, padded: bool, shared: bool = False) -> np.ndarray:
         """Tokens that a row adds to a batch: as if it were the widest one of a ``padded`` batch.
@@ -81,7 +83,7 @@ def _starts(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(counts) - counts
 
 
-def _of_sequences(ids: pa.ListArray, args: Any) -> tuple[np.ndarray, np.ndarray]:
+def _of_sequences(ids: pa.ListArray, args: Any) -> tuple[np.ndarray, ...]:
     return _of_lengths(list_lengths(ids), args)
 
 
@@ -89,23 +91,25 @@ def _of_completions(prompt: pa.ListArray, completion: pa.ListArray, args: Any) -
     return _of_lengths(list_lengths(prompt) + list_lengths(completion), args)
 
 
-def _of_lengths(whole: np.ndarray, args: Any) -> tuple[np.ndarray, np.ndarray]:
-    return _cut(whole, args), np.zeros_like(whole)
+def _of_lengths(whole: np.ndarray, args: Any) -> tuple[np.ndarray, ...]:
+    return _cut(whole, args), np.zeros_like(whole), np.zeros_like(whole)
 
 
 def _of_pairs(prompt: pa.ListArray, chosen: pa.ListArray, rejected: pa.ListArray, args: Any) -> Any:
     common = list_lengths(prompt) + common_prefixes(chosen, rejected)
+    unread = np.maximum(list_lengths(prompt) - 1, 0)
     whole = [list_lengths(prompt) + list_lengths(side) for side in (chosen, rejected)]
     sides = [_cut(side, args) for side in whole]
     if args.max_length is not None and getattr(args, "truncation_mode", "keep_start") == "keep_end":
         # Sides that are cut at their start need not begin alike.
         cut = (whole[0] > args.max_length) | (whole[1] > args.max_length)
-        return *sides, np.where(cut, 0, common)
-    return *sides, _cut(common, args)
+        return *sides, np.where(cut, 0, common), np.where(cut, 0, unread)
+    return *sides, _cut(common, args), _cut(unread, args)
 
 
 def _of_scored_pairs(chosen: pa.ListArray, rejected: pa.ListArray, args: Any) -> Any:
-    return list_lengths(chosen), list_lengths(rejected), np.zeros_like(list_lengths(chosen))
+    none = np.zeros_like(list_lengths(chosen))
+    return list_lengths(chosen), list_lengths(rejected), none, none
 
 
 def _cut(whole: np.ndarray, args: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from halfbyte.fast import adapted
 from halfbyte.fast.attention import attention
 from halfbyte.fast.attention_half import AttentionHalf
-from halfbyte.fast.forest import Forest
+from halfbyte.fast.forest import Forest, read_tokens
 from halfbyte.fast.mlp_half import MlpHalf
 from halfbyte.fast.parts import AttentionParts, MlpParts, Uncovered
 from halfbyte.fast.rope import Rotary
@@ -43,8 +43,13 @@ def mlp_half(parts: MlpParts) -> MlpHalf:
     return MlpHalf(parts, adapted.projections(parts.gate_up), adapted.projections(parts.down))
 
 
-def attention_half(parts: AttentionParts, hidden: Tensor, kwargs: Mapping[str, Any]) -> AttentionHalf:
-    """Return one call of attention on ``hidden``; raise :class:`Uncovered` if its arguments are not covered."""
+def attention_half(
+    parts: AttentionParts, hidden: Tensor, kwargs: Mapping[str, Any], *, only_read: bool = False
+) -> AttentionHalf:
+    """Return one call of attention on ``hidden``; raise :class:`Uncovered` if its arguments are not covered.
+
+    With ``only_read`` it returns the output of the tokens that are read, where a forest says which.
+    """
     _check_arguments(kwargs)
     mask = kwargs.get("attention_mask")
     forest = _forest(parts, hidden, mask, kwargs)
@@ -54,6 +59,8 @@ def attention_half(parts: AttentionParts, hidden: Tensor, kwargs: Mapping[str, A
         forest = None  # the model's mask has both the sequences and the window
     if forest is not None:
         mask = None
+        if not only_read or parts.gated:  # whose gates are those of all tokens
+            forest = forest.whole
     if mask is None and forest is None and _beyond_window(parts, hidden, forest):
         raise Uncovered("a sequence longer than the sliding window, and no mask")
     return AttentionHalf(
@@ -63,6 +70,7 @@ def attention_half(parts: AttentionParts, hidden: Tensor, kwargs: Mapping[str, A
         _rotary(parts, hidden, kwargs.get("position_embeddings")),
         attention(hidden.device, hidden.dtype, parts.scale, mask, forest, parts.window, cap=parts.softcap),
         _factors(parts, kwargs.get("position_ids")),
+        None if forest is None else read_tokens(forest, hidden.device),
     )
 
 

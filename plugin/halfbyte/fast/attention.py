@@ -58,8 +58,8 @@ def attention(
 
     ``mask`` is ``[B, 1, T, T]``, bool or of ``dtype``: True or 0 where a query attends, False or -inf where not. With a
     ``window`` a query of a forest attends to so many tokens of its path, itself the last of them. A soft ``cap`` bounds
-    the scores: ``cap * tanh(score / cap)``. ``autograd`` asks for the general form, which takes values of
-    another size than queries.
+    the scores: ``cap * tanh(score / cap)``. ``autograd`` asks for the general form, which takes values of another size
+    than queries. Queries, and outputs, are those of the tokens of ``forest`` whose output is read.
     """
     if forest is None or not window or window >= forest.longest:  # some models write none as 0
         window = None
@@ -102,7 +102,7 @@ class CpuAttention:
         o = torch.empty(q.shape, dtype=dtype)
         log_sum = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
         for segment in self.forest.segments:
-            start, end = self.forest.spans[segment]
+            start, end = self.forest.queries[segment]
             keys = self.forest.keys(segment)
             o[:, start:end], log_sum[:, :, start:end] = self._forward_span(
                 q[:, start:end], gather(k, keys), gather(v, keys)
@@ -123,7 +123,7 @@ class CpuAttention:
             torch.zeros(x.shape, dtype=torch.float32 if self.forest.branches else dtype) for x in (k, v)
         )
         for segment in self.forest.segments:
-            start, end = self.forest.spans[segment]
+            start, end = self.forest.queries[segment]
             keys = self.forest.keys(segment)
             dq[:, start:end], *found = self._backward_span(
                 do[:, start:end],
@@ -220,7 +220,7 @@ class GraphAttention:
             return self._attend_varlen(q, k, v, self.forest)
         parts = []
         for segment in self.forest.segments:
-            start, end = self.forest.spans[segment]
+            start, end = self.forest.queries[segment]
             key, value = (gather(x, self.forest.keys(segment)) for x in (k, v))
             mask = path_mask(end - start, key.shape[1], self.window, q.dtype, q.device)
             parts.append(self._attend_rows(q[:, start:end], key, value, mask))

@@ -36,7 +36,8 @@ class Attended:
 class AttentionHalf:
     """One call of an attention half: its parts, the adapters active now, the batch's rotation and attention.
 
-    ``factors`` of the queries are ``[B, T, 1, 1]``.
+    ``factors`` of the queries are ``[B, T, 1, 1]``. ``read`` are the tokens whose output is read, int64 ``[K]``, where
+    not all are: queries, outputs and their gradients are of these K, keys and values of all T.
     """
 
     parts: AttentionParts
@@ -45,17 +46,22 @@ class AttentionHalf:
     rotary: Rotary | None
     attention: Attention
     factors: Tensor | None = None
+    read: Tensor | None = None
 
     def forward(
         self, stream: Tensor, residual: Tensor | None, *, keep_graph: bool
     ) -> tuple[Tensor, Attended]:
-        """Return ``residual + out(attention(turned heads of qkv(norm(stream))))``, ``[B, T, H]``, and intermediates."""
+        """Return ``residual + out(attention(turned heads of qkv(norm(stream))))``, ``[B, T, H]``, and intermediates.
+
+        ``residual`` is of the tokens that are read.
+        """
         qkv, qkv_inner = self._make_qkv(normed(self.parts.norm, stream)[0])
         q, k, v = self._heads(qkv, stream.shape)
+        q = self.those_read(q)
         output, kept = self.attention.forward(q, k, v, keep_graph=keep_graph)
         flat = rows(self._gated(output, qkv).flatten(2))
         y, projected, out_inner = close(self.out, self.parts, flat, residual)
-        return y.view(stream.shape), Attended(qkv, qkv_inner, output, kept, projected, out_inner)
+        return y.view(*output.shape[:2], -1), Attended(qkv, qkv_inner, output, kept, projected, out_inner)
 
     def backward(
         self, dy: Tensor, stream: Tensor, attended: Attended, around: Tensor | None, need_dstream: bool
@@ -76,20 +82,32 @@ class AttentionHalf:
         )
         assert dflat is not None
         q, k, v = self._heads(qkv, stream.shape)
+        q = self.those_read(q)
         dqkv = torch.empty_like(qkv)
         doutput = self._gated_backward(dflat.view(attended.output.shape), attended.output, qkv, dqkv)
-        gradients = self.attention.backward(doutput, q, k, v, attended.output, attended.kept)
-        self._heads_backward(gradients, qkv, dqkv)
+        dq, dk, dv = self.attention.backward(doutput, q, k, v, attended.output, attended.kept)
+        self._heads_backward((self._of_all(dq, stream), dk, dv), qkv, dqkv)
         weight = self.qkv.weight(x.dtype) if need_dstream else None
         dx, qkv_gradients = self.qkv.backward(dqkv, rows(x), qkv_inner, weight)
         if dx is None:
             return None, qkv_gradients + out_gradients
+        around = None if around is None else self._of_all(around, stream)
         dstream = normed_backward(self.parts.norm, dx, stream, statistics, around)
         return dstream, qkv_gradients + out_gradients
 
     def parameters(self) -> list[Tensor]:
         """Return the active adapters' A and B in the order of the gradients."""
         return self.qkv.parameters() + self.out.parameters()
+
+    def those_read(self, x: Tensor) -> Tensor:
+        """Return of ``x`` ``[B, T, ...]`` the tokens whose output is read, ``[B, K, ...]``."""
+        return x if self.read is None else x[:, self.read]
+
+    def _of_all(self, dx: Tensor, stream: Tensor) -> Tensor:
+        """The gradient ``[B, T, ...]`` of what :meth:`those_read` was given, for ``dx`` of what it returned."""
+        if self.read is None:
+            return dx
+        return dx.new_zeros(*stream.shape[:2], *dx.shape[2:]).index_copy_(1, self.read, dx)
 
     def _make_qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return queries, keys and values side by side, turned unless the heads are normed first.

@@ -218,7 +218,7 @@ def attention(
 
 def _forest_of(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Forest | None:
     if attention_mask is not None:
-        return Forest.of_tensor(attention_mask) if attention_mask.dtype == torch.int32 else None
+        return Forest.of_tensor(attention_mask).whole if attention_mask.dtype == torch.int32 else None
     cumulative = kwargs.get("cu_seq_lens_q")
     return None if cumulative is None else Forest.of_cumulative(cumulative)
 

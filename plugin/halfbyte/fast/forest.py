@@ -24,11 +24,13 @@ class Forest:
     """Where the segments of one row of tokens begin and end, and which segment each continues.
 
     ``ends`` are the past-the-last tokens of the segments, in the order of the row; ``parents`` the number of the
-    segment that each continues, smaller than its own, or :data:`ROOT`.
+    segment that each continues, smaller than its own, or :data:`ROOT`. ``read_from`` is the first token of each whose
+    output is read behind the last layer, its end where none is; None where all are.
     """
 
     ends: tuple[int, ...]
     parents: tuple[int, ...]
+    read_from: tuple[int, ...] | None = None
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], parents: Sequence[int] | None = None) -> "Forest":
@@ -51,8 +53,14 @@ class Forest:
         return _of_tensor(encoded)
 
     def tensor(self, device: Any = None) -> Tensor:
-        """Return the forest as int32 ``[1, 1, 2, segments]``: a model passes it on in the place of a mask."""
-        return torch.tensor([[[self.ends, self.parents]]], dtype=torch.int32, device=device)
+        """Return the forest as int32 ``[1, 1, 2 or 3, segments]``: a model passes it on in the place of a mask."""
+        rows = [self.ends, self.parents, *([self.read_from] if self.read_from is not None else [])]
+        return torch.tensor([[rows]], dtype=torch.int32, device=device)
+
+    @cached_property
+    def whole(self) -> "Forest":
+        """The forest of which every token's output is read, as the layers before the last see it."""
+        return self if self.read_from is None else Forest(self.ends, self.parents)
 
     @cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
@@ -60,9 +68,17 @@ class Forest:
         return tuple(zip((0, *self.ends[:-1]), self.ends, strict=True))
 
     @cached_property
+    def queries(self) -> tuple[tuple[int, int], ...]:
+        """First and past-the-last of each segment's queries, counted among those of all: its last tokens, or all."""
+        if self.read_from is None:
+            return self.spans
+        ends = tuple(accumulate(end - first for end, first in zip(self.ends, self.read_from, strict=True)))
+        return tuple(zip((0, *ends[:-1]), ends, strict=True))
+
+    @cached_property
     def segments(self) -> tuple[int, ...]:
-        """The segments that have tokens."""
-        return tuple(i for i, (start, end) in enumerate(self.spans) if end > start)
+        """The segments that have queries."""
+        return tuple(i for i, (start, end) in enumerate(self.queries) if end > start)
 
     def path(self, segment: int) -> tuple[int, ...]:
         """The segments from the root to ``segment``, both included."""
@@ -83,7 +99,7 @@ class Forest:
     def longest(self) -> int:
         """Tokens of the longest path from a root."""
         sizes = [end - start for start, end in self.spans]
-        return max((sum(sizes[i] for i in self.path(segment)) for segment in self.segments), default=0)
+        return max((sum(sizes[i] for i in self.path(segment)) for segment in range(len(sizes))), default=0)
 
     @property
     def branches(self) -> bool:
@@ -120,7 +136,7 @@ def varlen_layout(forest: Forest, device: torch.device) -> VarlenLayout:
     """Return the layout of ``forest`` on ``device``; every layer of a forward has the same."""
     spans = [forest.keys(segment) for segment in forest.segments]
     of_keys = [sum(end - start for start, end in each) for each in spans]
-    of_queries = [forest.spans[segment][1] - forest.spans[segment][0] for segment in forest.segments]
+    of_queries = [forest.queries[segment][1] - forest.queries[segment][0] for segment in forest.segments]
     gathered = None
     if forest.branches:
         at = [torch.arange(start, end) for each in spans for start, end in each]
@@ -128,6 +144,15 @@ def varlen_layout(forest: Forest, device: torch.device) -> VarlenLayout:
     return VarlenLayout(
         _cumulative(of_queries, device), _cumulative(of_keys, device), max(of_queries), max(of_keys), gathered
     )
+
+
+@lru_cache(maxsize=2)
+def read_tokens(forest: Forest, device: torch.device) -> Tensor | None:
+    """Return which tokens of the row have an output that is read, int64 ``[K]`` in order; None where all have."""
+    if forest.read_from is None:
+        return None
+    parts = [torch.arange(first, end) for first, end in zip(forest.read_from, forest.ends, strict=True)]
+    return torch.cat(parts).to(device)
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -163,5 +188,4 @@ def _of_positions(positions: Tensor) -> Forest | None:
 
 @once_per_tensor
 def _of_tensor(encoded: Tensor) -> Forest:
-    ends, parents = encoded[0, 0].tolist()
-    return Forest(tuple(ends), tuple(parents))
+    return Forest(*map(tuple, encoded[0, 0].tolist()))

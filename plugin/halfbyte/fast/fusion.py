@@ -124,8 +124,9 @@ def _fuse_layers(
     """
     count = 0
     apart: Counter[str] = Counter()
-    parts: Counter[str] = Counter()
+    halves: Counter[str] = Counter()
     base = model.get_base_model()
+    proofs = Proofs(base)
     # Where the step runs: a planned model is on meta.
     device = (
         args.device
@@ -138,7 +139,9 @@ def _fuse_layers(
 
     def fuse_one(module: nn.Module, read: Callable[[], layer.Parts]) -> str | None:
         try:
-            reason = layer.fuse(module, read(), model.active_adapter, level)
+            parts = read()
+            only_read = isinstance(parts, Decoder) and proofs.may_leave_out(module)
+            reason = layer.fuse(module, parts, model.active_adapter, level, only_read=only_read)
         except Uncovered as uncovered:
             return str(uncovered)
         if reason is None:
@@ -148,7 +151,6 @@ def _fuse_layers(
                 layer.unfuse(module)
         return reason
 
-    proofs = Proofs(base)
     for module in proofs.layers:
         reason = fuse_one(module, functools.partial(_read, module, proofs))
         if reason is None:
@@ -158,8 +160,8 @@ def _fuse_layers(
         for name, form in proofs.parts(module).items():
             part = module.get_submodule(name)
             if fuse_one(part, functools.partial(reading.read_part, part, form, name)) is None:
-                parts["attention" if reading.is_attention(part) else "MLP"] += 1
-    return count, dict(apart), dict(parts)
+                halves["attention" if reading.is_attention(part) else "MLP"] += 1
+    return count, dict(apart), dict(halves)
 
 
 def _read(module: nn.Module, proofs: Proofs) -> Decoder:

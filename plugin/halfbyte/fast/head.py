@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from halfbyte.fast import router_loss
+from halfbyte.fast.forest import Forest, read_tokens
 from halfbyte.fast.scores import OUTPUTS, USUAL, Scores, scores
 
 # Configuration fields by which some architectures multiply their logits, as TRL's head reads them.
@@ -164,7 +165,11 @@ def _of_forest(
         use_cache=False,
         **({"output_router_logits": True} if routed else {}),
     )
-    found = _scores(model, backbone.last_hidden_state[0], scored_ids[0], scored[0], told)
+    hidden, index = backbone.last_hidden_state[0], scored[0]
+    read = read_tokens(Forest.of_tensor(forest), index.device)
+    if read is not None and len(hidden) == len(read):  # the last layer has left out the others
+        index = torch.searchsorted(read, index)
+    found = _scores(model, hidden, scored_ids[0], index, told)
     mask = labels != -100
     at = places[mask]
     output = _output(found, mask, None, lambda x: x.new_zeros(mask.shape).masked_scatter(mask, x[at]))

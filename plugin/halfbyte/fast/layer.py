@@ -18,10 +18,13 @@ __all__ = ["LEVELS", "FusedForward", "fell_back", "fuse", "fused_layers", "unfus
 Parts = Decoder | AttentionParts | MlpParts
 
 
-def fuse(module: nn.Module, parts: Parts, adapter: str = "default", level: int = 0) -> str | None:
+def fuse(
+    module: nn.Module, parts: Parts, adapter: str = "default", level: int = 0, *, only_read: bool = False
+) -> str | None:
     """Compute ``module``, which has these ``parts``, fused from now on; return None, or why it is not covered.
 
-    ``level`` is the save level of a layer. Only the instance's ``forward`` changes: modules, parameters and their names
+    ``level`` is the save level of a layer; with ``only_read`` it returns the tokens whose output is read, where a batch
+    says which. Only the instance's ``forward`` changes: modules, parameters and their names
     stay PEFT's, and gradients go to the PEFT parameters. A call that the fused form does not cover (a KV cache, several
     active adapters, an argument that it does not know) runs the original ``forward``, with activation checkpointing if
     the model has it on. Transformers checkpoints inside a layer class's ``forward`` (from 5.23), so the fused form of a
@@ -34,14 +37,14 @@ def fuse(module: nn.Module, parts: Parts, adapter: str = "default", level: int =
         adapted.check_adapter(module, parts, adapter)
     except Uncovered as reason:
         return str(reason)
-    module.forward = forward_of(module, parts, level)
+    module.forward = forward_of(module, parts, level, only_read=only_read)
     return None
 
 
-def forward_of(module: nn.Module, parts: Parts, level: int = 0) -> "_Fused":
+def forward_of(module: nn.Module, parts: Parts, level: int = 0, *, only_read: bool = False) -> "_Fused":
     """Return the fused forward of ``module``, which has these ``parts``."""
     if isinstance(parts, Decoder):
-        return FusedForward(module, parts, level)
+        return FusedForward(module, parts, level, only_read=only_read)
     return _FusedAttention(module, parts) if isinstance(parts, AttentionParts) else _FusedMlp(module, parts)
 
 
@@ -113,19 +116,22 @@ class _Fused:
 
 
 class FusedForward(_Fused):
-    """The ``forward`` of a fused decoder layer, at save ``level``."""
+    """The ``forward`` of a fused decoder layer, at save ``level``.
+
+    With ``only_read``, for the last one, it returns the tokens whose output is read, where a forest says which.
+    """
 
     parts: Decoder
 
-    def __init__(self, layer: nn.Module, decoder: Decoder, level: int) -> None:
+    def __init__(self, layer: nn.Module, decoder: Decoder, level: int, *, only_read: bool = False) -> None:
         super().__init__(layer, decoder)
-        self.level = level
+        self.level, self.only_read = level, only_read
 
     def read(self, hidden: Tensor, given: Mapping[str, Any]) -> LayerCall:
         """Return one call of the layer."""
         scale = self.parts.layer_scale
         return LayerCall(
-            arguments.attention_half(self.parts.attention, hidden, given),
+            arguments.attention_half(self.parts.attention, hidden, given, only_read=self.only_read),
             arguments.mlp_half(self.parts.mlp),
             self.parts.parallel,
             layer_scale=None if scale is None else getattr(self.module, scale),
@@ -133,7 +139,7 @@ class FusedForward(_Fused):
         )
 
     def apply(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Return the layer's output, ``[B, T, H]``."""
+        """Return the layer's output, ``[B, T, H]``, or ``[1, K, H]`` of the tokens that are read."""
         return call.apply(hidden)
 
 

@@ -12,7 +12,8 @@ level kept beside the layer's input                recomputed in the backward
 ===== ============================================ =======================================
 
 With an output it keeps the adapters' inner values ``x A'``, which are few, and what a norm that closes a half read.
-The stream is ``[B, T, H]``.
+The stream is ``[B, T, H]``; behind the last layer that of the K tokens whose output is read is enough, ``[1, K, H]``,
+and all but keys and values is computed for these.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class LayerCall:
     level: int
 
     def apply(self, stream: Tensor) -> Tensor:
-        """Return the layer's output for ``stream``, both ``[B, T, H]``, as autograd sees it."""
+        """Return the layer's output ``[B, T or K, H]`` for ``stream`` ``[B, T, H]``, as autograd sees it."""
         output: Tensor = _FusedLayer.apply(self, stream, *self.parameters())
         return output
 
@@ -54,8 +55,9 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: LayerCall, stream: Tensor, *parameters: Tensor) -> Tensor:
         with torch.autocast(stream.device.type, enabled=False):
-            middle, attended = call.attention.forward(stream, stream, keep_graph=call.level >= 2)
-            out, transformed = call.mlp.forward(stream if call.parallel else middle, middle)
+            around = call.attention.those_read(stream)
+            middle, attended = call.attention.forward(stream, around, keep_graph=call.level >= 2)
+            out, transformed = call.mlp.forward(around if call.parallel else middle, middle)
             if call.layer_scale is not None:
                 out.mul_(call.layer_scale)
         level = call.level
@@ -83,12 +85,14 @@ class _FusedLayer(torch.autograd.Function):
             if call.layer_scale is not None:
                 dout = dout * call.layer_scale
             if output is None:
-                middle, attended = call.attention.forward(stream, stream, keep_graph=True)
+                middle, attended = call.attention.forward(
+                    stream, call.attention.those_read(stream), keep_graph=True
+                )
             else:
                 kept = ctx.graph if log_sums is None else log_sums
                 attended = Attended(qkv, qkv_inner, output, kept, projected, out_inner)
             transformed = Transformed(gate_up, inner, closed, down_inner)
-            read = stream if call.parallel else middle
+            read = call.attention.those_read(stream) if call.parallel else middle
             around, mlp_gradients = call.mlp.backward(dout, read, transformed, around=dout)
             dmiddle = dout if call.parallel else around
             dstream, gradients = call.attention.backward(

@@ -5,7 +5,7 @@ causal model computes the same for it in both, so that it is computed once, in o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ class PairsAsTrees:
     ``input_ids`` and ``completion_mask`` are ``[2B, 1 + L]``, their first column what no token comes before, L the
     longest answer. ``attention_mask`` ``[2B, longest side]`` counts the tokens. The forest is beside them:
     ``stream_ids`` and ``stream_positions`` ``[1, T]``; ``forest``, see :meth:`Forest.tensor`; ``scored`` ``[1, K]``,
-    the tokens of the stream that predict, and ``scored_ids`` ``[1, K]``, what they are scored on; ``places``
+    the tokens of the stream that predict, and ``scored_ids`` ``[1, K]``, what they are scored on (behind the last layer
+    no token before the first of these in its segment is read); ``places``
     ``[2B, L]``, the number of each answer's token among them.
     """
 
@@ -121,6 +122,10 @@ class _Stream:
 
     def tensors(self) -> dict[str, Tensor]:
         forest = Forest.of_lengths(self.lengths, self.parents)
+        if self.scored:
+            read_from = np.asarray(forest.ends)
+            np.minimum.at(read_from, np.searchsorted(forest.ends, self.scored, side="right"), self.scored)
+            forest = replace(forest, read_from=tuple(read_from.tolist()))
         return {
             "stream_ids": torch.tensor([self.ids]),
             "stream_positions": forest.positions(),

@@ -52,6 +52,7 @@ class Proofs:
         self._calls: dict[Any, _Call | str] = {}
         self._wholes: dict[Any, Form | str] = {}
         self._parts: dict[Any, dict[str, Form]] = {}
+        self._apart: dict[tuple[Any, str], bool] = {}
 
     def whole(self, module: nn.Module) -> Form:
         """Return the form of the whole layer ``module``; raise :class:`Uncovered` for one without."""
@@ -69,6 +70,14 @@ class Proofs:
         if kind not in self._parts:
             self._parts[kind] = _parts(self._call(module))
         return self._parts[kind]
+
+    def may_leave_out(self, module: nn.Module) -> bool:
+        """Whether tokens may be left out of the output of the layer ``module``, which is the last one.
+
+        What the model computes of its output then is each token's own. A layer that is proven has shown it.
+        """
+        owner, name, index = self._places[module]
+        return index == len(getattr(owner, name)) - 1 and self._apart[owner, name]
 
     def _call(self, module: nn.Module) -> _Call | str:
         kind = self._kinds[module]
@@ -98,6 +107,7 @@ class Proofs:
                 if [_outline(each) for each in those] == [
                     _outline(layers[index]) for index in first.values()
                 ]:
+                    self._apart[owner, name] = _reads_tokens_apart(small, getattr(small, name)[-1])
                     return dict(zip(first, _calls(small, those), strict=True))
                 reasons.append("its layers are others")
             except Exception as error:  # whatever a model raises, its layers run their own forward
@@ -152,6 +162,20 @@ def _calls(model: Any, layers: list[nn.Module]) -> list[_Call]:
     ids = torch.arange(1, 1 + _TOKENS, device="cpu")[None]
     with torch.no_grad(), torch.device("cpu"):
         return _kept(layers, lambda: model(input_ids=ids, use_cache=False))
+
+
+def _reads_tokens_apart(model: Any, last: nn.Module) -> bool:
+    """Whether ``model`` returns for the last tokens the same where its ``last`` layer has returned these alone."""
+    ids = torch.arange(1, 1 + _TOKENS, device="cpu")[None]
+    with torch.no_grad(), torch.device("cpu"):
+        whole = model(input_ids=ids, use_cache=False)[0]
+        hook = last.register_forward_hook(lambda *call: call[-1][:, -2:])
+        try:
+            return torch.equal(model(input_ids=ids, use_cache=False)[0], whole[:, -2:])
+        except Exception:  # whatever a model raises, its last layer returns all
+            return False
+        finally:
+            hook.remove()
 
 
 def _kept(modules: list[nn.Module], run: Callable[[], Any]) -> list[_Call]:

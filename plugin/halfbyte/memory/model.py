@@ -43,6 +43,7 @@ class Workload:
     """What one step of one rank computes, and how its state is held.
 
     ``tokens`` is the most that one forward has, ``longest`` that of a sequence in it; a row brings ``sides`` of them.
+    ``read`` is how many of the tokens have an output that is read behind the last layer; None: all.
     ``accumulation`` is the number of micro-batches in a step, ``optim`` the optimizer's name. ``checkpointing``
     concerns layers that are not fused; without ``chunked_head`` TRL's own scores the tokens. ``evaluated`` is the most
     tokens of a batch of an evaluation, ``evaluated_longest`` that of a sequence in it; 0 without one.
@@ -60,6 +61,7 @@ class Workload:
     device: str = "cpu"
     evaluated: int = 0
     evaluated_longest: int = 0
+    read: int | None = None
 
     @property
     def ranks_that_share(self) -> int:

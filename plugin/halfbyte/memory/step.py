@@ -45,6 +45,7 @@ class Activations:
 def activations(model: nn.Module, workload: Any, level: int | None = None) -> Activations:
     """Return what a step of ``workload`` adds to ``model``, its fused layers at ``level`` (None: at their own)."""
     tokens, kept, layers, working, products = workload.tokens, 0, 0, 0, 0
+    last: tuple[int, int] | None = None
     for layer in model.modules():
         if not isinstance(layer, GradientCheckpointingLayer):
             continue
@@ -52,11 +53,19 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
         if isinstance(layer.forward, FusedForward):
             decoder, at = layer.forward.parts, layer.forward.level if level is None else level
             size = _dtype(decoder).itemsize
-            kept += tokens * kept_per_token(decoder, at, size)
+            read = tokens
+            if layer.forward.only_read and workload.read is not None:
+                read = workload.read
+            of_layer = tokens * kept_of_all(decoder, at, size)
+            of_layer += read * (kept_per_token(decoder, at, size) - kept_of_all(decoder, at, size))
+            kept += of_layer
             again = tokens * _recomputed(decoder, at, size)
-            of_mlp = _of_mlp(decoder, at, size, tokens)
-            products = max(products, of_mlp)
-            working = max(working, again + of_mlp, again + _of_attention(decoder, at, size, workload))
+            of_mlp = _of_mlp(decoder, at, size, read)
+            inside = again + max(of_mlp, _of_attention(decoder, at, size, workload))
+            if read < tokens:
+                last = of_layer, inside
+            else:
+                products, working = max(products, of_mlp), max(working, inside)
         else:
             size, whole = _whole_per_token(layer)
             inside = tokens * whole + of_experts(
@@ -65,6 +74,10 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
             kept += tokens * size if workload.checkpointing else inside
             working = max(working, inside if workload.checkpointing else 0)
     head = _head(model, workload, tokens) + _around(model, tokens)
+    if last is not None:  # whose backward is over where the one before it works, and has less to work with
+        of_layer, inside = last
+        head = max(head, inside)
+        working = max(working - of_layer, 0)
     return Activations(kept, max(working, head) + tokens * _IDS, products, layers)
 
 
@@ -104,6 +117,14 @@ def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
     if level >= 3:
         values += _outputs(decoder.mlp.gate_up) + _ranks(decoder.mlp.gate_up)
     return values * size + other
+
+
+def kept_of_all(decoder: Decoder, level: int, size: int) -> int:
+    """Return what of :func:`kept_per_token` the last layer keeps of every token: its input, and queries to values."""
+    values = _stream(decoder)
+    if level >= 2:
+        values += _outputs(decoder.attention.qkv) + _ranks(decoder.attention.qkv)
+    return values * size
 
 
 def _recomputed(decoder: Decoder, level: int, size: int) -> int:

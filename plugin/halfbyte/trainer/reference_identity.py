@@ -19,7 +19,7 @@ from halfbyte import distributed
 from halfbyte.data.preparation.counting import PAIRS, list_batches, list_lengths, list_values
 from halfbyte.files import digest_of
 
-FORMAT = 1
+FORMAT = 2
 REFERENCE = "ref"  # TRL's name of the adapter that is the reference
 BASE = "base"  # the reference is the base with its adapter off
 _VERSIONS = ("halfbyte", "torch", "transformers", "bitsandbytes")

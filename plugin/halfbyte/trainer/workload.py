@@ -41,10 +41,15 @@ def workload_of(
         return tokens, int(np.maximum.reduce(lengths.sides).max()) if free else tokens
 
     tokens, longest = largest(lengths, size, free, token_budget)
+    read = None
+    if lengths is not None and fusion.trees:
+        read = most_tokens(lengths.sizes(padded=False, shared=True) - lengths.unread, size, padded=False)
+        read = min(read, tokens)
     of_evaluation = largest(evaluated, args.per_device_eval_batch_size, fusion.trees) if evaluates else (0, 0)
     return Workload(
         tokens=tokens,
         longest=longest,
+        read=read,
         evaluated=of_evaluation[0],
         evaluated_longest=of_evaluation[1],
         optim=str(getattr(args.optim, "value", args.optim)),
