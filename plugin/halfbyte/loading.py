@@ -107,6 +107,8 @@ def planned(
                 added_token_ids=list(added_token_ids),
                 stacks=quantization.stacks_of(base),
             )
+        experts.require(model)
+        distributed.check_adapters(model.peft_config.values())
     model.__class__ = type(type(model).__name__, (_Weightless, type(model)), {})
     return Loaded(model, coverage)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte import fast
 from halfbyte.cli import main
 from halfbyte.errors import UserError
 from halfbyte.plan import target
@@ -307,3 +308,15 @@ def test_paged_state_may_move_to_the_host(given, planned: Planned) -> None:
     held = Memory(**{name: size for name, size in found.items() if name != "total"})
     assert replace(place, capacity=held.total - held.pageable).verdict(held) == "tight"
     assert replace(place, capacity=held.total - held.pageable - 1).verdict(held) == "does not fit"
+
+
+def test_adapters_that_a_run_refuses_are_not_planned(
+    given, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast.experts, "_is_covered", lambda held: False)
+    words = (*given("sft", "qwen3_moe"), "--lora_target_parameters", "experts.gate_up_proj")
+    assert main(["plan", "sft", *words]) == 2
+    planned = capsys.readouterr().err
+    assert "computes its experts in a way of its own" in planned
+    assert main(["sft", *words, "--output_dir=refused"]) == 2
+    assert planned.splitlines()[-1] in capsys.readouterr().err

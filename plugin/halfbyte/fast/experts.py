@@ -67,8 +67,10 @@ def require(model: nn.Module) -> None:
         if not isinstance(module, ParamWrapper) or experts.packed(held, module.parameter_name) is None:
             continue
         if not fuse(module, held):
+            # Stacks are parametrizations, which have a class of their own; on meta they are not packed.
+            cls = next(each for each in type(held).__mro__ if not each.__name__.startswith("Parametrized"))
             raise UserError(
-                f"{path}: {type(held).__mro__[1].__name__} computes its experts in a way of its own, and adapters on "
+                f"{path}: {cls.__name__} computes its experts in a way of its own, and adapters on "
                 "them would not be right in 4 bits; take it out",
                 option="lora_target_parameters",
             )
