@@ -26,7 +26,7 @@ import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
@@ -49,12 +49,7 @@ COLUMNS = (
     "2 processes",
     "speed",
 )
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.float32,
-)
+NF4 = plain_trl.nf4()
 _LIMIT = 150  # seconds for a part of a row
 _STEPS = 3
 _WIDER = 4  # the shape that is timed

@@ -6,10 +6,10 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.quantization import experts, load_base
-from tests import architectures
+from tests import architectures, plain_trl
 
 _MLA = {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 # What the tiny configuration of a family requires beyond that of tests.architectures.
@@ -53,14 +53,9 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-def nf4() -> BitsAndBytesConfig:
-    """NF4 with double quantization."""
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-
-
 def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The base in ``directory``, in four bits."""
-    return load_base(str(directory), quantization=nf4(), dtype=dtype, device=torch.device("cpu"))
+    return load_base(str(directory), quantization=plain_trl.nf4(), dtype=dtype, device=torch.device("cpu"))
 
 
 def rounded(directory: str | Path, packed: nn.Module) -> Any:

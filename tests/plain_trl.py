@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -19,26 +20,35 @@ from transformers import (
 from halfbyte import QLoRAPlugin
 
 
+def nf4(dtype: torch.dtype = torch.float32, **options: Any) -> BitsAndBytesConfig:
+    """NF4 with double quantization, computing in ``dtype``, with other ``options`` or none."""
+    settings = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+    return BitsAndBytesConfig(load_in_4bit=True, **{**settings, **options})
+
+
+def not_repacked(model: PreTrainedModel) -> PreTrainedModel:
+    """Have ``model`` compute in evaluation as in training, and return it.
+
+    On a CPU with AVX512-BF16 bitsandbytes would repack its weights in evaluation, and compute in bfloat16.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model in ``path`` in NF4 with double quantization, computing in ``dtype``."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=nf4(dtype), dtype=dtype)
 
 
 def scoring_base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model in ``path`` with a new head of one output, which is not quantized."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["score"],
-    )
+    quantization = nf4(dtype, llm_int8_skip_modules=["score"])
     return AutoModelForSequenceClassification.from_pretrained(
         path, quantization_config=quantization, dtype=dtype, num_labels=1
     )

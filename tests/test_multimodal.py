@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from halfbyte import QLoRAPlugin, multimodal
 from halfbyte.cli import main
 from halfbyte.errors import UserError
-from tests import architectures, tiny
+from tests import architectures, plain_trl, tiny
 from tests.checkpoint.runs import options
 
 IDS = torch.randint(4, 300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -25,19 +25,10 @@ MASK = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
 
 def whole(base: str, **more: Any) -> PreTrainedModel:
     """The checkpoint as transformers loads it, in the four bits that halfbyte trains on."""
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
     model = AutoModelForImageTextToText.from_pretrained(
-        base, dtype=torch.float32, quantization_config=four_bits, **more
+        base, dtype=torch.float32, quantization_config=plain_trl.nf4(), **more
     )
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # which would compute in bfloat16 in evaluation
-    return model.eval()
+    return plain_trl.not_repacked(model).eval()
 
 
 @torch.no_grad()
@@ -113,10 +104,7 @@ def test_a_run_is_planned_resumed_and_merged_into_the_whole(
 def test_a_checkpoint_quantized_ahead_is_whole_and_trains_alone(tmp_path: Path, name: str) -> None:
     base, packed = architectures.save(tmp_path / "base", name), tmp_path / "packed"
     assert main(["quantize", base, "--output_dir", str(packed), "--dtype", "float32"]) == 0
-    found = AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32)
-    for module in found.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    found = plain_trl.not_repacked(AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32))
     ours = QLoRAPlugin(dtype="float32", lora_r=4).load(str(packed))
     assert logits(found).allclose(logits(ours), atol=1e-5)
     again = QLoRAPlugin(dtype="float32", lora_r=4).load(base)

@@ -14,7 +14,6 @@ from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -22,7 +21,7 @@ from transformers import (
 
 from halfbyte import QLoRAPlugin
 from halfbyte.errors import UserError
-from tests import launch, tiny
+from tests import launch, plain_trl, tiny
 from tests.distributed import loop
 
 ModelDir = Callable[..., Path]
@@ -218,8 +217,7 @@ def test_a_merge_is_made_on_the_dequantized_base(model_dir: ModelDir, tmp_path: 
     trained = model.eval()(ids).logits
     with pytest.raises(NotImplementedError):
         model.merge_and_unload().save_pretrained(tmp_path / "broken")
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    whole = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4).dequantize()
+    whole = AutoModelForCausalLM.from_pretrained(base, quantization_config=plain_trl.nf4()).dequantize()
     PeftModel.from_pretrained(whole, tmp_path / "adapter").merge_and_unload().save_pretrained(
         tmp_path / "merged"
     )

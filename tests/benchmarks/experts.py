@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from halfbyte.quantization import experts, load_base
 from tests.benchmarks import machine, results, workload
+from tests.benchmarks.watched import Watched
+from tests.plain_trl import nf4
 
 HIDDEN, WIDTH, EXPERTS, LAYERS = 1024, 1024, 32, 10
 BITS = 4.127  # NF4, blocks of 64, double quantization (QLoRA, arXiv 2305.14314, section 3)
@@ -95,24 +96,12 @@ def checkpoint(directory: Path, layers: int) -> Path:
 
 def load(directory: Path) -> dict[str, Any]:
     """Load the base here; return what its experts take, and how RssAnon grew at most and at the end."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    before, peak, done = _anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], _anonymous())
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    begin = time.perf_counter()
-    model = load_base(
-        str(directory), quantization=quantization, dtype=torch.bfloat16, device=torch.device("cpu")
-    )
-    seconds = time.perf_counter() - begin
-    done.set()
-    watching.join()
+    with Watched() as watched:
+        begin = time.perf_counter()
+        model = load_base(
+            str(directory), quantization=nf4(), dtype=torch.bfloat16, device=torch.device("cpu")
+        )
+        seconds = time.perf_counter() - begin
     weights = size = 0
     for _, module, names in experts.modules(model):
         for name in names:
@@ -125,8 +114,8 @@ def load(directory: Path) -> dict[str, Any]:
     return {
         "weights": weights,
         "bytes": size,
-        "peak": max(peak[0], _anonymous()) - before,
-        "held": _anonymous() - before,
+        "peak": watched.growth,
+        "held": watched.held(),
         "seconds": seconds,
     }
 
@@ -155,11 +144,6 @@ def table(found: list[dict[str, Any]], layers: int, words: list[str]) -> str:
             "|---|---|---|---|---|---|", *rows, "",
         ]
     )  # fmt: skip
-
-
-def _anonymous() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import torch
 from halfbyte import memory, recipe, run
 from halfbyte.tracking import held_memory
 from tests.benchmarks import machine, results, workload
+from tests.benchmarks.watched import anonymous
 from tests.benchmarks.workload import Case
 from tests.distributed import sharded
 
@@ -270,11 +271,6 @@ def sampled() -> Iterator[Sample]:
         yield sample
     finally:
         sample.training = False
-
-
-def anonymous() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def difference(found: dict[str, Any]) -> float:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -136,12 +135,8 @@ class Stepper:
         return trainer
 
     def _trl(self, case: Case, model: Path, rows: Dataset, options: dict[str, Any]) -> Trainer:
-        base = plain_trl.base(model, getattr(torch, self.variant.dtype))
-        # References are precomputed in evaluation mode, in which bitsandbytes repacks the weights of a CPU with
-        # AVX512-BF16 for inference: what followed would train without most gradients.
-        for module in base.modules():
-            if isinstance(module, Linear4bit):
-                module.support_avx512bf16_for_cpu = False
+        # References are precomputed in evaluation mode: repacked, what followed would train without most gradients.
+        base = plain_trl.not_repacked(plain_trl.base(model, getattr(torch, self.variant.dtype)))
         targets = LORA
         if case.experts:
             _pack_experts(base)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halfbyte.cli import main
 from halfbyte.export import schemes
 from halfbyte.export.findings import PLAIN
 from halfbyte.quantization import load_base
-from tests import tiny
+from tests import plain_trl, tiny
 
 ModelDir = Callable[..., Path]
 SCHEMES = [scheme.name for scheme in (*schemes.COMPARED, *schemes.SIZES)]
@@ -34,14 +34,8 @@ def test_weights_and_rows(model_dir: ModelDir, tmp_path: Path, capsys: pytest.Ca
     assert "after 1, " in printed
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
     # The errors are those of what is loaded for training.
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
     cpu = torch.device("cpu")
-    packed = load_base(str(base), quantization=settings, dtype=torch.float32, device=cpu).dequantize()
+    packed = load_base(str(base), quantization=plain_trl.nf4(), dtype=torch.float32, device=cpu).dequantize()
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     layers = table(output / "layers.csv")
     squares = [0.0, 0.0]

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig, LlamaConfig, Trainer, TrainingArguments
+from transformers import LlamaConfig, Trainer, TrainingArguments
 
 from halfbyte import QLoRAPlugin, loading, memory, quantization, resolve
 from halfbyte.memory import Peak, Workload, resident
 from halfbyte.memory.measured import mapped_bytes
+from tests.plain_trl import nf4
 
-NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+NF4 = nf4()
 SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads, vocabulary
     "Llama-65B": (8192, 22016, 80, 64, 64, 32_000),
     "Llama-3.1-70B": (8192, 28672, 80, 64, 8, 128_256),

@@ -19,7 +19,8 @@ from halfbyte.quantization.skeleton import without_weights
 from halfbyte.quantization.stacks_in_peft import shown_whole
 from halfbyte.task import CAUSAL_LM
 from tests import architectures, tiny
-from tests.experts import load, nf4
+from tests.experts import load
+from tests.plain_trl import nf4
 
 STACKS = ("gate_up_proj", "down_proj")
 

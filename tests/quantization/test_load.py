@@ -14,17 +14,9 @@ from halfbyte.errors import UserError
 from halfbyte.quantization import fingerprint, load_base, measure_coverage
 from halfbyte.task import SEQUENCE_CLASSIFICATION
 from tests import tiny
+from tests.plain_trl import nf4
 
 CPU = torch.device("cpu")
-
-
-def nf4(**options) -> BitsAndBytesConfig:
-    settings = {
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.float32,
-    }
-    return BitsAndBytesConfig(load_in_4bit=True, **{**settings, **options})
 
 
 def load(path: Path, quantization: BitsAndBytesConfig | None = None, **options) -> PreTrainedModel:
@@ -163,9 +155,7 @@ def test_evaluation_between_steps_leaves_gradients_right(
     model_dir: Callable[..., Path], dtype: torch.dtype
 ) -> None:
     """bitsandbytes repacks weights in place at an evaluation on AVX512-BF16 CPUs; ours must not let it."""
-    base = load_base(
-        str(model_dir("llama")), quantization=nf4(bnb_4bit_compute_dtype=dtype), dtype=dtype, device=CPU
-    )
+    base = load_base(str(model_dir("llama")), quantization=nf4(dtype), dtype=dtype, device=CPU)
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     dense = get_peft_model(reference(base), config)

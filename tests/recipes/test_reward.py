@@ -86,10 +86,8 @@ def test_a_reward_model(model_dir: ModelDir, tmp_path: Path, capsys: pytest.Capt
     assert "num_labels=1" in card
     assert "model.config.get_text_config().pad_token_id = tokenizer.pad_token_id" in card
     tokenizer = AutoTokenizer.from_pretrained(output)
-    model = plain_trl.scoring_base(base)
+    model = plain_trl.not_repacked(plain_trl.scoring_base(base))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False  # bitsandbytes would evaluate in bfloat16
     model = PeftModel.from_pretrained(model, str(output))
     again = scores(model, tokenizer, rows[-4:])
     last = found["metrics"]["eval"]

@@ -5,18 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
 
 from halfbyte import quantization, store
 from halfbyte.quantization import stored
+from tests.plain_trl import nf4
 
 CPU = torch.device("cpu")
 
 
 def load(base: Path, **options):
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=options.pop("nested", True)
-    )
+    settings = nf4(bnb_4bit_use_double_quant=options.pop("nested", True))
     dtype = options.pop("dtype", torch.bfloat16)
     return quantization.load_base(str(base), quantization=settings, dtype=dtype, device=CPU, **options)
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
 
 from halfbyte import identity, quantization, store
 from halfbyte.quantization import stored
 from halfbyte.task import CAUSAL_LM, SEQ2SEQ, SEQUENCE_CLASSIFICATION, Task
-from tests import launch, tiny
+from tests import launch, plain_trl, tiny
 from tests.store.bases import CPU, assert_equal, directly, keys, load, release
 
 
@@ -195,21 +194,14 @@ def test_one_of_many_processes_quantizes(tmp_path: Path, cache: Path) -> None:
 
 
 _GROWTH = """
-import sys, threading, torch
+import sys, torch
 from halfbyte.quantization import load
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
-def anonymous():
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
-q = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-before, peak, over = anonymous(), 0, threading.Event()
-def sample():
-    global peak
-    while not over.wait(0.005):
-        peak = max(peak, anonymous())
-thread = threading.Thread(target=sample); thread.start()
-m = load.load_base(sys.argv[1], quantization=q, dtype=torch.bfloat16, device=torch.device("cpu"))
-over.set(); thread.join()
-print(peak - before, sum(t.nbytes for t in m.state_dict().values()))
+from tests.benchmarks.watched import Watched
+from tests.plain_trl import nf4
+from transformers import LlamaForCausalLM
+with Watched(0.005) as watched:
+    m = load.load_base(sys.argv[1], quantization=nf4(), dtype=torch.bfloat16, device=torch.device("cpu"))
+print(watched.growth, sum(t.nbytes for t in m.state_dict().values()))
 """
 
 
@@ -226,7 +218,7 @@ def test_loading_grows_memory_by_less_than_a_shard_and_the_result(tmp_path: Path
     for turn in ("quantizing", "from the store"):
         done = subprocess.run(
             [sys.executable, "-c", _GROWTH, str(tmp_path / "base")],
-            env=environment, capture_output=True, text=True, check=False,
+            env=environment, cwd=launch.ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         growth, final = map(int, done.stdout.splitlines()[-1].split())
@@ -300,9 +292,7 @@ def test_a_seq2seq_base_is_kept_apart_from_a_causal_one(
 
 def test_the_callers_quantization_is_left_as_it_was(tmp_path: Path) -> None:
     base = tiny.save_model(tmp_path / "base")
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
+    settings = plain_trl.nf4()
     before = settings.to_dict()
     quantization.load_base(
         str(base), quantization=settings, dtype=torch.bfloat16, device=CPU, task=SEQUENCE_CLASSIFICATION

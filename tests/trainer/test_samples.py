@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer
 
 from halfbyte import QLoRAPlugin
 from halfbyte.errors import UserError
 from halfbyte.trainer import completions, samples
 from halfbyte.trainer.completions import complete
-from tests import tiny
+from tests import plain_trl, tiny
 from tests.checkpoint.runs import ROWS, Finished, assert_equal, interrupted, options, run
 from tests.launch import accelerate
 
@@ -69,16 +69,7 @@ def test_a_resumed_run_has_every_round_once(
 
 def test_completions_are_those_of_plain_libraries(finished: Finished, sampled: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(sampled)
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        finished.model, quantization_config=four_bits, dtype=torch.float32
-    )
-    model = PeftModel.from_pretrained(base, sampled).eval()
+    model = PeftModel.from_pretrained(plain_trl.base(finished.model), sampled).eval()
     for prompt, row in zip(PROMPTS, rounds(sampled)[2:], strict=True):
         turns = [{"role": "user", "content": prompt}]  # the rows are conversations
         given = tokenizer.apply_chat_template(
