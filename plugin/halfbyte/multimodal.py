@@ -1,7 +1,7 @@
 """Multimodal checkpoints, of which training on text loads the language model alone, under its names in the whole.
 
-Adapters then have the names that the whole model has, position ids are the whole model's, and whoever serves images
-loads the adapter beside the towers. transformers' own class is used: what text does not reach is left out of it.
+Adapters then have the names that the whole model has, position ids are the whole model's, and the adapter also loads on
+the model with its towers. transformers' own class is used: what text does not reach is left out of it.
 """
 
 import functools
@@ -164,7 +164,7 @@ class _Alone(_Checked):
         gone = other_parts(self)
         for name in gone:
             setattr(above, name.rpartition(".")[2], _names_of(self.get_submodule(name)))
-        # What the parts have told the whole of themselves: tied weights, blocks to shard, names in files.
+        # What the whole model has recorded of the parts: tied weights, blocks to shard, names in files.
         prefixes = tuple(f"{name}." for name in gone)
         ties = self.all_tied_weights_keys.items()
         self.all_tied_weights_keys = {one: other for one, other in ties if not one.startswith(prefixes)}
@@ -182,7 +182,7 @@ class _Alone(_Checked):
 
 
 class Absent(nn.Module):
-    """A part that is not loaded. Its names remain, so that those of adapters are told apart as in the whole model."""
+    """A part that is not loaded. Its names remain, so that names of adapters match as in the whole model."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raise :class:`UserError`: something other than text has come."""

@@ -78,7 +78,7 @@ def attach(
     if config.target_modules == "all-linear":
         _target_the_decoder(model, config, stacks)
     elif multimodal.language_model(model) is not None:
-        # By path: the same names in a tower, which whoever serves the adapter has, are no targets.
+        # By path: the same names in a tower must not match where the adapter is loaded on the whole model.
         config.target_modules = set(decoder.matched(model, config.target_modules))
     added = sorted(added_token_ids)
     if added:

@@ -58,7 +58,7 @@ def quantize(
         bnb_4bit_compute_dtype=dtype,
     )
     plain = without_weights(directory, quantization=None, dtype=dtype, task=CAUSAL_LM)
-    if parts := other_parts(plain):  # whoever loads the whole must know what is in 16 bits
+    if parts := other_parts(plain):  # loading the whole checkpoint requires the names of what is in 16 bits
         settings.llm_int8_skip_modules = ["lm_head", *parts]
     with published(output, bytes_of(plain) // 2) as aside:
         source = streamed.read(directory, quantization=settings, dtype=dtype, task=CAUSAL_LM)

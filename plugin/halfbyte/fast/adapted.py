@@ -1,4 +1,4 @@
-"""The linear maps of a fused part at one moment: what may not be computed fused, and the adapters that are active."""
+"""The linear maps of a fused part at one moment: what prevents a fused call, and the adapters that are active."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def check_adapter(module: nn.Module, parts: Parts, adapter: str) -> None:
 
 
 def check_call(module: nn.Module, parts: Parts, training: bool, hidden: torch.Tensor) -> None:
-    """Raise :class:`Uncovered` if a call on ``hidden`` ``[B, T, H]`` may not be computed fused at this moment."""
+    """Raise :class:`Uncovered` if the fused form does not support a call on ``hidden`` ``[B, T, H]`` now."""
     if attention := _attention(parts):
         _check_attention(attention)
     for linear in parts.linears:

@@ -132,7 +132,7 @@ class Map:
 
 
 class Activation:
-    """What stands between the two maps of an expert, and its gradient."""
+    """The activation between the two maps of an expert, and its gradient."""
 
     def __init__(self, held: Any) -> None:
         self.function = held._apply_gate if held.has_gate else held.act_fn

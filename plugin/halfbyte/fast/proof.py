@@ -39,7 +39,7 @@ class _Call:
 
 
 class Proofs:
-    """What is proven of the decoder layers of one model, each kind when it is first asked for."""
+    """What is proven of the decoder layers of one model, each kind when it is first requested."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]

@@ -212,7 +212,7 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 def _own_quantization(config: Any, requested: BitsAndBytesConfig | None) -> dict[str, Any] | None:
-    """How a checkpoint is quantized already, unless it is packed anew."""
+    """How a checkpoint is quantized already, unless it is dequantized and packed in NF4 while it is read."""
     own = getattr(config, "quantization_config", None)
     if own is None or isinstance(own, dict):
         return None if quantizer.is_packed_anew(own, requested) else own
