@@ -15,10 +15,12 @@ from torch import nn
 from halfbyte import distributed
 from halfbyte.memory import resident, step
 
-# Memory of a process on a CPU beside its tensors: imports; copies of a layer's products, as a multiple of what they
-# work with, by the bytes of a value; fragmentation, as a share of the working memory. Measured by
+# Memory of a process on a CPU beside its tensors: imports, and more where a row has two sides (among it what oneDNN
+# compiles for products of a second number of tokens, 0.6 MB each in bfloat16); copies of a layer's products, as a
+# multiple of what they work with, by the bytes of a value; fragmentation, as a share of the working memory. Measured by
 # tests/benchmarks/memory.py (oneDNN without AMX, glibc).
 _IMPORTS = 36 * 2**20
+_OF_PAIRS = 30 * 2**20
 _COPIES = {2: 1.15, 4: 0.55}
 _PIECES = 0.4
 # The share of what a step adds that CUDA's allocator reserves beside it: assumed, since torch counts tensors only.
@@ -177,4 +179,5 @@ def _slack(workload: Workload, added: step.Activations, size: int) -> int:
         return int(_RESERVED * (added.kept + added.working))
     copies = _COPIES.get(size, max(_COPIES.values())) * added.products
     pieces = (1 + _PIECES) * added.working
-    return _IMPORTS + int(max(copies + max(added.working, added.products), pieces) - added.working)
+    beside = _IMPORTS + (_OF_PAIRS if workload.sides > 1 else 0)
+    return beside + int(max(copies + max(added.working, added.products), pieces) - added.working)
