@@ -10,7 +10,7 @@ import pytest
 from tests import launch
 from tests.benchmarks import export
 
-SIZE, SHARD = 40 * 10**6, 2 * 10**6
+SIZE, SHARD = 80 * 10**6, 2 * 10**6
 # First on a base of one layer: what a process loads once is not what is measured.
 GROWTH = """
 import json, sys
