@@ -98,8 +98,11 @@ def test_a_large_base_takes_a_step_under_a_cap(part: Part) -> None:
     assert done.stdout.rstrip().endswith("| yes |"), done.stdout
 
 
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 24])
-def test_attention_along_paths_is_one_kernel_with_the_numbers_of_the_cpu(window: int | None) -> None:
+def test_attention_along_paths_is_one_kernel_with_the_numbers_of_the_cpu(
+    window: int | None, with_sinks: bool
+) -> None:
     """Queries and keys of a branch are not of one length: the kernel must align their last tokens."""
     forest = Forest.of_lengths([40, 17, 9, 33, 5, 64], [ROOT, 0, 0, ROOT, 3, 3])
     generator = torch.Generator().manual_seed(4)
@@ -108,7 +111,8 @@ def test_attention_along_paths_is_one_kernel_with_the_numbers_of_the_cpu(window:
     found = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         q, k, v = (x.bfloat16().to(device, dtype).requires_grad_() for x in drawn[:3])
-        call = attention(q.device, dtype, 0.125, None, forest, window)
+        sinks = torch.linspace(-2, 6, 8, device=device) if with_sinks else None
+        call = attention(q.device, dtype, 0.125, None, forest, window, sinks=sinks)
         out = call.attend(q, k, v)
         gradients = torch.autograd.grad(out, (q, k, v), drawn[3].to(device, dtype))
         found.append([x.float().cpu() for x in (out, *gradients)])

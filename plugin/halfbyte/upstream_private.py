@@ -104,6 +104,7 @@ PRIVATE = (
     ),
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "fast/attention.py"),
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "fast/attention.py"),
+    Private("torch.ops.aten._flash_attention_backward", "fast/attention_graph.py"),
     Private("torch.cpu._is_amx_tile_supported", "fast/attention.py"),
     Private("torch.distributed.distributed_c10d._get_default_store", "resilience/watch.py"),
     Private("wandb.sdk.wandb_setup.singleton", "tracking/wandb_login.py", ""),

@@ -18,7 +18,15 @@ def draw(batch: int, tokens: int, heads: int, kv_heads: int, dtype: torch.dtype)
     return [do, *qkv.split((heads, kv_heads, kv_heads), dim=2)]
 
 
-def exact(do: Tensor, q: Tensor, k: Tensor, v: Tensor, forest: Forest, window: int | None) -> list[Tensor]:
+def exact(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forest: Forest,
+    window: int | None,
+    sinks: Tensor | None = None,
+) -> list[Tensor]:
     """The output and the gradients of q, k and v in float64, under a mask of the whole row."""
     total = forest.ends[-1]
     seen = torch.zeros(total, total, dtype=torch.bool)
@@ -33,7 +41,9 @@ def exact(do: Tensor, q: Tensor, k: Tensor, v: Tensor, forest: Forest, window: i
     query, key, value = (x.transpose(1, 2) for x in inputs)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query @ key.transpose(-1, -2) * SCALE).masked_fill(~seen, float("-inf"))
-    o = (scores.softmax(-1) @ value).transpose(1, 2)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    o = (scores.softmax(-1)[..., :total] @ value).transpose(1, 2)
     return [o.detach(), *torch.autograd.grad(o, inputs, do.double())]
 
 
@@ -57,13 +67,15 @@ FORESTS = {
 @pytest.mark.parametrize("longest", [1, 256, 10**6], ids=["products", "both", "kernel"])
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("name", FORESTS)
-def test_float32_is_exact_to_its_rounding(name, heads, window, longest, monkeypatch) -> None:
+def test_float32_is_exact_to_its_rounding(name, with_sinks, heads, window, longest, monkeypatch) -> None:
     monkeypatch.setattr(module, "_LONG", longest)
     forest = FORESTS[name]
     do, q, k, v = draw(1, forest.ends[-1], *heads, torch.float32)
-    found = computed(CpuAttention(SCALE, None, forest, window), do, q, k, v)
-    assert max(errors(found, exact(do, q, k, v, forest, window))) < 1e-6
+    sinks = torch.linspace(-2, 6, heads[0]) if with_sinks else None
+    found = computed(CpuAttention(SCALE, None, forest, window, None, sinks), do, q, k, v)
+    assert max(errors(found, exact(do, q, k, v, forest, window, sinks))) < 1e-6
 
 
 @pytest.mark.parametrize("longest", [1, 10**6], ids=["products", "kernel"])

@@ -10,6 +10,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     MistralConfig,
 )
@@ -31,7 +33,8 @@ ARCHITECTURES = {
     "mistral": lambda: MistralConfig(**tiny._GATED, sliding_window=6),
     "mistral wide": lambda: MistralConfig(**tiny._GATED, sliding_window=64),
     "gemma3": lambda: Gemma3TextConfig(**tiny._GATED, head_dim=16, sliding_window=6),
-    # Scores that are bounded, which sdpa does not know.
+    # Scores that are bounded, and sinks, which sdpa does not know.
+    "gpt_oss": lambda: GptOssConfig(**tiny._GATED, head_dim=16, sliding_window=6, num_local_experts=4),
     "gemma2": lambda: Gemma2Config(
         **tiny._GATED, head_dim=16, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=1
     ),
@@ -41,9 +44,12 @@ ARCHITECTURES = {
 def make(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     config = ARCHITECTURES[name]()
-    own = {"gemma2": Gemma2ForCausalLM, "gemma3": Gemma3ForCausalLM}
+    own = {"gemma2": Gemma2ForCausalLM, "gemma3": Gemma3ForCausalLM, "gpt_oss": GptOssForCausalLM}
     cls = AutoModelForCausalLM
     model = own[name](config) if name in own else cls.from_config(config, attn_implementation="sdpa")
+    for name, parameter in model.named_parameters():
+        if name.endswith(".sinks"):
+            parameter.requires_grad_(False).add_(1)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     return model
 
@@ -94,6 +100,26 @@ def test_no_sequence_attends_to_another(name: str) -> None:
         first, second = (model(**b).logits[0] for b in (batch, changed))
     assert not torch.allclose(first[: LENGTHS[0]], second[: LENGTHS[0]], atol=1e-3)
     assert torch.equal(first[LENGTHS[0] :], second[LENGTHS[0] :])
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
+def test_a_completion_with_a_cache_is_that_of_the_model_itself(name: str) -> None:
+    """Left padding, a window that is shorter than the row, and queries one after the other."""
+    model = make(name).eval()
+    given = {
+        "input_ids": torch.arange(4, 28).view(2, 12),
+        "attention_mask": torch.ones(2, 12, dtype=torch.long),
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    given["attention_mask"][0, :5] = 0
+    expected = model.generate(**given)
+    assert batches.use_forests(model) is None
+    found = model.generate(**given)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.allclose(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-5)
 
 
 def test_the_mask_is_a_forest_and_not_a_square() -> None:

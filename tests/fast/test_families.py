@@ -42,6 +42,7 @@ LONG: dict[str, dict[str, Any]] = {
     "gemma3_text": _MIXED,
     "gemma4_text": {**_MIXED, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
     "glm": {"attention_bias": True},
+    "granite_swa": _MIXED,
     "gpt_neox": {"attention_bias": True},
     "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "hunyuan_v1_dense": {},
@@ -70,6 +71,7 @@ HALVES: dict[str, tuple[dict[str, Any], int, dict[str, int]]] = {
     "olmoe": ({}, 0, {"attention": 2}),
     "glm4_moe": ({}, 1, {"attention": 1, "MLP": 1}),
     "deepseek_v3": ({}, 0, {"MLP": 2}),
+    "gpt_oss": (_MIXED, 0, {"attention": 2}),
 }
 _LINEARS = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|w1|w2|w3|input_linear|output_linear)"
 
@@ -201,7 +203,7 @@ def test_a_model_that_reads_its_tokens_together_gets_all_of_them(monkeypatch: py
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", in_tiers(HALVES, ("qwen3_next", "lfm2")))
+@pytest.mark.parametrize("name", in_tiers(HALVES, ("qwen3_next", "lfm2", "gpt_oss")))
 def test_half_a_layer_computes_what_its_module_does(name: str, checkpointing: bool) -> None:
     config, layers, parts = HALVES[name]
     given = {"target_modules": _LINEARS, "lora_dropout": 0.2 if name in ("lfm2", "qwen3_5_text") else 0.0}

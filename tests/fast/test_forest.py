@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from halfbyte.fast.attention import CpuAttention, GraphAttention
+from halfbyte.fast.attention import CpuAttention
+from halfbyte.fast.attention_graph import GraphAttention
 from halfbyte.fast.forest import ROOT, Forest, read_tokens, varlen_layout
 
 # A row alone, a pair, a group of three whose last continues a branch, a pair without a common prefix, an empty branch.
@@ -69,8 +70,8 @@ def test_the_varlen_layout_gathers_the_keys_of_each_path() -> None:
     assert len(asked.keys) == len(asked.queries) == 1 + len(READ.segments)
 
 
-def dense(q, k, v, window: int | None):
-    """The same attention under a mask of the whole row."""
+def dense(q, k, v, window: int | None, sinks: torch.Tensor | None):
+    """The same attention under a mask of the whole row, with a sink as a further key of value zero."""
     total = FOREST.ends[-1]
     hidden = torch.ones(total, total, dtype=torch.bool)
     for segment in FOREST.segments:
@@ -82,15 +83,22 @@ def dense(q, k, v, window: int | None):
     groups = HEADS // KV_HEADS
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=~hidden, scale=0.3).transpose(
+    mask = torch.zeros(1, HEADS, total, total).masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        mask = torch.cat([mask, sinks[:, None, None].expand(1, HEADS, total, 1)], -1)
+        key, value = (functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3).transpose(
         1, 2
     )
 
 
 @pytest.mark.parametrize("forest", [FOREST, READ], ids=["all", "what is read"])
 @pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-2, 4, HEADS)], ids=["", "sinks"])
 @pytest.mark.parametrize("kind", [CpuAttention, GraphAttention])
-def test_attention_along_paths_equals_the_mask_of_the_row(kind, window: int | None, forest: Forest) -> None:
+def test_attention_along_paths_equals_the_mask_of_the_row(
+    kind, sinks: torch.Tensor | None, window: int | None, forest: Forest
+) -> None:
     generator = torch.Generator().manual_seed(3)
 
     def draw(heads: int):
@@ -98,12 +106,12 @@ def test_attention_along_paths_equals_the_mask_of_the_row(kind, window: int | No
 
     q, k, v = draw(HEADS), draw(KV_HEADS), draw(KV_HEADS)
     gradient = torch.randn(q.shape, generator=generator)
-    expected = dense(q, k, v, window)
+    expected = dense(q, k, v, window, sinks)
     asked = q
     if forest is READ:
         expected, gradient, asked = (x[:, READ_TOKENS] for x in (expected, gradient, q))
     expected_gradients = torch.autograd.grad(expected, (q, k, v), gradient)
-    call = kind(0.3, None, forest, window)
+    call = kind(0.3, None, forest, window, None, sinks)
     found = call.attend(asked, k, v)
     assert torch.allclose(found, expected, atol=1e-6)
     for ours, theirs in zip(torch.autograd.grad(found, (q, k, v), gradient), expected_gradients, strict=True):

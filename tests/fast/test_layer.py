@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfbyte import fast
 from halfbyte.fast import arguments, batches, layer
-from halfbyte.fast.attention import GraphAttention
+from halfbyte.fast.attention_graph import GraphAttention
 from halfbyte.fast.layer_call import LayerCall
 from tests.fast import models
 
@@ -101,7 +101,9 @@ def test_attention_with_a_graph_of_its_own(
     references: dict, level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The form of attention that CUDA takes."""
-    monkeypatch.setattr(arguments, "attention", lambda device, dtype, *rest, cap: GraphAttention(*rest, cap))
+    monkeypatch.setattr(
+        arguments, "attention", lambda device, dtype, *rest, cap, sinks: GraphAttention(*rest, cap, sinks)
+    )
     for arch in ("llama", "qwen3"):
         model = fuse_all(models.make(arch), level)
         for name, batch in BATCHES.items():

@@ -77,9 +77,10 @@ def _attention(parts: Parts) -> AttentionParts | None:
 
 
 def _check_attention(attention: AttentionParts) -> None:
-    """Transformers has no sdpa with a soft cap: models that have one run eager."""
+    """Transformers has no sdpa with a soft cap or sinks: models that have them run eager."""
     name = attention.implementation
-    if not name.startswith(_ATTENTIONS) and not (name == "eager" and attention.softcap is not None):
+    eager = attention.softcap is not None or attention.sinks
+    if not name.startswith(_ATTENTIONS) and not (name == "eager" and eager):
         raise Uncovered(f"attention implementation {name}")
 
 

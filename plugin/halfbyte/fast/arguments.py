@@ -7,8 +7,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from halfbyte.fast import adapted
+from halfbyte.fast import adapted, reading
 from halfbyte.fast.attention import attention
 from halfbyte.fast.attention_half import AttentionHalf
 from halfbyte.fast.forest import Forest, read_tokens
@@ -55,20 +56,27 @@ def attention_half(
     forest = _forest(parts, hidden, mask, kwargs)
     if mask is not None and mask.dim() != 4:
         raise Uncovered("a mask for flash attention")
-    if mask is not None and mask.dtype != torch.int32 and _beyond_window(parts, hidden, forest):
-        forest = None  # the model's mask has both the sequences and the window
     if forest is not None:
-        mask = None
+        mask = None  # the sequences and the window say what it does, and some models' (gpt-oss) has the window alone
         if not only_read or parts.gated:  # whose gates are those of all tokens
             forest = forest.whole
-    if mask is None and forest is None and _beyond_window(parts, hidden, forest):
+    if mask is None and forest is None and parts.window is not None and hidden.shape[1] > parts.window:
         raise Uncovered("a sequence longer than the sliding window, and no mask")
     return AttentionHalf(
         parts,
         adapted.projections(parts.qkv),
         adapted.projections(parts.out),
         _rotary(parts, hidden, kwargs.get("position_embeddings")),
-        attention(hidden.device, hidden.dtype, parts.scale, mask, forest, parts.window, cap=parts.softcap),
+        attention(
+            hidden.device,
+            hidden.dtype,
+            parts.scale,
+            mask,
+            forest,
+            parts.window,
+            cap=parts.softcap,
+            sinks=_sinks(parts),
+        ),
         _factors(parts, kwargs.get("position_ids")),
         None if forest is None else read_tokens(forest, hidden.device),
     )
@@ -77,9 +85,19 @@ def attention_half(
 def _rotary(parts: AttentionParts, hidden: Tensor, angles: Any) -> Rotary | None:
     if parts.rotary is None:
         return None
-    if not isinstance(angles, tuple) or len(angles) != 2 or angles[0].shape[-1] > parts.head_size:
+    rotary = None
+    if isinstance(angles, tuple) and len(angles) == 2:
+        rotary = Rotary(*angles, hidden.dtype, parts.rotary)
+    if rotary is None or rotary.width > parts.head_size:
         raise Uncovered("rotary positions of another shape")
-    return Rotary(*angles, hidden.dtype, parts.rotary)
+    return rotary
+
+
+def _sinks(parts: AttentionParts) -> Tensor | None:
+    sinks = reading.sinks(parts.module) if parts.sinks else None
+    if sinks is not None and (isinstance(sinks, DTensor) or sinks.numel() != parts.heads):
+        raise Uncovered("weights are sharded")
+    return sinks
 
 
 def _factors(parts: AttentionParts, positions: Tensor | None) -> Tensor | None:
@@ -111,11 +129,6 @@ def _forest(
 def _positions_tell(positions: Tensor | None, parts: AttentionParts) -> TypeGuard[Tensor]:
     """Whether positions that begin again are sequences: for flash attention, which gets no mask, in one row."""
     return parts.implementation.startswith("flash") and positions is not None and len(positions) == 1
-
-
-def _beyond_window(parts: AttentionParts, hidden: Tensor, forest: Forest | None) -> bool:
-    longest = hidden.shape[1] if forest is None else forest.longest
-    return parts.window is not None and longest > parts.window
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

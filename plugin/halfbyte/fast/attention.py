@@ -11,11 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
-from halfbyte.fast import attention_cpu, softcap
-from halfbyte.fast.forest import Forest, varlen_layout
+from halfbyte.fast import attention_cpu
+from halfbyte.fast.attention_graph import GraphAttention
+from halfbyte.fast.forest import Forest
 from halfbyte.fast.spans import additive, gather, path_mask, scatter_add
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -52,21 +51,24 @@ def attention(
     window: int | None = None,
     *,
     cap: float | None = None,
+    sinks: Tensor | None = None,
     autograd: bool = False,
 ) -> Attention:
     """Return the attention of one batch: along the paths of ``forest``, or under ``mask``, or causal.
 
     ``mask`` is ``[B, 1, T, T]``, bool or of ``dtype``: True or 0 where a query attends, False or -inf where not. With a
     ``window`` a query of a forest attends to so many tokens of its path, itself the last of them. A soft ``cap`` bounds
-    the scores: ``cap * tanh(score / cap)``. ``autograd`` asks for the general form, which takes values of another size
+    the scores: ``cap * tanh(score / cap)``. ``sinks``, which are frozen, are ``[Nq]``: a score of each head that takes
+    part in its softmax and has no value. ``autograd`` asks for the general form, which takes values of another size
     than queries. Queries, and outputs, are those of the tokens of ``forest`` whose output is read.
     """
     if forest is None or not window or window >= forest.longest:  # some models write none as 0
         window = None
+    sinks = None if sinks is None else sinks.detach()
     if device.type == "cpu" and not autograd and (cap is None or mask is None):
         added = additive(mask, _working_dtype(dtype)) if mask is not None else None
-        return CpuAttention(scale, added, forest, window, cap)
-    return GraphAttention(scale, mask, forest, window, cap)
+        return CpuAttention(scale, added, forest, window, cap, sinks)
+    return GraphAttention(scale, mask, forest, window, cap, sinks)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class CpuAttention:
     products                 1.1  2.6  4.5  6.6 18.7    12.3
     ======================= ==== ==== ==== ==== ==== =======
 
-    The log-sums of queries that are computed by products are left at zero: their backward does not read them.
+    The log-sums of queries that are computed by products are left at zero where there are no ``sinks``: their backward
+    does not read them. A sink takes a share of each query's weights and has no value, so that what is left to the keys
+    is a factor of the output, and of its gradient in a backward that is otherwise the same.
     """
 
     scale: float
@@ -92,6 +96,7 @@ class CpuAttention:
     forest: Forest | None
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
         dtype = q.dtype
@@ -143,16 +148,20 @@ class CpuAttention:
 
     def _forward_span(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self._by_products(q, k):
-            o = attention_cpu.forward(q, k, v, self.window, self.scale, self.softcap)
-            return o, q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
-        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-        mask = self._span_mask(q, k)
-        o, log_sum = _cpu_forward(query, key, value, 0.0, mask is None, attn_mask=mask, scale=self.scale)
-        return o.transpose(1, 2), log_sum
+            o, log_sum = attention_cpu.forward(
+                q, k, v, self.window, self.scale, self.softcap, with_sums=self.sinks is not None
+            )
+        else:
+            query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+            mask = self._span_mask(q, k)
+            o, log_sum = _cpu_forward(query, key, value, 0.0, mask is None, attn_mask=mask, scale=self.scale)
+            o = o.transpose(1, 2)
+        return self._beside_sinks(o, log_sum), log_sum
 
     def _backward_span(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        do = self._beside_sinks(do, log_sum)
         if self._by_products(q, k):
             return attention_cpu.backward(do, q, k, v, o, self.window, self.scale, self.softcap)
         mask = self._span_mask(q, k)
@@ -161,6 +170,13 @@ class CpuAttention:
             do, q, k, v, o, log_sum, 0.0, mask is None, attn_mask=mask, scale=self.scale
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    def _beside_sinks(self, x: Tensor, log_sum: Tensor) -> Tensor:
+        """``x`` ``[B, T, Nq, D]`` times the share of the weights that the sinks leave to the keys."""
+        if self.sinks is None:
+            return x
+        share = (log_sum - self.sinks.float()[:, None]).sigmoid_()
+        return (x * share.transpose(1, 2).unsqueeze(-1)).to(x.dtype)
 
     def _by_products(self, q: Tensor, k: Tensor) -> bool:
         """Whether products are faster for these queries and keys; no kernel has a soft cap."""
@@ -175,96 +191,6 @@ class CpuAttention:
 
     def _working_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return _working_dtype(dtype) if self.softcap is None else torch.float32
-
-
-@dataclass(frozen=True)
-class GraphAttention:
-    """Attention through PyTorch's public functions, with an autograd graph of its own for the gradient.
-
-    The graph is kept where queries, keys and values are kept anyway, and rebuilt elsewhere.
-    """
-
-    scale: float
-    mask: Tensor | None
-    forest: Forest | None
-    window: int | None = None
-    softcap: float | None = None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool = False) -> tuple[Tensor, Kept]:
-        if not keep_graph or self.softcap is not None:  # whose graph has all scores
-            with torch.no_grad():
-                return self._attend(q, k, v), None
-        graph = self._graph(q, k, v)
-        return graph[0].detach(), graph
-
-    def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, kept: Kept
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out, inputs = kept if kept is not None else self._graph(q, k, v)
-        dq, dk, dv = torch.autograd.grad(out, inputs, do)
-        return dq, dk, dv
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(q, k, v)
-
-    def _graph(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            return self._attend(*inputs), inputs
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.forest is None:
-            return self._attend_rows(q, k, v, self.mask)
-        sixteen = q.dtype in (torch.bfloat16, torch.float16)
-        if sixteen and self.softcap is None and has_varlen(q.device):
-            return self._attend_varlen(q, k, v, self.forest)
-        parts = []
-        for segment in self.forest.segments:
-            start, end = self.forest.queries[segment]
-            key, value = (gather(x, self.forest.keys(segment)) for x in (k, v))
-            mask = path_mask(end - start, key.shape[1], self.window, q.dtype, q.device)
-            parts.append(self._attend_rows(q[:, start:end], key, value, mask))
-        return torch.cat(parts, dim=1)
-
-    def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
-        """One kernel for all segments; a query is aligned with the last of its keys."""
-        layout = varlen_layout(forest, q.device)
-        key, value = k[0], v[0]
-        if layout.gathered is not None:
-            key, value = key[layout.gathered], value[layout.gathered]
-        out = varlen_attn(
-            q[0],
-            key,
-            value,
-            layout.queries,
-            layout.keys,
-            layout.longest_queries,
-            layout.longest_keys,
-            scale=self.scale,
-            window_size=(-1 if self.window is None else self.window - 1, 0),
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        assert isinstance(out, Tensor)  # a tuple only where log-sums are requested
-        return out.unsqueeze(0)
-
-    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-        groups = q.shape[2] // k.shape[2]
-        if groups > 1 and (
-            mask is not None or self.softcap is not None
-        ):  # no kernel takes a mask and shared keys
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        if self.softcap is not None:
-            return softcap.attend(query, key, value, mask, self.scale, self.softcap).transpose(1, 2)
-        return functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=key.shape[1] != query.shape[1],
-        ).transpose(1, 2)
 
 
 class _Attend(torch.autograd.Function):
@@ -282,11 +208,6 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, log_sum = ctx.saved_tensors
         return None, *ctx.call.backward(do, q, k, v, o, log_sum)
-
-
-def has_varlen(device: torch.device) -> bool:
-    """Whether PyTorch's variable-length attention runs on ``device``."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,20 +18,30 @@ _SCORES = 1 << 18
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, softcap: float | None = None
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None = None,
+    *,
+    with_sums: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Return the output ``[B, T, Nq, D]`` of ``q`` ``[B, T, Nq, D]`` over ``k`` and ``v`` ``[B, keys, Nkv, D]``.
 
     The queries are those of the last T keys; each attends to ``window`` keys, its own the last of them, or to all
-    before it. A ``softcap`` bounds the scores: ``softcap * tanh(score / softcap)``.
+    before it. A ``softcap`` bounds the scores: ``softcap * tanh(score / softcap)``. The log-sums ``[B, Nq, T]`` beside
+    the output are zeros unless they are requested (``with_sums``).
     """
     kv_heads = k.shape[2]
     query, key, value = _packed(q, kv_heads).mul_(scale), _packed(k, kv_heads), _packed(v, kv_heads)
     output, memory = torch.empty_like(query), torch.empty(0)
+    sums = torch.zeros(query.shape[:2])
     for heads, rows, seen, hidden in _blocks(q, k, window):
-        weights, _ = _weights(query[heads, rows], key[heads, seen], hidden, memory, softcap)
+        wanted = sums[heads, rows] if with_sums else None
+        weights, _ = _weights(query[heads, rows], key[heads, seen], hidden, memory, softcap, wanted)
         output[heads, rows] = torch.bmm(weights, value[heads, seen])
-    return _unpacked(output, q)
+    return _unpacked(output, q), _unpacked(sums[..., None], q[..., :1]).squeeze(-1).transpose(1, 2)
 
 
 def backward(
@@ -64,11 +74,16 @@ def backward(
 
 
 def _weights(
-    query: Tensor, key: Tensor, hidden: Tensor, memory: Tensor, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    hidden: Tensor,
+    memory: Tensor,
+    softcap: float | None,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The weights of scaled queries, ``[heads, rows, keys]``, in ``memory``, and the slope of the soft cap.
 
-    ``hidden`` belongs to the last keys.
+    ``hidden`` belongs to the last keys. The log-sums are written to ``sums`` ``[heads, rows]``.
     """
     shape = torch.Size((len(query), query.shape[1], key.shape[1]))
     scores = torch.bmm(query, key.transpose(1, 2), out=_view(memory, shape))
@@ -78,7 +93,11 @@ def _weights(
         slope = 1 - scores.square()
         scores.mul_(softcap)
     scores[..., shape[2] - hidden.shape[1] :].add_(hidden)
-    return torch.softmax(scores, -1, out=scores), slope
+    highest = None if sums is None else scores.amax(-1)
+    torch.softmax(scores, -1, out=scores)
+    if sums is not None and highest is not None:
+        sums.copy_(highest.sub_(scores.amax(-1).log_()))  # whose weight is 1 / sum(exp(score - highest))
+    return scores, slope
 
 
 def _blocks(q: Tensor, k: Tensor, window: int | None) -> Iterator[tuple[slice, slice, slice, Tensor]]:

@@ -20,12 +20,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from halfbyte.adapters import evaluating
 from halfbyte.fast import reading
 from halfbyte.fast.attention import attention as attention_of
-from halfbyte.fast.forest import ROOT, Forest
+from halfbyte.fast.forest import ROOT, Forest, once_per_tensor
+from halfbyte.fast.parts import Uncovered
 from halfbyte.fast.stand_in import with_weights
 
 IMPLEMENTATION = "sdpa_varlen"
-# The same for a model with a soft cap in its attention: transformers refuses it every name with sdpa.
-CAPPED = "varlen_capped"
+# The same in the place of eager attention, for a soft cap or sinks: transformers refuses these every name with sdpa.
+IN_PLACE_OF_EAGER = "varlen_eager"
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Two sequences, of 2 and 3 tokens, as TRL packs them; and a pair that shares two tokens.
@@ -70,7 +71,7 @@ def prepare_pairs(model: PreTrainedModel, args: TrainingArguments, collator: Any
 
 def register() -> None:
     """Register :data:`IMPLEMENTATION` with transformers, for the process; registering twice changes nothing."""
-    for name in (IMPLEMENTATION, CAPPED):
+    for name in (IMPLEMENTATION, IN_PLACE_OF_EAGER):
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, mask)
 
@@ -96,8 +97,13 @@ def _uncovered(
 def use_forests(model: PreTrainedModel, example: Forest = PACKED) -> str | None:
     """Make ``model`` use :data:`IMPLEMENTATION` for batches like ``example``; return why it cannot."""
     before = model.config._attn_implementation
-    name = CAPPED if before in ("eager", CAPPED) and _is_capped(model) else IMPLEMENTATION
-    if before not in ("sdpa", IMPLEMENTATION) and name != CAPPED:
+    name = IMPLEMENTATION
+    try:
+        if before in ("eager", IN_PLACE_OF_EAGER) and _is_beyond_sdpa(model):
+            name = IN_PLACE_OF_EAGER
+    except Uncovered as reason:
+        return str(reason)
+    if before not in ("sdpa", IMPLEMENTATION) and name != IN_PLACE_OF_EAGER:
         return f"attention is {before}; sdpa is covered"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} does not use transformers' attention interface"
@@ -109,11 +115,12 @@ def use_forests(model: PreTrainedModel, example: Forest = PACKED) -> str | None:
     return f"{type(model).__name__} does not pass sequence boundaries to its attention"
 
 
-def _is_capped(model: PreTrainedModel) -> bool:
-    """Whether ``model`` bounds the scores of its attention, which sdpa does not: transformers then runs eager."""
+def _is_beyond_sdpa(model: PreTrainedModel) -> bool:
+    """Whether the attention of ``model`` has a soft cap or sinks, which sdpa has not: transformers then runs eager."""
     config = model.config.get_text_config()
-    dropout = getattr(config, "attention_dropout", 0)
-    return getattr(config, "attn_logit_softcapping", None) is not None and not dropout
+    has_sinks = any(reading.sinks(module) is not None for module in model.modules())
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return (capped or has_sinks) and not getattr(config, "attention_dropout", 0)
 
 
 class _Arrived(Exception):  # noqa: N818 -- not an error: it ends a forward that has shown what it was run for
@@ -188,16 +195,20 @@ def attention(
 
     ``query`` is ``[B, Nq, T, D]``, ``key`` and ``value`` ``[B, Nkv, T, D]``; returns ``[B, T, Nq, D]``. B is 1 where a
     forest is given: in the place of the mask, as :meth:`Forest.tensor` encodes it, or as ``cu_seq_lens_q`` where there
-    is no mask at all. The signature is that of transformers' attention functions.
+    is no mask at all. A mask beside these may be that of a window alone (gpt-oss): it holds within each sequence. The
+    signature is that of transformers' attention functions.
     """
     forest = _forest_of(attention_mask, kwargs)
     # What sdpa adds to the scores, and attention in both directions.
-    beyond = any(kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
-    beyond = beyond or getattr(module, "is_causal", True) is False
+    beyond = kwargs.get("position_bias") is not None or getattr(module, "is_causal", True) is False
     if _probing:
         raise _Arrived(None if beyond else forest)
-    cap = kwargs.get("softcap")
-    if cap is None and (forest is None or query.shape[0] != 1 or beyond):
+    cumulative = kwargs.get("cu_seq_lens_q")
+    if forest is None and attention_mask is not None and cumulative is not None:
+        attention_mask = _within(attention_mask, Forest.of_cumulative(cumulative))
+    cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    alike = cap is None and sinks is None
+    if alike and (forest is None or query.shape[0] != 1 or beyond):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -211,6 +222,7 @@ def attention(
         forest,
         kwargs["sliding_window"] if "sliding_window" in kwargs else reading.window(module),
         cap=cap,
+        sinks=sinks,
         autograd=value.shape[-1] != query.shape[-1],
     )
     return call.attend(*(x.transpose(1, 2) for x in (query, key, value))), None
@@ -221,6 +233,15 @@ def _forest_of(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Forest 
         return Forest.of_tensor(attention_mask).whole if attention_mask.dtype == torch.int32 else None
     cumulative = kwargs.get("cu_seq_lens_q")
     return None if cumulative is None else Forest.of_cumulative(cumulative)
+
+
+@once_per_tensor
+def _within(mask: Tensor, forest: Forest) -> Tensor:
+    """``mask`` ``[1, 1, T, T]``, bool or added to the scores, that hides from a query what its sequence has not."""
+    at = torch.arange(forest.ends[-1], device=mask.device)
+    sequence = torch.bucketize(at, torch.tensor(forest.ends, device=mask.device), right=True)
+    same = sequence[:, None] == sequence
+    return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, torch.finfo(mask.dtype).min)
 
 
 def _with_dropout(

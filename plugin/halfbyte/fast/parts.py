@@ -60,7 +60,8 @@ class AttentionParts:
 
     ``qkv`` are the maps to queries, keys and values, three or one; with ``shared_values`` the keys are the values too,
     before norm and rotation, and where attention is ``gated`` a gate of the output follows the query of each head. A
-    head norm is of a head or of all heads at once.
+    head norm is of a head or of all heads at once. With ``sinks`` the module has a score of each head that takes part
+    in its softmax and has no value.
     """
 
     norm: Norm | None
@@ -77,6 +78,7 @@ class AttentionParts:
     scale: float
     window: int | None
     softcap: float | None
+    sinks: bool
     rotary: Pairing | None
     rotated_first: bool
     query_scale: QueryScale | None

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.fast.adapted import base
 from halfbyte.fast.gate import Gate
@@ -143,6 +143,7 @@ def read_attention(
         scale=size**-0.5 if scale is None else scale,
         window=window(attention),
         softcap=getattr(attention, "attn_logit_softcapping", None),
+        sinks=sinks(attention) is not None,
         rotary=form.rotary,
         rotated_first=form.rotated_first,
         query_scale=_query_scale(attention.config),
@@ -183,6 +184,16 @@ def window(attention: Any) -> int | None:
         return None
     window = getattr(attention, "sliding_window", None)
     return window if window is not None else getattr(attention.config, "sliding_window", None)
+
+
+def sinks(attention: Any) -> Tensor | None:
+    """The score of each head ``[Nq]`` that takes part in its softmax and has no value, if ``attention`` has them."""
+    found = getattr(attention, "sinks", None)
+    if not isinstance(found, Tensor):
+        return None
+    if found.requires_grad:
+        raise Uncovered("attention sinks are trained")
+    return found
 
 
 def part(module: Any, names: tuple[str, ...]) -> Any:

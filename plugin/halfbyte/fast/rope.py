@@ -8,20 +8,21 @@ from torch import Tensor
 from halfbyte.fast.device import kernels
 
 # Which channels make a pair, and where their angle is: a channel of the first half and its fellow in the second, or
-# neighbours, with the angles of all pairs in the first half of `cos` or each twice.
-Pairing = Literal["halves", "neighbours", "neighbours, angles twice"]
-PAIRINGS: tuple[Pairing, ...] = ("halves", "neighbours", "neighbours, angles twice")
+# neighbours, with the angles of all pairs in the first half of `cos` or each twice; or halves, with each angle once.
+Pairing = Literal["halves", "neighbours", "neighbours, angles twice", "halves, angles once"]
+PAIRINGS: tuple[Pairing, ...] = ("halves", "neighbours", "neighbours, angles twice", "halves, angles once")
 
 
 class Rotary:
     """The rotation of one batch: ``cos`` and ``sin`` as the model computes them, ``[1 or B, T, rotated channels]``.
 
-    They are cast to ``dtype`` unless the model keeps them in float32, where it rotates in float32. Each angle is there
-    twice: one is kept.
+    They are cast to ``dtype`` unless the model keeps them in float32, where it rotates in float32. Most models give
+    each angle twice: one is kept. ``width`` is the number of rotated channels.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor, dtype: torch.dtype, pairing: Pairing = "halves") -> None:
-        self.width, self.neighbours = cos.shape[-1], pairing != "halves"
+        once = pairing == "halves, angles once"
+        self.width, self.neighbours = cos.shape[-1] * (2 if once else 1), pairing.startswith("neighbours")
         half = slice(None, None, 2) if pairing == "neighbours, angles twice" else slice(self.width // 2)
         dtype = torch.promote_types(cos.dtype, dtype)
         self.cos = cos[..., None, half].to(dtype)

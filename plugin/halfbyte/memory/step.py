@@ -174,9 +174,10 @@ def _of_attention(decoder: Decoder, level: int, size: int, workload: Any) -> int
         # Flash attention adds the gradients of queries up in float32.
         return int(total + workload.tokens * attended * _FLOAT32)
     if _in_float32(decoder):
-        # Copies of do, q, k, v and o, and all of one sequence packed by heads, with their gradients.
+        # Copies of do, q, k, v and o, and all of one sequence packed by heads, with their gradients; do beside sinks.
         copies = 3 * attended + 2 * keys if size < _FLOAT32 else 0
-        total += (workload.tokens * copies + workload.longest * (4 * attended + 6 * keys)) * _FLOAT32
+        packed = (4 + decoder.attention.sinks) * attended + 6 * keys
+        total += (workload.tokens * copies + workload.longest * packed) * _FLOAT32
     return int(total)
 
 
