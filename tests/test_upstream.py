@@ -50,6 +50,7 @@ def test_a_replaced_name_has_its_signature(patch: upstream.Patch) -> None:
     if patch.parameters:
         check(patch.name, patch.parameters)
     else:
+        pytest.importorskip(patch.name.partition(".")[0], reason="an extra that is not installed")
         assert found(patch.name.rpartition(".")[0])
 
 

@@ -94,7 +94,7 @@ def for_run(settings: Settings, manifest: Manifest | None, planned: Strategy | N
             option="auto_find_batch_size",
         )
     found = decide(settings, settings.given.keys(), manifest, planned)
-    unsupported.check_samples(settings, found.strategy.name)
+    unsupported.check_samples(settings)
     if "use_cpu" in settings.given or torch.cuda.is_available():
         return found
     return replace(found, values=MappingProxyType({**found.values, "use_cpu": True}))

@@ -14,7 +14,6 @@ _OTHER_BATCHES = {
     "dataloader_drop_last": "it drops batches of fewer rows, and all of these have different numbers",
     "auto_find_batch_size": "it looks for a number of rows",
 }
-_SHARDED = {"fsdp2": "FSDP2", "zero3": "ZeRO-3"}
 
 
 def check(options: Any, device_type: str, processes: int) -> None:
@@ -54,7 +53,7 @@ def check(options: Any, device_type: str, processes: int) -> None:
                 raise UserError("only encoder-decoder models read it; take it out", option=key)
 
 
-def check_samples(options: Any, strategy: str) -> None:
+def check_samples(options: Any) -> None:
     """Raise :class:`UserError` for ``sample_prompts`` where no completion can be made, or that nothing reads."""
     if options["sample_prompts"] is None:
         for key, unset in (("sample_steps", None), ("sample_max_new_tokens", 64)):
@@ -64,12 +63,6 @@ def check_samples(options: Any, strategy: str) -> None:
     if options["lora_task_type"] != "CAUSAL_LM":
         raise UserError(
             "this recipe's model scores texts and completes none; take it out", option="sample_prompts"
-        )
-    if strategy in _SHARDED:
-        raise UserError(
-            f"under {_SHARDED[strategy]} no rank holds whole weights, and all would have to gather them for each "
-            "token; take it out, or launch with launch/ddp.yaml",
-            option="sample_prompts",
         )
 
 

@@ -198,6 +198,20 @@ PATCHES = (
         "the Trainer moves a model that is not quantized, and TRL copies adapters to one that it adds on the CPU",
     ),
     Patch(
+        "peft.PeftModel.generate",
+        "distributed/fsdp2.py:prepare",
+        "a 4-bit model under FSDP2",
+        "torch 2.13, peft 0.21",
+        "it runs modules below the root only, whose own weights stay sharded (torch's register_fsdp_forward_method)",
+    ),
+    Patch(
+        "deepspeed.runtime.zero.parameter_offload.ZeROOrderedDict._in_forward",
+        "distributed/zero3.py:in_forward",
+        "a model under ZeRO-3, while prompts are completed",
+        "deepspeed 0.19",
+        "generate is not a forward of the engine, which sets it to gather weights that are read outside their module",
+    ),
+    Patch(
         "torch.optim.Optimizer.__class__",
         "distributed/sharded_optimizers.py:step_on_shards",
         "a bitsandbytes optimizer under FSDP2",

@@ -88,6 +88,7 @@ PRIVATE = (
     ),
     Private("accelerate.Accelerator.__init__:_optimizers", "distributed/fsdp2.py"),
     Private("torch.distributed.distributed_c10d._get_default_store", "distributed/ranks.py", ""),
+    Private("torch.nn.Module.__init__:_parameters", "distributed/zero3.py"),
     Private("torch._foreach_norm", "trainer/finite.py"),
     *(
         Private("transformers.PreTrainedConfig._attn_implementation", place)

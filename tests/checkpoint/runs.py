@@ -78,8 +78,8 @@ class Finished:
         return copy
 
 
-def read_rows(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+def read_rows(output: Path, log: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (output / log).read_text().splitlines()]
 
 
 def assert_equal(one: Path, other: Path, step: int = STEPS) -> None:

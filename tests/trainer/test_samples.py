@@ -16,7 +16,6 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from halfbyte import QLoRAPlugin
-from halfbyte.errors import UserError
 from halfbyte.trainer import completions, samples
 from halfbyte.trainer.completions import complete
 from tests import plain_trl, tiny
@@ -246,15 +245,6 @@ def test_settings_are_refused_before_training(
     assert run(recipe, finished.options(tmp_path / "run", **given)) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
-def test_sharded_strategies_are_refused(strategy: str) -> None:
-    from halfbyte import unsupported
-
-    given = {"sample_prompts": "test:1", "lora_task_type": "CAUSAL_LM"}
-    with pytest.raises(UserError, match="no rank holds whole weights"):
-        unsupported.check_samples(given, strategy)
 
 
 @pytest.mark.distributed

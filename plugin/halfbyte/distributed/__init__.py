@@ -1,7 +1,7 @@
 """How this process was launched, which strategies 4-bit training supports, and what sharded models need."""
 
 from halfbyte.distributed.launcher import launch_command
-from halfbyte.distributed.ranks import agree, gather, on_every_rank, on_the_first
+from halfbyte.distributed.ranks import agree, gather, in_step, on_every_rank, on_the_first
 from halfbyte.distributed.sharded_optimizers import check_optimizer
 from halfbyte.distributed.sharded_weights import (
     base_bytes,
@@ -31,6 +31,7 @@ __all__ = [
     "check_quantized",
     "gather",
     "gathered_adapters",
+    "in_step",
     "is_sharded",
     "launch_command",
     "local_shard",

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import fsdp_utils
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -99,6 +99,8 @@ def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
     # Embeddings and head stay with the root, gathered for the whole forward: TRL's fused losses read the head's
     # weight without calling the head, and tied ones must be in one group.
     fully_shard(model, **options)
+    if hasattr(model, "generate"):  # which runs modules below the root, and not the root itself
+        register_fsdp_forward_method(model, "generate")
     _check_sharded({name: linear.get_parameter("weight") for name, linear in linears.items()})
     _check_sharded({name: stack.original for name, stack in packed.items()})
     for optimizer in accelerator._optimizers:

@@ -2,24 +2,27 @@
 
 Keys in the process group's store, for the n-th block of :func:`on_every_rank`: ``halfbyte/n/finished`` counts the
 ranks that succeeded, ``halfbyte/n/failed`` is the first line of a failure. For one of :func:`on_the_first`:
-``halfbyte/n/result`` is what rank 0 returned, 1 or 0, and ``halfbyte/n/hurry`` exists once a rank wants it to end.
+``halfbyte/n/result`` is what rank 0 returned, 1 or 0, and ``halfbyte/n/hurry`` exists once a rank wants it to end. For
+one of :func:`in_step`: ``halfbyte/n/hurry`` likewise, ``halfbyte/n/failed`` counts the ranks that failed, and
+``halfbyte/n/alone`` is what one of them alone had.
 """
 
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import distributed_c10d
 
-from halfbyte.errors import FailedElsewhereError
+from halfbyte.errors import FailedElsewhereError, Halted
 from halfbyte.terminal.wording import first_line
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.05
+_ALIKE_SECONDS = 30.0  # between the first and the last rank's failure of one cause
 _blocks = itertools.count()  # every rank runs the same blocks in the same order
 
 
@@ -87,6 +90,50 @@ def on_the_first(work: Callable[[Callable[[], bool]], bool], hurry: Callable[[],
             store.set(wanted, "")
         time.sleep(_POLL_SECONDS)
     return bool(store.get(result) == b"1")
+
+
+def in_step(work: Callable[[Callable[[], bool]], bool], hurry: Callable[[], bool]) -> bool:
+    """Run ``work``, which has collectives, on every rank; return rank 0's result everywhere.
+
+    ``work`` gets a function that says whether any rank's ``hurry`` has become true; ranks may see that at different
+    moments. An error that every rank has is raised again. Raises :class:`Halted` for one that others do not have:
+    they wait in a collective.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return work(hurry)
+    store = distributed_c10d._get_default_store()
+    block = f"halfbyte/{next(_blocks)}"
+    wanted = f"{block}/hurry"
+
+    def hurried() -> bool:
+        if hurry():
+            store.set(wanted, "")
+        return bool(store.check([wanted]))
+
+    try:
+        done = work(hurried)
+    except Exception as error:
+        reason = f"rank {state.process_index} failed alone: {type(error).__name__}: {first_line(error)}"
+        if (alone := _failed_alone(store, block, reason, state.num_processes)) is not None:
+            raise Halted(alone) from error
+        raise
+    return agree(done)
+
+
+def _failed_alone(store: Any, block: str, reason: str, ranks: int) -> str | None:
+    """Wait for the failure of all ranks; return the ``reason`` of the first where the others do not fail in time."""
+    failed, alone, begun = f"{block}/failed", f"{block}/alone", time.monotonic()
+    if store.check([alone]):  # this failure only reports that the other rank exited
+        return str(store.get(alone).decode())
+    count = store.add(failed, 1)
+    while count < ranks:
+        if time.monotonic() - begun > _ALIKE_SECONDS:
+            store.set(alone, reason)
+            return reason
+        time.sleep(_POLL_SECONDS)
+        count = store.add(failed, 0)
+    return None
 
 
 def _another(what: str, message: bytes) -> FailedElsewhereError:

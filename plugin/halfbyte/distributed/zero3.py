@@ -1,7 +1,12 @@
-"""DeepSpeed ZeRO-3 for 4-bit models: what is not supported."""
+"""DeepSpeed ZeRO-3 for 4-bit models: what is not supported, and weights that are read outside of the engine."""
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
 
 from halfbyte.distributed.launcher import is_on
 from halfbyte.errors import UserError
@@ -10,6 +15,26 @@ from halfbyte.errors import UserError
 def requested() -> bool:
     """Whether the launcher requested DeepSpeed, of any stage."""
     return is_on(os.environ, "ACCELERATE_USE_DEEPSPEED")
+
+
+@contextmanager
+def in_forward(model: nn.Module) -> Iterator[None]:
+    """Have DeepSpeed gather every weight that is read, as in a forward of its engine; nothing for another model.
+
+    Outside it gathers those of a module for the module's own forward only; a fused layer reads those of its parts.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield
+        return
+    parameters: list[Any] = [module._parameters for module in model.modules()]
+    before = [each._in_forward for each in parameters]
+    for each in parameters:
+        each._in_forward = True
+    try:
+        yield
+    finally:
+        for each, flag in zip(parameters, before, strict=True):
+            each._in_forward = flag
 
 
 def require_installed() -> None:

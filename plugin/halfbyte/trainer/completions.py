@@ -3,16 +3,20 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from halfbyte import distributed
 from halfbyte.checkpoint.generators import generators_kept
+from halfbyte.distributed import zero3
 
 Ids = Sequence[int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,18 +42,36 @@ def complete(
     Prompts are padded on the left, ``batch_size`` at a time; a model that carries a state along the row gets them one
     by one. ``stops`` end a completion beside the model's own end tokens. ``ends()`` is looked at before every token:
     the batch at work is then cut short, and of those after it nothing is returned.
+
+    A sharded model is called on every rank, with the same prompts. Each rank completes its share of them, and goes on
+    until all ranks are done, since every token gathers the weights; each returns all completions.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     stops |= _own_stops(base)
     found: list[Completion] = []
     size = 1 if base._is_stateful else batch_size
-    with generators_kept(), evaluated(model):
-        for begin in range(0, len(prompts), size):
-            if ends():
+    rank, ranks = _ranks(model)
+    with generators_kept(), evaluated(model), zero3.in_forward(model):
+        for begin in range(0, len(prompts), size * ranks):
+            if any(_of_all(ends(), ranks)):
                 break
-            batch = prompts[begin : begin + size]
-            found += _complete(base, batch, max_new_tokens, stops, pad, ends)
+            block = prompts[begin : begin + size * ranks]
+            batch = block[rank::ranks] or block[:1]  # a rank without a share takes part
+            made = _of_all(_complete(model, base, batch, max_new_tokens, stops, pad, ends, ranks), ranks)
+            found += [made[place % ranks][place // ranks] for place in range(len(block))]
     return found
+
+
+def _ranks(model: nn.Module) -> tuple[int, int]:
+    """This rank's number and the number of ranks that complete together: those that hold shards of ``model``."""
+    if not distributed.is_sharded(model):
+        return 0, 1
+    state = PartialState()
+    return state.process_index, state.num_processes
+
+
+def _of_all(value: T, ranks: int) -> list[T]:
+    return distributed.gather(value) if ranks > 1 else [value]
 
 
 @contextmanager
@@ -72,19 +94,22 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def _complete(
+    model: Any,
     base: Any,
     prompts: Sequence[Ids],
     max_new_tokens: int,
     stops: frozenset[int],
     pad: int,
     ends: Callable[[], bool],
+    ranks: int,
 ) -> list[Completion]:
     device, longest = base.get_input_embeddings().weight.device, max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor(
         [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
     )
-    rows = base.generate(
+    # Under FSDP2 the root's weights are whole within its own method only.
+    rows = (model if ranks > 1 else base).generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
@@ -98,6 +123,7 @@ def _complete(
         eos_token_id=sorted(stops) or None,
         pad_token_id=pad,
         return_dict_in_generate=False,
+        synced_gpus=ranks > 1,
         stopping_criteria=StoppingCriteriaList([_Ends(ends)]),
     )
     return [_until_a_stop(row, stops, max_new_tokens) for row in rows[:, longest:].tolist()]

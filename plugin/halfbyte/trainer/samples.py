@@ -1,4 +1,4 @@
-"""Completions of `sample_prompts` while training: by rank 0, without a trace in the training."""
+"""Completions of `sample_prompts` while training, without a trace in it: by rank 0, or by all that hold shards."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ from trl import DPOTrainer, KTOTrainer
 from trl.trainer.utils import use_adapter
 
 from halfbyte import distributed
-from halfbyte.errors import UserError
+from halfbyte.errors import Halted, UserError
 from halfbyte.terminal.wording import first_line, plural, say
 from halfbyte.trainer.base import Mixin, Sampling
 from halfbyte.trainer.completions import Completion, complete, evaluated
@@ -31,7 +31,8 @@ class Samples(Mixin):
     """Completes the prompts at the end of a step, ahead of its save, so that a resume has every round once.
 
     A round that a signal cuts off is thrown away and made up for by the resumed run; one that takes longer than
-    :data:`SECONDS` keeps what is done. A round that fails is reported, and is the last; training goes on.
+    :data:`SECONDS` keeps what is done. A round that fails is reported, and is the last; training goes on, unless ranks
+    that hold shards wait for the one that failed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,24 +89,41 @@ class Samples(Mixin):
         signals = self.conduct.signals
 
         def work(hurry: Callable[[], bool]) -> bool:
+            return self._sampling_failed or self._round(step, hurry)
+
+        def work_here(hurry: Callable[[], bool]) -> bool:
             try:
-                return self._sampling_failed or self._round(step, hurry)
+                return work(hurry)
             except Exception as error:
-                self._sampling_failed = True
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                logger.warning(
-                    "step %s: sample_prompts failed, and is left out from here on: %s", step, reason
-                )
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                self._give_up(step, error)
                 return True
 
-        whole = distributed.on_the_first(work, lambda: signals.received is not None)
+        def stopped() -> bool:
+            return signals.received is not None
+
+        if not distributed.is_sharded(self.model):
+            whole = distributed.on_the_first(work_here, stopped)
+        else:
+            try:
+                whole = distributed.in_step(work, stopped)
+            except Halted:
+                raise
+            except Exception as error:
+                self._give_up(step, error)
+                whole = True
         if not whole:
             self.state.stateful_callbacks[_KEY] = {"step": step}
 
+    def _give_up(self, step: int, error: Exception) -> None:
+        self._sampling_failed = True
+        if self.is_world_process_zero():
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            logger.warning("step %s: sample_prompts failed, and is left out from here on: %s", step, reason)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _round(self, step: int, hurry: Callable[[], bool]) -> bool:
-        """Complete all prompts on this rank; return False if ``hurry()`` cut that off, and nothing is noted."""
+        """Complete all prompts; return False if ``hurry()`` cut that off, and nothing is noted."""
         sampling, begun = self._sampling, time.monotonic()
         assert self.conduct is not None
         assert sampling is not None
@@ -135,7 +153,7 @@ class Samples(Mixin):
                 f"step {step}: {plural(left, 'prompt')} of sample_prompts left out after {SECONDS:.0f} s",
                 error=True,
             )
-        if rows:
+        if rows and self.is_world_process_zero():
             self.conduct.tracker.sampled(rows)
         return True
 
@@ -171,7 +189,9 @@ class Samples(Mixin):
                 found = self._complete(model, ends)
         else:
             return None
-        if not ends():
+        sampling = self._sampling
+        assert sampling is not None
+        if len(found) == len(sampling.prompts.prompts) and all(each.ended != "time" for each in found):
             self._of_the_reference = found
         return found
 
