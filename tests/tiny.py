@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CONFIG_MAPPING,
     GemmaConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     OPTConfig,
@@ -103,6 +105,9 @@ CONFIGS = {
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **_GATED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
     ),
+    # Attention sinks, and a window that is shorter than most rows.
+    "gpt_oss": lambda: GptOssConfig(**_GATED, head_dim=16, sliding_window=6, num_local_experts=4),
+    "granite_swa": lambda: CONFIG_MAPPING["granite_swa"](**_GATED, sliding_window=6),
 }
 
 

@@ -75,6 +75,8 @@ def test_a_sharded_base_trains_as_a_whole_one(
         ("fsdp2", 2, "llama", {"use_dora": True, "loraplus_lr_ratio": 4.0}),
         ("cpu", 2, "qwen3_moe", EXPERTS),
         ("fsdp2", 2, "qwen3_moe", EXPERTS),
+        ("fsdp2", 2, "gpt_oss", {"router_aux_loss_coef": 0.0}),
+        ("zero3", 2, "granite_swa", {}),
     ],
     ids=[
         "tied, uneven, accumulation",
@@ -84,6 +86,8 @@ def test_a_sharded_base_trains_as_a_whole_one(
         "DoRA, LoRA+",
         "experts, DDP",
         "experts, FSDP2",
+        "sinks, FSDP2",
+        "sinks, ZeRO-3",
     ],
 )
 def test_other_models_and_options_too(

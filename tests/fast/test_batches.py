@@ -10,7 +10,6 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
     MistralConfig,
@@ -33,8 +32,8 @@ ARCHITECTURES = {
     "mistral": lambda: MistralConfig(**tiny._GATED, sliding_window=6),
     "mistral wide": lambda: MistralConfig(**tiny._GATED, sliding_window=64),
     "gemma3": lambda: Gemma3TextConfig(**tiny._GATED, head_dim=16, sliding_window=6),
-    # Scores that are bounded, and sinks, which sdpa does not know.
-    "gpt_oss": lambda: GptOssConfig(**tiny._GATED, head_dim=16, sliding_window=6, num_local_experts=4),
+    # Sinks, and scores that are bounded, which sdpa does not know.
+    "gpt_oss": tiny.CONFIGS["gpt_oss"],
     "gemma2": lambda: Gemma2Config(
         **tiny._GATED, head_dim=16, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=1
     ),
