@@ -117,6 +117,10 @@ def test_earlier_demo_is_moved_aside(failing: list[str], tmp_path: Path) -> None
     demo.run(directory, SMALL)
     assert (tmp_path / "out.1" / "sft" / "run.json").read_text() == "kept"
     assert not (directory / "sft").exists()
+    written = {path.name for path in directory.iterdir()}
+    assert {"base.yaml", "base.log", "data"} <= written
+    demo.run(directory, SMALL)  # with all that a demo has written
+    assert {path.name for path in (tmp_path / "out.2").iterdir()} == written
 
 
 def test_nothing_else_is_moved_aside_or_written(

@@ -1,6 +1,7 @@
 """The offline quick start: a base trained on Python's own library, then SFT, then DPO, on two processes."""
 
 import contextlib
+import shlex
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from halfbyte.terminal.wording import shorten
 __all__ = ["run"]
 
 _OPTION = "--output_dir"
-_PARTS = ("data", *summary.RUNS, *(f"{name}.log" for name in summary.RUNS))
+_PARTS = ("data", *summary.RUNS, *(f"{name}{end}" for name in summary.RUNS for end in (".log", ".yaml")))
 
 
 def run(output_dir: Path, size: stages.Size | None = None) -> int:
@@ -60,6 +61,11 @@ def run(output_dir: Path, size: stages.Size | None = None) -> int:
             return failure.status
         summary.show(directory, console)
     console.print(f"{time.monotonic() - started:.0f} s in all", highlight=False)
+    for line in (
+        f"configurations to begin from: {directory / 'sft.yaml'}, {directory / 'dpo.yaml'}",
+        f"next: halfbyte merge {shlex.quote(str(directory / 'dpo'))} --output_dir MERGED",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     return 0
 
 
