@@ -1,7 +1,7 @@
 """What a Trainer and TRL's trainers count between two rows of the log: kept, restored, written in JSON's types."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ _OF_A_STEP = (
     "_step_rows",
     "_session_rows",
 )
+# Of these, what stands under "train" and "eval" apart.
+_BY_MODE = ("_metrics", "_figure_weights", "_stored_figures")
 
 
 def counters(trainer: Trainer) -> dict[str, Any]:
@@ -36,6 +38,21 @@ def restore_counters(trainer: Trainer, kept: Mapping[str, Any]) -> None:
     """Put back what :func:`counters` returned."""
     for name, value in kept.items():
         setattr(trainer, name, value)
+
+
+def begin_evaluation(trainer: Trainer) -> None:
+    """Discard what an evaluation before this one has summed up and not logged: it was cut off, raised, or predicted."""
+    for name in _BY_MODE:
+        sums = getattr(trainer, name, None)
+        if isinstance(sums, Mapping) and isinstance(found := sums.get("eval"), MutableMapping):
+            found.clear()
+
+
+def without_evaluation(value: Any) -> Any:
+    """``value`` of a counter without the sums of an evaluation, which a resume begins again."""
+    if isinstance(value, Mapping) and isinstance(value.get("eval"), Mapping):
+        return {**value, "eval": {}}
+    return value
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from halfbyte.trainer.base import Mixin
+from halfbyte.trainer.counters import begin_evaluation
 from halfbyte.trainer.means import means
 
 
@@ -28,7 +29,8 @@ class EvaluationLosses(Mixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Return upstream's output, its loss weighted; a collective."""
+        """Return upstream's output, its loss weighted, with figures of this evaluation alone; a collective."""
+        begin_evaluation(self)
         self._evaluation_losses.clear()
         self._outputs_are_used = not prediction_loss_only
         output = super().evaluation_loop(

@@ -20,7 +20,7 @@ from transformers.trainer_utils import has_length
 from halfbyte.checkpoint.generators import generators_kept
 from halfbyte.terminal.wording import say
 from halfbyte.trainer.base import Mixin
-from halfbyte.trainer.counters import COUNTERS, counters, plain, restore_counters
+from halfbyte.trainer.counters import COUNTERS, counters, plain, restore_counters, without_evaluation
 
 
 class ExactResume(Mixin):
@@ -41,17 +41,20 @@ class ExactResume(Mixin):
             return super().evaluate(*args, **kwargs)
 
     def write_beside_checkpoint(self, directory: Path) -> None:
-        """Write what this rank has gathered since the last row of the log as progress_RANK.json."""
+        """Write what this rank has gathered since the last row of the log as progress_RANK.json.
+
+        What an unfinished evaluation has summed up is not written: the resumed run begins it again.
+        """
         super().write_beside_checkpoint(directory)
         values: dict[str, Any] = {
-            name: plain(getattr(self, name)) for name in COUNTERS if hasattr(self, name)
+            name: plain(without_evaluation(getattr(self, name))) for name in COUNTERS if hasattr(self, name)
         }
         values["_tr_loss"] = self._tr_loss.item()
         values["_pass"] = self._exact_epoch
         values["_steps"] = self.state.global_step - self._exact_steps_before
         values["_generator"] = base64.b64encode(bytes(self._exact_generator.tolist())).decode()
         with contextlib.suppress(TypeError):  # a third-party trainer may keep other things under this name
-            values["_metrics"] = plain(getattr(self, "_metrics", {}))
+            values["_metrics"] = plain(without_evaluation(getattr(self, "_metrics", {})))
         (directory / self._progress_file()).write_text(json.dumps(values), encoding="utf-8")
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -125,9 +128,9 @@ class ExactResume(Mixin):
         values = json.loads(path.read_text(encoding="utf-8"))
         for name in COUNTERS:
             if name in values:
-                setattr(self, name, values[name])
+                setattr(self, name, without_evaluation(values[name]))
         self._tr_loss.fill_(values["_tr_loss"])
-        for mode, series in values.get("_metrics", {}).items():
+        for mode, series in without_evaluation(values.get("_metrics", {})).items():
             self._metrics[mode].update(series)
 
     def _find_best(self, state: TrainerState) -> None:
