@@ -19,9 +19,10 @@ class Figures:
     """One epoch of a run, and how many of them; None where the rows do not say.
 
     ``rows`` are those that train, in ``sequences`` where they are packed; ``read`` of them were looked at. ``tokens``
-    are computed in one epoch, ``padding`` is the share of a batch that is none of them; ``truncated`` and ``dropped``
-    are the shares of rows that lose tokens to ``max_length``, and that do not train. ``left_out`` rows, or sequences,
-    do not fill the last batch of an epoch where ``dataloader_drop_last`` is set.
+    are those of one epoch as a run counts them, of a pair both sides with their prompt, and ``padding`` is the share of
+    a batch that is none of them; ``truncated`` and ``dropped`` are the shares of rows that lose tokens to
+    ``max_length``, and that do not train. ``left_out`` rows, or sequences, do not fill the last batch of an epoch where
+    ``dataloader_drop_last`` is set.
     """
 
     rows: int | None = None
@@ -68,7 +69,7 @@ def figures(trainer: Any, rows: RunData) -> Figures:
     tokens = longest = padding = None
     if lengths is not None:
         fusion = trainer.report.fusion
-        sizes = lengths.sizes(padded=False, shared=fusion.trees)
+        sizes = lengths.sizes(padded=False)
         tokens, longest = round(float(sizes.mean()) * kept), _longest(lengths)
         free = fusion.padding_free or fusion.trees
         padding = 0.0 if free else _padding(lengths, args.per_device_train_batch_size)
