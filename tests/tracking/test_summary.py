@@ -75,6 +75,7 @@ def test_the_summary_fits_the_screen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     record.update(
         **{"status": "completed", "steps": 500, "total_steps": 500, "best_checkpoint": "checkpoint-450"},
         **{"tokens_per_second": 1e4, "peak_memory_bytes": [2**34] * 8, "config": {"use_peft": True}},
+        memory={"measured": [2**33, 2**32], "predicted": {"total": 2**31}},
         metrics={"train": {"loss": 1.0}, "before": TIES, "eval": LAST},
         next=f"halfbyte dpo --config {LONG}.yaml --output_dir {LONG} "
         + "--some_long_option with_a_value " * 8,
@@ -98,6 +99,8 @@ def test_the_summary_fits_the_screen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "eval margin 0.5000" in text
     assert ("no room speed, peak memory, plots" in text) is (height == 24)
     assert ("speed 10k tokens/s" in text) is (height > 24)
+    held = "peak memory 16.00 GiB, the most of 8 ranks; 8.00 GiB for training, 2.00 GiB planned"
+    assert (held in text) is (height > 24)
 
 
 def test_plots_name_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

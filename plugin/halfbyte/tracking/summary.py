@@ -36,7 +36,7 @@ def show(
         rows.append(("speed", f"{count(record['tokens_per_second'])} tokens/s"))
     peaks = record["peak_memory_bytes"]
     ranks = f", the most of {len(peaks)} ranks" if len(peaks) > 1 else ""
-    rows.append(("peak memory", memory(max(peaks)) + ranks))
+    rows.append(("peak memory", memory(max(peaks)) + ranks + _of_training(record.get("memory", {}))))
     rows.append(("output", os.fspath(output_dir)))
     if plots:
         rows.append(("plots", os.fspath(plots[0].parent / "*.png")))
@@ -45,6 +45,13 @@ def show(
     merge = merge_command(os.fspath(output_dir)) if merged else None
     commands = [("wandb", wandb), ("merge", merge), ("next", record["next"])]
     print_summary(rows, [(label, line) for label, line in commands if line])
+
+
+def _of_training(held: Mapping[str, Any]) -> str:
+    """What of the peak is the model's and its training's, which a plan predicts; the rest is the process's own."""
+    if not held.get("measured"):
+        return ""
+    return f"; {memory(max(held['measured']))} for training, {memory(held['predicted']['total'])} planned"
 
 
 def figure_rows(metrics: Mapping[str, Mapping[str, Any]], figures: Figures) -> list[tuple[str, str]]:
