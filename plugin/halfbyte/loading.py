@@ -100,13 +100,16 @@ def planned(
     _grow(base, tokenizer)
     model: PreTrainedModel | PeftModel = base
     if options.use_peft:
-        with torch.device("meta"):
-            model = adapters.attach(
-                base,
-                lora_config(options),
-                added_token_ids=list(added_token_ids),
-                stacks=quantization.stacks_of(base),
-            )
+        if decisions.adapter is not None:
+            model = adapters.continue_from(base, decisions.adapter, planned=True)
+        else:
+            with torch.device("meta"):
+                model = adapters.attach(
+                    base,
+                    lora_config(options),
+                    added_token_ids=list(added_token_ids),
+                    stacks=quantization.stacks_of(base),
+                )
         experts.require(model)
         distributed.check_adapters(model.peft_config.values())
     model.__class__ = type(type(model).__name__, (_Weightless, type(model)), {})

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,41 +11,9 @@ from halfbyte.cli import main
 from halfbyte.errors import UserError
 from halfbyte.plan import target
 from tests import tiny
+from tests.plan.conftest import OPTIONS, Planned
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-ROWS = {"sft": tiny.conversations, "dpo": tiny.preferences, "kto": tiny.labelled, "pretrain": tiny.texts}
-OPTIONS = (
-    "--per_device_train_batch_size=2",
-    "--num_train_epochs=1",
-    "--report_to=none",
-    "--save_strategy=no",
-    "--dtype=float32",
-    "--max_length=64",
-)
-Planned = Callable[..., dict]
-
-
-@pytest.fixture
-def planned(capsys: pytest.CaptureFixture[str]) -> Planned:
-    """``planned(recipe, *words)``: the plan as JSON; its exit code is that of its verdict."""
-
-    def plan(recipe: str, *words: str) -> dict:
-        capsys.readouterr()
-        code = main(["plan", recipe, "--json", *words])
-        found = json.loads(capsys.readouterr().out)
-        assert code == (found["verdict"] == "does not fit")
-        return found
-
-    return plan
-
-
-@pytest.fixture
-def given(model_dir, tmp_path: Path) -> Callable[..., tuple[str, ...]]:
-    def words(recipe: str, arch: str = "llama", rows: int = 20) -> tuple[str, ...]:
-        data = tiny.write_rows(tmp_path / recipe, ROWS[recipe](rows))
-        return (f"--model_name_or_path={model_dir(arch)}", f"--dataset_name={data}", *OPTIONS)
-
-    return words
 
 
 @pytest.mark.parametrize(

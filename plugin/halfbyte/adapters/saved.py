@@ -130,10 +130,11 @@ def options_in(config: PeftConfig) -> dict[str, Any]:
 
 
 @about(_OPTION)
-def continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
+def continue_from(model: PreTrainedModel, adapter: str, *, planned: bool = False) -> PeftModel:
     """Put the saved adapter ``adapter``, a run's or a checkpoint's directory, on ``model``: trainable, float32.
 
-    Raises :class:`UserError` if its tensors are not exactly those that ``model`` requires.
+    Without weights where ``model`` is ``planned``, on meta. Raises :class:`UserError` if its tensors are not exactly
+    those that ``model`` requires.
     """
     saved = config.read(adapter)
     tensors.check_tensors(adapter, saved)
@@ -142,7 +143,7 @@ def continue_from(model: PreTrainedModel, adapter: str) -> PeftModel:
     except UserError as error:
         raise UserError(f"{Path(adapter) / config.FILE}: {error}") from error
     tensors.check_parts(adapter, multimodal.left_out(model))
-    peft_model = tensors.load(model, adapter)
+    peft_model = tensors.planned(model, adapter) if planned else tensors.load(model, adapter)
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):
         raise UserError(f"the adapter {adapter!r} has no trainable weights")
     return fresh.show_head_bias(fresh.to_float32(peft_model))

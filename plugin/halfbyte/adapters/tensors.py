@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, PeftType
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
@@ -66,6 +67,19 @@ def load(model: PreTrainedModel, adapter: str) -> PeftModel:
     with _refusing(adapter):
         peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     load_weights(peft_model, adapter)  # again: from_pretrained does not return what was missing
+    return peft_model
+
+
+def planned(model: PreTrainedModel, adapter: str) -> PeftModel:
+    """Return what :func:`load` would on a ``model`` without weights: its parameters by name and shape, on meta.
+
+    Raises :class:`UserError` as :func:`check_names` does.
+    """
+    with _refusing(adapter), torch.device("meta"):
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode, config.init_lora_weights = False, True  # no initialization has weights to read
+        peft_model = get_peft_model(model, config)
+    check_names(peft_model, adapter, "default")
     return peft_model
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from halfbyte import data, distributed, fast, loading, memory, resolve
+from halfbyte import adapters, data, distributed, fast, loading, memory, resolve
 from halfbyte.bound import Planned, build_trainer
 from halfbyte.config import Settings
 from halfbyte.data import OtherRowsError, RunData
@@ -87,6 +87,8 @@ class Rehearsal:
     def trainer(self, rows: RunData, *, few: bool = False) -> Trainer:
         """Build the run's trainer over ``rows``, or a ``few``: what it prepares, fuses and chooses the run would."""
         fast.unfuse(self.loaded.model)
+        # TRL adds a frozen copy of the adapter, once: it may be there from the trainer built before this one.
+        adapters.drop_reference_copy(self.loaded.model)
         planned = Planned(self.loaded, self._available(), few)
         try:
             return build_trainer(self.name, self.recipe, self.options, self.decisions, rows, None, planned)
