@@ -169,3 +169,13 @@ def test_an_unknown_hub_id_offline():
 
 def test_an_unknown_column_of_a_mixture(write):
     refused("cannot be read", "texts", datasets=[{"path": write("a.jsonl", ROWS), "columns": ["texts"]}])
+
+
+def test_a_test_split_that_nothing_evaluates_is_named(write, tmp_path: Path) -> None:
+    write("files/train.jsonl", ROWS)
+    assert run_data(str(tmp_path / "files")).report.notes == []
+    write("files/test.jsonl", ROWS[:3])
+    said = "split 'test' is there and nothing is evaluated on it; `eval_strategy: steps` does"
+    assert run_data(str(tmp_path / "files")).report.notes == [said]
+    evaluates = plain(eval_strategy="steps", eval_steps=1)
+    assert run_data(str(tmp_path / "files"), evaluates).report.notes == []

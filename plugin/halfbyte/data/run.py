@@ -78,6 +78,10 @@ def _load(
         wanted["eval"] = (script.dataset_test_split, "dataset_test_split")
     found = {name: sources.split(splits, *asked) for name, asked in wanted.items()}
     report = DataReport(format=format)
+    if "eval" not in wanted and (test := script.dataset_test_split) in splits:
+        report.notes.append(
+            f"split {test!r} is there and nothing is evaluated on it; `eval_strategy: steps` does"
+        )
     policy = getattr(script, "user_special_tokens", "error")
     origin = [part.path for part in mixture.datasets] or [script.dataset_name]
     ready = {}
