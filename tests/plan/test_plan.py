@@ -163,6 +163,18 @@ def test_a_gpu_is_asked_what_only_it_can_do(given, planned: Planned, option: str
     assert planned("sft", *words, option, "--gpu=24GB")["device"]["device"] == "cuda"
 
 
+def test_a_configuration_for_the_cpu_is_planned_for_a_gpu(given, planned: Planned, tmp_path: Path) -> None:
+    """The message that `use_cpu: true` is refused with says how, and the dtype is the one of a GPU."""
+    words = [word for word in given("sft") if "dtype" not in word]
+    config = tmp_path / "cpu.yaml"
+    config.write_text("use_cpu: true\n")
+    found = planned("sft", f"--config={config}", *words, "--gpu=24GB", "--use_cpu", "false")
+    assert found == planned("sft", *words, "--gpu=24GB")
+    assert found["device"]["device"] == "cuda"
+    bf16 = planned("sft", f"--config={config}", *words, "--gpu=24GB", "--use_cpu=false", "--bf16=true")
+    assert bf16["memory"] == found["memory"]
+
+
 def test_what_makes_it_fit_comes_with_its_figure(
     given, planned: Planned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +224,7 @@ def test_a_page_says_the_verdict_first(given, capsys: pytest.CaptureFixture[str]
             "false under fsdp2",
         ),
         (("--launch", str(LAUNCH / "cpu.yaml"), "--gpu", "24GB"), "trains on CPUs"),
-        (("--use_cpu", "--gpu", "24GB"), "true trains on the CPU"),
+        (("--use_cpu", "--gpu", "24GB"), "add `--use_cpu false` for the plan"),
         (("--activation_offloading",), "this run is on the CPU"),
         (
             ("--gradient_checkpointing_kwargs={use_reentrant: true}", "--gpu", "24GB x 2"),

@@ -111,13 +111,15 @@ def _as_on_a_gpu(settings: Settings, name: str, recipe: Recipe, argv: list[str])
     if settings["use_cpu"]:
         raise settings.placed(
             UserError(
-                "true trains on the CPU, and --gpu plans for a GPU; take one of the two out", option="use_cpu"
+                "true trains on the CPU, and --gpu plans for a GPU; add `--use_cpu false` for the plan",
+                option="use_cpu",
             )
         )
     if not {"dtype", "bf16", "fp16"} & settings.given.keys():
         # What a run chooses on a GPU of compute capability 8.0 or above.
         settings = read(name, recipe, [*argv, "--dtype", "bfloat16"])
-    return settings.with_values(tf32=None)
+    # transformers refuses bf16 without a GPU in sight, unless it is for the CPU.
+    return settings.with_values(tf32=None, use_cpu=True)
 
 
 def _without_effects(options: Options) -> Options:
