@@ -1,4 +1,4 @@
-"""The nearest name: a slip of the fingers is found, names that only share letters are not."""
+"""The nearest name and the first line: a slip is found, shared letters are not, and no sentence ends in a colon."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 from halfbyte import commands
 from halfbyte import recipe as recipes
 from halfbyte.config.fields import fields_of
-from halfbyte.terminal.wording import nearest, suggestion
+from halfbyte.terminal.wording import first_line, nearest, suggestion
 from tests.config.test_help import SHIPPED, classes
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz_"
@@ -105,3 +105,18 @@ def test_a_part_of_few_names_shows_them_all(options: list[str], word: str, names
 )
 def test_commands_and_recipes(word: str, name: str | None) -> None:
     assert nearest(word, [*SHIPPED, *commands.TABLE]) == name
+
+
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        ("", "ValueError"),
+        ("one\ntwo", "one"),
+        ("one,\ntwo", "one,"),
+        ("one of:\n\n  (1) a file,\n(2) a class\nYou need both", "one of: (1) a file, (2) a class"),
+        ("all of:\n" + "a name,\n" * 99, "all of: a name, a name, a name,"),
+        ("nothing:", "nothing:"),
+    ],
+)
+def test_a_first_line_goes_on_after_a_colon(said: str, first: str) -> None:
+    assert first_line(ValueError(said)) == first

@@ -11,6 +11,7 @@ from halfbyte.terminal.streams import printable
 # Names this long may differ in two places from what was written, and names this short in none.
 _LONG, _SHORT = 9, 3
 _PARTS = 3
+_MOST_LINES = 4
 
 CONFIGURATIONS = (".yaml", ".yml")
 """What the name of a configuration ends with."""
@@ -48,9 +49,17 @@ def show(text: str, *, error: bool = True) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what ``error`` says, or its type where it says nothing."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """The first line of what ``error`` says, or its type where it says nothing.
+
+    A line that ends with a colon goes on in the next ones, up to the first that is no item of a list.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    whole = 1
+    while lines[whole - 1].endswith((":", ",")) and whole < min(len(lines), _MOST_LINES):
+        whole += 1
+    return " ".join(lines[: whole if lines[0].endswith(":") else 1])
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

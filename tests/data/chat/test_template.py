@@ -138,6 +138,12 @@ def test_the_end_pads_where_nothing_else_does(tmp_path):
 
 def test_tokenizers_and_tokens_that_cannot_be(base, tmp_path):
     refused("no tokenizer could be loaded", path=str(tmp_path / "nowhere"), training=sft(tmp_path))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text('{"model_type": "llama"}')
+    refused(
+        "bare: no tokenizer files in this folder; copy tokenizer.json", path=str(bare), training=sft(tmp_path)
+    )
     refused("''", "not a token", path=base, training=sft(tmp_path), additional_special_tokens=[""])
 
 

@@ -22,6 +22,8 @@ _BAR, _NAME = r"[|\uff5c]", r"[^\s|\uff5c<>'\"{}+]+"
 SPECIAL = re.compile(rf"<{_BAR}{_NAME}{_BAR}?>|<{_NAME}{_BAR}>|<(?:start|end)_of_turn>")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 CONTENT = "7fae"  # the content of a message in a probe
+# What a tokenizer is saved in: by transformers, sentencepiece, tiktoken and Mistral.
+_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 _HIGHEST = 1 << 24  # of a token id; each id below one is a slot that `tokenizers` fills when it is copied
 
 
@@ -116,6 +118,12 @@ def _read(path: str, revision: str | None, trust_remote_code: bool, option: str 
         found = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     # From here come OSError, ValueError, KeyError and the json and tokenizers libraries' own.
     except Exception as error:
+        if directory.is_dir() and not any(any(directory.glob(each)) for each in _FILES):
+            raise UserError(
+                f"{path}: no tokenizer files in this folder; copy tokenizer.json and tokenizer_config.json from the "
+                "model that it was made from",
+                option=option,
+            ) from error
         reason = shorten(first_line(error), 300)
         raise UserError(f"{path}: no tokenizer could be loaded: {reason}", option=option) from error
     if (highest := max(found.get_vocab().values(), default=0)) > _HIGHEST:
