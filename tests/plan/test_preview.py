@@ -1,6 +1,7 @@
 """A preview shows the tokens and the mask that the trainer uses, for every chat template and kind of row."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ def test_other_recipes(model_dir, tmp_path: Path, capsys: pytest.CaptureFixture[
         ["chosen", "rejected"] if recipe == "reward" else ["row"]
     )
     assert all(each["ids"] for each in shown["sequences"])
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward"])
+def test_a_row_is_headed_by_its_tokens(
+    model_dir, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str
+) -> None:
+    rows = {"sft": tiny.conversations, "reward": tiny.preferences}[recipe](20)
+    words = (
+        f"--model_name_or_path={model_dir('llama')}",
+        f"--dataset_name={tiny.write_rows(tmp_path / 'rows', rows)}",
+    )
+    assert main(["plan", recipe, "--dtype=float32", "--report_to=none", *words, "--row=3"]) == 0
+    each = r"\d+ tokens, \d+ trained"
+    head = each if recipe == "sft" else f"chosen {each}, rejected {each}"
+    assert re.search(f"^row 3: {head}$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_what_is_cut_and_what_is_left_out(

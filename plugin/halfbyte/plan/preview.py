@@ -19,8 +19,9 @@ from halfbyte.terminal.wording import plural
 
 _IGNORED = -100
 _TRAINED, _MASKED = "bold green", "dim"
-# What the sides of a pair are called, in the order of a batch.
+# What the sides of a pair are called, in the order of a batch, and the sequence of any other row.
 _SIDES = ("chosen", "rejected")
+_ALONE = "row"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def lines(preview: Preview, tokenizer: Any) -> Iterator[Text]:
         return
     shared = common_prefix(*(each.ids for each in preview.sequences)) if len(preview.sequences) > 1 else 0
     told = ", ".join(
-        f"{each.name} {plural(len(each.ids), 'token')}, {sum(each.trained):,} trained"
+        f"{'' if each.name == _ALONE else f'{each.name} '}"
+        f"{plural(len(each.ids), 'token')}, {sum(each.trained):,} trained"
         for each in preview.sequences
     )
     yield Text(f"row {preview.row}: {told}", style="bold")
@@ -136,7 +138,7 @@ def _sequences(rehearsal: Rehearsal, number: int) -> list[Tokens]:
     attended = _rows(batch.get("attention_mask"), [[1] * len(each) for each in ids])
     on = batch["labels"] != _IGNORED if "labels" in batch else batch.get("completion_mask")
     trained = _rows(on, [[0] * len(each) for each in ids])
-    names = ("row",) if len(ids) == 1 else _SIDES
+    names = (_ALONE,) if len(ids) == 1 else _SIDES
     return [
         Tokens(
             name,
@@ -160,7 +162,7 @@ def _of_columns(dataset: Any) -> Iterator[Tokens]:
     """The completions of a trainer whose collator returns them under names of its own."""
     for example in dataset:
         prompt, completion = list(example["prompt_ids"]), list(example["completion_ids"])
-        yield Tokens("row", prompt + completion, [False] * len(prompt) + [True] * len(completion))
+        yield Tokens(_ALONE, prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
 
 def _rendered(sequence: Tokens, part: slice, tokenizer: Any) -> Text:
