@@ -37,7 +37,7 @@ test-distributed: $(VENV)/.deepspeed
 	$(TEST_ENV) $(BIN)/python -m pytest -m distributed
 
 test-faults: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -m faults
+	$(TEST_ENV) $(BIN)/python -m pytest -n logical --maxprocesses 2 --dist loadfile -m faults
 
 lint: setup
 	$(BIN)/ruff check .
