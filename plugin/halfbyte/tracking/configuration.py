@@ -1,4 +1,4 @@
-"""What a tracker is told of a run beside its options: what it stands on, and what was decided and predicted for it."""
+"""What a tracker records of a run beside its options: what it stands on, and what was decided and predicted for it."""
 
 from typing import Any
 
