@@ -1,12 +1,15 @@
-"""Bases with experts for tests: a tiny one of each family, in four bits, and the same weights kept dense."""
+"""Bases with experts for tests: a tiny one of each family, in four bits, in MXFP4, and the same weights kept dense."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from halfbyte.quantization import experts, load_base
 from tests import architectures, plain_trl
@@ -78,3 +81,34 @@ def rounded(directory: str | Path, packed: nn.Module) -> Any:
 def save(directory: Path, family: str) -> str:
     """Write a tiny random base of ``family`` with experts, and return the directory."""
     return architectures.save(directory, family, **{**FAMILIES, **MORE}[family])
+
+
+def save_mxfp4(directory: Path) -> dict[str, Tensor]:
+    """Write a tiny random base as gpt-oss is published, and return its stacks, dequantized.
+
+    Blocks and scales of 32 weights, transposed, beside 16-bit tensors; a stack begins in one file and ends in another.
+    """
+    architectures.save(directory, "gpt_oss")
+    tensors = load_file(directory / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    stacks: dict[str, Tensor] = {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts_, inputs, outputs = tensors.pop(name).shape
+        grouped = (experts_, outputs, inputs // 32)
+        blocks = torch.randint(0, 256, (*grouped, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(118, 122, grouped, generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        stacks[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    (directory / "model.safetensors").unlink()
+    places = {
+        name: f"model-0000{1 + name.endswith('_scales')}-of-00002.safetensors" for name in sorted(tensors)
+    }
+    for file in set(places.values()):
+        held = {name: tensors[name] for name in tensors if places[name] == file}
+        save_file(held, directory / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return stacks

@@ -12,7 +12,7 @@ from halfbyte import QLoRAPlugin
 from halfbyte.cli import main
 from halfbyte.quantization import load_base
 from halfbyte.quantization.stored import same_bytes
-from tests import tiny
+from tests import architectures, tiny
 from tests.checkpoint.runs import options, read_rows
 
 ModelDir = Callable[..., Path]
@@ -129,6 +129,14 @@ def test_it_loads_in_plain_transformers_and_peft(model_dir: ModelDir, tmp_path: 
     assert torch.allclose(ours(input_ids=ids).logits, plain.train()(ids).logits, atol=1e-5)
     told = json.loads((tmp_path / "base" / "config.json").read_text())["quantization_config"]
     assert (told["quant_method"], told["load_in_4bit"]) == ("bitsandbytes", True)
+
+
+def test_what_plain_transformers_cannot_load_is_named(tmp_path: Path, capsys) -> None:
+    """Falcon's own class of linear layers; experts are in test_mxfp4.py."""
+    packed(Path(architectures.save(tmp_path / "base", "falcon")), tmp_path / "packed")
+    assert "plain transformers does not read FalconLinear in 4 bits" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map={"": "cpu"})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Stacks of experts in four bits: packed as they are read, bitwise as bitsandbytes packs them, and stored so."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from halfbyte import store
 from halfbyte.errors import UserError
@@ -18,8 +15,8 @@ from halfbyte.quantization import experts, load_base, measure_coverage, packed, 
 from halfbyte.quantization.skeleton import without_weights
 from halfbyte.quantization.stacks_in_peft import shown_whole
 from halfbyte.task import CAUSAL_LM
-from tests import architectures, tiny
-from tests.experts import load
+from tests import tiny
+from tests.experts import load, save_mxfp4
 from tests.plain_trl import nf4
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -143,27 +140,11 @@ def test_the_store_keeps_one_entry_a_base(base: Path) -> None:
 
 
 def test_mxfp4_is_dequantized_and_packed_as_it_is_read(tmp_path: Path) -> None:
-    """As gpt-oss is published: blocks and scales of 32 weights, transposed, beside 16-bit tensors."""
-    directory = Path(architectures.save(tmp_path / "base", "gpt_oss"))
-    tensors = load_file(directory / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
+    directory = tmp_path / "base"
     expected = {}
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts_, inputs, outputs = tensors.pop(name).shape
-        blocks = torch.randint(
-            0, 256, (experts_, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8
-        )
-        scales = torch.randint(
-            118, 122, (experts_, outputs, inputs // 32), generator=generator, dtype=torch.uint8
-        )
-        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        dense = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    for name, dense in save_mxfp4(directory).items():
         template = bnb.nn.Params4bit(dense.to("meta"), quant_type="nf4", compress_statistics=True)
         expected[name] = experts.pack(dense, template)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (directory / "config.json").write_text(json.dumps(config))
     for model in (load(directory), load(directory)):  # from MXFP4, and from the store
         assert measure_coverage(model).four_bit_share == 1.0
         for name, stack in expected.items():

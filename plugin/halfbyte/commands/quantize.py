@@ -1,4 +1,4 @@
-"""``halfbyte quantize MODEL --output_dir DIR``: the pre-quantized checkpoint of a 16-bit one."""
+"""``halfbyte quantize MODEL --output_dir DIR``: the pre-quantized checkpoint of a 16-bit one, or of one in MXFP4."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from halfbyte.terminal.wording import say
 def main(arguments: list[str]) -> int:
     """Quantize and return 0. Raises :class:`UserError` as :func:`halfbyte.export.quantize.quantize` does."""
     parser = Parser("quantize")
-    parser.add_argument("model", metavar="MODEL", help="a hub id or a directory, in 16 or 32 bits")
+    parser.add_argument("model", metavar="MODEL", help="a hub id or a directory, in 16 or 32 bits or MXFP4")
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="the directory to write, which must be new"
     )
@@ -44,8 +44,10 @@ def main(arguments: list[str]) -> int:
             double=not given.no_double_quant,
             most=most,
         )
+    written, *notes = found.lines()
     say(
-        f"quantized: {given.output_dir}, {found.line()}",
+        f"quantized: {given.output_dir}, {written}",
+        *notes,
         f"next: halfbyte RECIPE --model_name_or_path {given.output_dir}; `halfbyte recipes` lists them",
     )
     return 0

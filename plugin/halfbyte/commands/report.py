@@ -10,7 +10,7 @@ from halfbyte.terminal.wording import say
 def main(arguments: list[str]) -> int:
     """Compare, print and write; return 0. Raises as :func:`halfbyte.export.report.report` does."""
     parser = Parser("report")
-    parser.add_argument("model", metavar="MODEL", help="a hub id or a directory, in 16 or 32 bits")
+    parser.add_argument("model", metavar="MODEL", help="a hub id or a directory, in 16 or 32 bits or MXFP4")
     parser.add_argument("--data", help="rows to measure the loss on, with a test split")
     parser.add_argument("--recipe", help="the recipe that reads --data")
     parser.add_argument("--model_revision", default="main", help="a branch, tag or commit")

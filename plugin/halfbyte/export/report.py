@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
+from halfbyte.errors import UserError
 from halfbyte.export import held_out, measure, schemes
 from halfbyte.export.findings import PLAIN, Layer, Report
 from halfbyte.export.held_out import HeldOut
@@ -26,6 +27,7 @@ from halfbyte.terminal.passes import Pass
 DRIFT = (1, 10, 100)
 _DRIFTING = 1 << 20  # weights that drift is measured on, of the middle layer
 _HISTOGRAM = torch.linspace(-1, 1, 201)
+_PACKED = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
 def report(
@@ -33,9 +35,15 @@ def report(
 ) -> Report:
     """Compare all schemes on the weights of ``name``, with ``data`` on its loss too, and write the files to ``output``.
 
-    Raises :class:`UserError` for a model that is not there or is quantized, and for rows that ``recipe`` cannot read.
+    The weights of a model in MXFP4 are those that it stands for. Raises :class:`UserError` for a model that is not
+    there or is quantized otherwise, and for rows that ``recipe`` cannot read.
     """
-    directory = streamed.unquantized(name, revision)
+    directory = streamed.unquantized(name, revision, _PACKED)
+    if data is not None and streamed.own_quantization(directory) is not None:
+        raise UserError(
+            f"{name!r} is in MXFP4, and rows are scored by a model in 32 bits; without rows its weights are compared",
+            option="--data",
+        )
     every = (*COMPARED, *SIZES)
     found = _weights(name, directory, every)
     if data is not None:
@@ -64,7 +72,8 @@ def _weights(name: str, directory: Path, every: Sequence[Scheme]) -> Report:
             layers.append(Layer(key, weight.numel(), weight.square().sum().item(), errors))
             histogram += _histogram(weight)
             if key == middle:
-                drift = schemes.drift(weight[: max(1, _DRIFTING // weight.shape[1])], DRIFT)
+                rows = weight.flatten(0, -2)  # of all experts, where the weight is a stack of them
+                drift = schemes.drift(rows[: max(1, _DRIFTING // rows.shape[1])], DRIFT)
             progress.advance(1)
     total = sum(each.weights for each in layers)
     bits = {scheme.name: (scheme.bits, 8 * sizes[scheme.name] / total) for scheme in every}
@@ -73,8 +82,7 @@ def _weights(name: str, directory: Path, every: Sequence[Scheme]) -> Report:
 
 def packed_names(directory: Path) -> list[str]:
     """The weights that a 4-bit base has packed."""
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = without_weights(directory, quantization=settings, dtype=torch.float32, task=CAUSAL_LM)
+    model = without_weights(directory, quantization=_PACKED, dtype=torch.float32, task=CAUSAL_LM)
     return [name for name, weight in model.named_parameters() if hasattr(weight, "quant_type")]
 
 

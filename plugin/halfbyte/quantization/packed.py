@@ -7,6 +7,8 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
+from halfbyte.quantization import mxfp4
+
 _STATE = "quant_state.bitsandbytes__"
 
 
@@ -45,7 +47,7 @@ def parameter_of(name: str) -> str:
     if dot:
         return parameter
     parameter, _, part = name.rpartition(".")
-    return parameter if part in _PARTS else name
+    return parameter if part in _PARTS else mxfp4.parameter_of(name)
 
 
 _PARTS = {"absmax", "quant_map", "nested_absmax", "nested_quant_map"}

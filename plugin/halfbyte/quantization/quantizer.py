@@ -13,13 +13,11 @@ from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQu
 from transformers.integrations.mxfp4 import Mxfp4Dequantize
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from halfbyte.quantization import experts, stacks_in_peft
+from halfbyte.quantization import experts, mxfp4, stacks_in_peft
 
 _METHOD = "bitsandbytes_4bit"
-_MXFP4 = "mxfp4"
 _PARTS = tuple(name.removeprefix("weight") for name in Bnb4BitHfQuantizer.serialized_names["weight"])
 # Linear layers of a class of their own that compute what nn.Linear does, and that transformers would leave in 16 bits.
 _LINEARS = {"FalconLinear"}
@@ -46,8 +44,10 @@ class Quantizer(Bnb4BitHfQuantizer):
         found: list[Any] = super().get_weight_conversions()
         if self.pre_quantized:
             return found
-        names = Mxfp4HfQuantizer.serialized_names
-        return [*found, *(WeightConverter(parts, name, [_FromMxfp4(self)]) for name, parts in names.items())]
+        return [
+            *found,
+            *(WeightConverter(parts, name, [_FromMxfp4(self)]) for name, parts in mxfp4.NAMES.items()),
+        ]
 
     def get_load_operations(self) -> dict[str, Any]:
         """What puts a packed parameter together from its tensors."""
@@ -101,10 +101,17 @@ def is_packed_anew(own: Mapping[str, Any] | None, requested: BitsAndBytesConfig 
     """Whether a checkpoint with a quantization of its ``own`` is dequantized while it is read, and packed in NF4."""
     return (
         own is not None
-        and own.get("quant_method") == _MXFP4
+        and own.get("quant_method") == mxfp4.METHOD
         and requested is not None
         and requested.load_in_4bit
     )
+
+
+def unread_by_transformers(module: nn.Module, name: str) -> str | None:
+    """What plain transformers calls the parameter ``name`` of ``module`` if it cannot load it packed in four bits."""
+    if name in experts.names_of(module):
+        return "experts"
+    return type(module).__name__ if type(module).__name__ in _LINEARS else None
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import UserError
 from halfbyte.multimodal import left_out
-from halfbyte.quantization import experts, packed
+from halfbyte.quantization import experts, mxfp4, packed, quantizer
 from halfbyte.quantization.checkpoint import weight_files
 from halfbyte.quantization.load import load_base
 from halfbyte.quantization.skeleton import without_weights
@@ -39,8 +39,8 @@ _RENAMINGS = (WeightRenaming, PrefixChange)
 class Streamed:
     """The parameters of the checkpoint in ``directory`` under the names that ``model``, which is on meta, has.
 
-    Linear layers that ``model`` has in four bits are quantized as they are read, unless the files hold them packed.
-    ``names`` are the parameters' names in the files, with those in ``model``.
+    What ``model`` has in four bits is quantized as it is read, unless the files hold it packed; stacks of experts in
+    MXFP4 are dequantized first. ``names`` are the parameters' names in the files, with those in ``model``.
     """
 
     directory: Path
@@ -50,15 +50,22 @@ class Streamed:
     def parameters(self) -> Iterator[tuple[str, Parts]]:
         """Each parameter with its tensors: "" alone, or what :func:`halfbyte.quantization.packed.pack` returns."""
         known = self.model.state_dict()
-        for path in weight_files(self.directory):
+        files = {path: _tensors(path) for path in weight_files(self.directory)}
+        places = {name: path for path, names in files.items() for name in names}
+        grouped: dict[str, list[str]] = {}
+        for name in places:
+            grouped.setdefault(packed.parameter_of(name), []).append(name)
+        for path in files:
             with safe_open(path, framework="pt") as file:
-                names = sorted(file.keys())
-                grouped: dict[str, list[str]] = {}
-                for name in names:
-                    grouped.setdefault(packed.parameter_of(name), []).append(name)
                 for stored, held in grouped.items():
-                    if (parameter := self.names[stored]) in known:
-                        parts = {name.removeprefix(stored): file.get_tensor(name) for name in held}
+                    if places[held[0]] == path and (parameter := self.names[stored]) in known:
+                        # A parameter of several tensors may begin at the end of one file.
+                        parts = {
+                            name.removeprefix(stored): file.get_tensor(name)
+                            if places[name] == path
+                            else _tensor(places[name], name)
+                            for name in held
+                        }
                         yield parameter, self._as_loaded(parameter, parts, known[parameter])
 
     def stored_as(self, parameter: str) -> str:
@@ -72,7 +79,7 @@ class Streamed:
     def _as_loaded(self, name: str, parts: Parts, like: Tensor) -> Parts:
         if packed.is_packed(parts):
             return parts
-        value = parts[""]
+        value = mxfp4.unpack(parts, self.model.dtype) if mxfp4.is_mxfp4(parts) else parts[""]
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
         if isinstance(template := getattr(module, leaf, None), Params4bit):
@@ -135,13 +142,23 @@ def _names(directory: Path, model: PreTrainedModel, conversions: Sequence[Weight
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     state, found = model.state_dict(), {}
     for path in weight_files(directory):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                stored = packed.parameter_of(name)
-                found[stored] = rename_source_key(
-                    stored, renamings, converters, model.base_model_prefix, state
-                )[0]
+        for name in _tensors(path):
+            stored = packed.parameter_of(name)
+            found[stored] = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)[
+                0
+            ]
     return found
+
+
+def _tensors(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return sorted(file.keys())
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 def _beside(
@@ -176,7 +193,7 @@ def stream(
     if not files or any(path.suffix != ".safetensors" for path in files):
         return None
     conversions = get_model_conversion_mapping(model, add_legacy=False)
-    if any(type(each) not in _RENAMINGS for each in conversions) or _kept_in_float32(model):
+    if any(type(each) not in _RENAMINGS for each in conversions) or _kept_in_float32(model, dtype):
         return None
     names = _names(directory, model, conversions)
     tied = set(model.all_tied_weights_keys)
@@ -185,11 +202,16 @@ def stream(
     return Streamed(directory, model, names)
 
 
-def unquantized(name: str, revision: str) -> Path:
-    """Return the directory of a checkpoint in 16 or 32 bits. Raises :class:`UserError` for one that is quantized."""
+def unquantized(name: str, revision: str, requested: BitsAndBytesConfig | None = None) -> Path:
+    """Return the directory of a checkpoint in 16 or 32 bits, or one that is packed anew as ``requested``.
+
+    Raises :class:`UserError` for one that is quantized.
+    """
     directory = located(name, revision)
-    if own_quantization(directory) is not None:
-        raise UserError(f"{name!r} is quantized already; name its 16-bit checkpoint")
+    own = own_quantization(directory)
+    if own is not None and not quantizer.is_packed_anew(own, requested):
+        method = own.get("quant_method", "another method")
+        raise UserError(f"{name!r} is quantized already, with {method}; name its 16-bit checkpoint")
     return directory
 
 
@@ -199,6 +221,10 @@ def own_quantization(directory: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _kept_in_float32(model: nn.Module) -> bool:
-    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    return any(getattr(module, name, None) for module in model.modules() for name in names)
+def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether some parameters would be loaded in float32 where ``dtype`` is requested."""
+    names = {
+        torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
+        torch.bfloat16: ("_keep_in_fp32_modules_strict",),
+    }
+    return any(getattr(module, name, None) for module in model.modules() for name in names.get(dtype, ()))
