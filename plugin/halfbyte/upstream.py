@@ -228,9 +228,10 @@ PATCHES = (
     Patch(
         "peft.tuners.tuners_utils.BaseTuner._inject_parameters",
         "quantization/stacks_in_peft.py:install",
-        "the process, once experts are loaded in four bits",
+        "the process, once a base is loaded in four bits",
         "peft 0.21",
-        "it finds parametrized parameters by their module's full path alone, and not below a wrapper of its own",
+        "it finds parametrized parameters by their module's full path alone, and not below a wrapper of its own; a "
+        "further adapter on the weight of a packed linear layer it refuses",
         "self peft_config model adapter_name low_cpu_mem_usage",
     ),
     Patch(

@@ -129,7 +129,11 @@ def test_peft_still_finds_parametrized_parameters_by_whole_paths_only(base: Path
         found = get_peft_model(
             model, LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"])
         )
-    assert not any("experts" in name and "lora_" in name for name, _ in found.named_parameters())
+        assert not any("experts" in name and "lora_" in name for name, _ in found.named_parameters())
+        of_a_layer = LoraConfig(target_modules=[], target_parameters=["q_proj.weight"])
+        twice = get_peft_model(load(base), of_a_layer)
+        with pytest.raises(ValueError, match="which is not a valid target"):
+            twice.add_adapter("another", of_a_layer)
 
 
 def test_the_store_keeps_one_entry_a_base(base: Path) -> None:

@@ -83,7 +83,8 @@ def routers(linears: Mapping[str, Any], stacks: Shapes) -> set[str]:
         block = path.rpartition(".")[0].rpartition(".")[0]
         for name, module in linears.items():
             inside = name.removeprefix(f"{block}.")
-            if inside != name and _GATES.search(inside) and module.weight.shape[0] in (shape[0], 1):
+            width = getattr(module, "out_features", module.weight.shape[0])  # packed weights have no rows
+            if inside != name and _GATES.search(inside) and width in (shape[0], 1):
                 found.add(name)
     return found
 
@@ -106,6 +107,30 @@ def taken_for_experts(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
             else:
                 leaves[leaf] = leaf not in (probe.target_modules or ())
     return {name for name in names if leaves[name.rpartition(".")[2]]}
+
+
+def no_weights(config: LoraConfig) -> str | None:
+    """What to write so that PEFT can adapt weights as parameters, which ``config`` prevents; None if it does not."""
+    if config.lora_dropout:
+        return "`lora_dropout: 0`"
+    if config.use_dora:
+        return "`use_dora: false`"
+    return "`init_lora_weights: default`" if config.init_lora_weights == "eva" else None
+
+
+def target_weights(config: LoraConfig, layers: Iterable[str]) -> list[str]:
+    """Add the weights of ``layers`` to the ``target_parameters`` of ``config``, and return the layers that were added.
+
+    PEFT adapts a weight ``[out, in]`` as it does a layer, under the same names, and maps no name of a parameter. It
+    looks for what is excluded among layers only, so that excluded ones are left out here.
+    """
+    excluded = config.exclude_modules or ()
+    if isinstance(excluded, str):
+        added = [name for name in layers if not re.fullmatch(excluded, name)]
+    else:
+        added = [name for name in layers if not is_named(name, *excluded)]
+    config.target_parameters = [*(config.target_parameters or ()), *(f"{name}.weight" for name in added)]
+    return added
 
 
 def described(stacks: Shapes) -> str:

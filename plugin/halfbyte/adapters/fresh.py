@@ -180,26 +180,30 @@ def _target_the_decoder(model: PreTrainedModel, config: LoraConfig, stacks: expe
     """Replace `all-linear` by the linear layers that text reaches, and print what gets no adapter."""
     found, others = decoder.linears(model)
     gates = experts.routers({name: model.get_submodule(name) for name in found}, stacks)
-    lost = experts.taken_for_experts(model, found) - gates
-    chosen = [name for name in found if name not in gates and name not in lost]
+    taken = sorted(experts.taken_for_experts(model, found) - gates)
+    chosen = [name for name in found if name not in gates and name not in taken]
     config.target_modules = set(chosen)
-    without = [
-        f"{plural(len(names), 'layer')} {reason}: {_places(names)}"
-        for names, reason in (
-            (others, "without a gradient from text"),
-            (sorted(lost), "whose names PEFT reads as those of experts"),
-            (sorted(gates), "that route to experts"),
-        )
-        if names
-    ]
+    without = []
     if stacks and not config.target_parameters:
-        names = ", ".join(experts.short_names(stacks))
-        without.append(f"{experts.described(stacks)}, which `lora_target_parameters: [{names}]` adds")
-    if without:
-        say(
-            f"adapters: {plural(len(chosen), 'linear layer')}; none on {'; none on '.join(without)}",
-            error=True,
-        )
+        short = ", ".join(experts.short_names(stacks))
+        without.append(f"{experts.described(stacks)}, which `lora_target_parameters: [{short}]` adds")
+    obstacle = experts.no_weights(config)
+    by_weight = [] if obstacle else experts.target_weights(config, taken)
+    for names, reason in (
+        (sorted(gates), "that route to experts"),
+        (taken if obstacle else [], f"whose names PEFT reads as those of experts ({obstacle} adds them)"),
+        (others, "without a gradient from text"),
+    ):
+        if names:
+            without.insert(0, f"{plural(len(names), 'layer')} {reason}: {_places(names)}")
+    if by_weight or without:
+        line = f"adapters: {plural(len(chosen) + len(by_weight), 'linear layer')}"
+        if by_weight:
+            line += (
+                f", of them {len(by_weight)} by their weights (PEFT reads their names as those of experts): "
+                f"{_places(by_weight)}"
+            )
+        say(line + "".join(f"; none on {each}" for each in without), error=True)
 
 
 def _places(names: Sequence[str]) -> str:

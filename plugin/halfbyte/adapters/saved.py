@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte import multimodal, names
 from halfbyte.adapters import config, fresh, lineage, patterns, tensors
+from halfbyte.adapters.targets import layer_of
 from halfbyte.errors import UserError, about
 from halfbyte.task import TASKS, Task
 from halfbyte.terminal.wording import first_line, shorten
@@ -100,9 +101,12 @@ def options_of(adapter: str, requested: Mapping[str, Any]) -> dict[str, Any]:
         )
     found = {option: saved.get(name) for option, name in _FIXED.items()}
     if isinstance(found["lora_target_modules"], list):
-        # Saved, `all-linear` is the path of each layer that it matched.
-        names = {path.rpartition(".")[2] for path in found["lora_target_modules"]}
+        # Saved, `all-linear` is the path of each layer that it matched, or of its weight.
+        parameters = found["lora_target_parameters"] or []
+        weights = {path for each in parameters if (path := layer_of(each)) is not None}
+        names = {path.rpartition(".")[2] for path in (*found["lora_target_modules"], *weights)}
         found["lora_target_modules"] = sorted(names)
+        found["lora_target_parameters"] = [each for each in parameters if layer_of(each) is None] or None
     for option, theirs in found.items():
         ours = requested.get(option, theirs)
         if ours != ["all-linear"] and _plain(ours) != _plain(theirs):

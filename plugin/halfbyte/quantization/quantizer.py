@@ -61,6 +61,7 @@ class Quantizer(Bnb4BitHfQuantizer):
                 sizes = (module.in_features, module.out_features, module.bias is not None)
                 model.set_submodule(path, nn.Linear(*sizes, device="meta", dtype=module.weight.dtype))
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
+        stacks_in_peft.install()
         settings = self.quantization_config
         self.serialized_names = dict(Bnb4BitHfQuantizer.serialized_names)
         for path, module, names in experts.modules(model):
@@ -90,7 +91,6 @@ class Quantizer(Bnb4BitHfQuantizer):
             for name in names:
                 if isinstance(getattr(module, name), Params4bit):
                     experts.dequantize_on_access(module, name)
-                    stacks_in_peft.install()
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:

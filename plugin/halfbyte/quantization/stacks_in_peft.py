@@ -1,4 +1,4 @@
-"""What PEFT sees of packed stacks of experts when it puts an adapter on a model."""
+"""What PEFT makes of ``target_parameters`` in four bits: packed stacks of experts, and the weights of linear layers."""
 
 import functools
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -16,18 +17,42 @@ _OWN = BaseTuner._inject_parameters
 
 @functools.cache
 def install() -> None:
-    """Show packed stacks whole to PEFT for as long as it looks for ``target_parameters``, in this process.
+    """Have PEFT find ``target_parameters`` that are in four bits, in this process.
 
-    PEFT 0.21 finds a parameter that is parametrized by its module's full path alone, and not below one of its own
-    wrappers: it would adapt no experts for a reference, or in another order than it loads them in over a 16-bit base.
+    Packed stacks are shown whole for as long as it looks: PEFT 0.21 finds a parameter that is parametrized by its
+    module's full path alone, and not below one of its own wrappers: it would adapt no experts for a reference, or in
+    another order than it loads them in over a 16-bit base. The packed weight of a linear layer it adapts by adapting
+    the layer, and refuses a further adapter there.
     """
     BaseTuner._inject_parameters = _inject
 
 
 @functools.wraps(_OWN)
-def _inject(self: BaseTuner, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
-    with shown_whole(model):
-        return _OWN(self, peft_config, model, *args, **kwargs)
+def _inject(
+    self: BaseTuner, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+) -> list[str]:
+    targets = peft_config.target_parameters
+    adapted = {
+        target: [
+            (path, module)
+            for path, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+            and not isinstance(module, ParamWrapper)
+            and (target == f"{path}.weight" or f"{path}.weight".endswith(f".{target}"))
+        ]
+        for target in targets
+    }
+    for path, layer in [each for layers in adapted.values() for each in layers]:
+        above, _, leaf = path.rpartition(".")
+        parent = model.get_submodule(above)
+        self._create_and_replace(peft_config, adapter_name, layer, leaf, parent, current_key=f"{path}.weight")
+    peft_config.target_parameters = [target for target, layers in adapted.items() if not layers]
+    try:
+        with shown_whole(model):
+            found = _OWN(self, peft_config, model, adapter_name, low_cpu_mem_usage)
+    finally:
+        peft_config.target_parameters = targets
+    return [*(target for target, layers in adapted.items() if layers), *found]
 
 
 @contextmanager
