@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import get_peft_config, get_quantization_config
 
 from halfbyte import adapters, data, distributed, quantization
+from halfbyte.adapters import config as saved
 from halfbyte.distributed import fsdp2
 from halfbyte.errors import UserError
 from halfbyte.fast import experts
@@ -19,6 +20,9 @@ from halfbyte.quantization import Coverage
 from halfbyte.resolve import Decisions
 from halfbyte.task import by_peft_type
 from halfbyte.terminal.wording import say
+
+# Bytes of weights that take longer to load than their model on meta takes to make, a second for the largest.
+_LONG = 2**30
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ def load(
     quantization.require(decisions.base, revision)
     if adapter is not None:
         _check_saved(options, decisions, adapter, added_token_ids)
+    _check_sharded(options, adapter, added_token_ids)
+    if (quantization.weight_bytes(decisions.base, revision) or _LONG) >= _LONG:
+        _check_ahead(options, decisions, trust_remote_code)
     base, coverage = _load_base(options, decisions, trust_remote_code, dict(model_init_kwargs or {}))
     _grow(base, tokenizer)
     if not options.use_peft:
@@ -67,7 +74,6 @@ def load(
             stacks=quantization.stacks_of(base),
         )
     experts.require(model)
-    distributed.check_adapters(model.peft_config.values())
     return Loaded(model, coverage)
 
 
@@ -86,17 +92,11 @@ def planned(
     """
     if decisions.adapter is not None:
         _check_saved(options, decisions, decisions.adapter, list(added_token_ids))
-    dtype = getattr(torch, decisions.dtype) if options.use_peft else torch.float32
-    base = quantization.planned(
-        decisions.base,
-        quantization=_quantization_config(options, decisions, dtype),
-        dtype=dtype,
-        revision=decisions.revision,
-        trust_remote_code=trust_remote_code,
-        task=by_peft_type(options.lora_task_type),
-        entire=not options.use_peft,
-    )
+    _check_sharded(options, decisions.adapter, list(added_token_ids))
+    base = _on_meta(options, decisions, trust_remote_code)
     coverage = _covered(options, base)
+    for line in coverage.parts():
+        say(line, error=True)
     _grow(base, tokenizer)
     model: PreTrainedModel | PeftModel = base
     if options.use_peft:
@@ -111,9 +111,21 @@ def planned(
                     stacks=quantization.stacks_of(base),
                 )
         experts.require(model)
-        distributed.check_adapters(model.peft_config.values())
     model.__class__ = type(type(model).__name__, (_Weightless, type(model)), {})
     return Loaded(model, coverage)
+
+
+def _on_meta(options: ModelOptions, decisions: Decisions, trust_remote_code: bool) -> PreTrainedModel:
+    dtype = getattr(torch, decisions.dtype) if options.use_peft else torch.float32
+    return quantization.planned(
+        decisions.base,
+        quantization=_quantization_config(options, decisions, dtype),
+        dtype=dtype,
+        revision=decisions.revision,
+        trust_remote_code=trust_remote_code,
+        task=by_peft_type(options.lora_task_type),
+        entire=not options.use_peft,
+    )
 
 
 class _Weightless:
@@ -188,6 +200,28 @@ def _check_saved(
     adapters.same_base(adapter, decisions.base, decisions.revision, sha)
 
 
+def _check_sharded(options: ModelOptions, adapter: str | None, added_token_ids: list[int]) -> None:
+    """Raise :class:`UserError` for an adapter, fresh or saved, that is not supported on a sharded base."""
+    rows, dora = bool(added_token_ids), options.use_dora
+    if adapter is not None:
+        made = saved.read(adapter)
+        rows, dora = bool(made.get("trainable_token_indices")), bool(made.get("use_dora"))
+    if options.use_peft:
+        distributed.check_adapters(rows=rows, dora=dora)
+
+
+def _check_ahead(options: ModelOptions, decisions: Decisions, trust_remote_code: bool) -> None:
+    """Raise :class:`UserError` for what the base's configuration alone decides, before its weights are loaded."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            base = _on_meta(options, decisions, trust_remote_code)
+    except Exception:  # loading says what is wrong with it
+        return
+    _covered(options, base)
+    if options.use_peft and decisions.adapter is None:
+        adapters.check_targets(base, lora_config(options), quantization.stacks_of(base))
+
+
 def _load_base(
     options: ModelOptions, decisions: Decisions, trust_remote_code: bool, init_kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, Coverage]:
@@ -208,11 +242,14 @@ def _load_base(
     )
     if fsdp2.requested():
         fsdp2.check_base(base, dtype)
-    return base, _covered(options, base)
+    coverage = _covered(options, base)
+    for line in coverage.parts():
+        say(line, error=True)
+    return base, coverage
 
 
 def _covered(options: ModelOptions, base: PreTrainedModel) -> Coverage:
-    """Return how much of ``base`` is in four bits, and print what is loaded of a multimodal one.
+    """Return how much of ``base`` is in four bits.
 
     Raises :class:`UserError` if it is too little, and for experts that would stay in 16 bits or cannot be sharded.
     """
@@ -223,8 +260,6 @@ def _covered(options: ModelOptions, base: PreTrainedModel) -> Coverage:
     if options.load_in_4bit:
         distributed.check_experts(stacks)
         coverage.require()
-    for line in coverage.parts():
-        say(line, error=True)
     return coverage
 
 

@@ -5,6 +5,7 @@ from halfbyte.adapters.fresh import (
     REFUSED_INITIALIZATIONS,
     attach,
     check_initialization,
+    check_targets,
     evaluating,
     initialize_eva,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "chain",
     "check_checkpoint",
     "check_initialization",
+    "check_targets",
     "continue_from",
     "describe",
     "directory_of",

@@ -72,9 +72,7 @@ def attach(
         config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
     elif initialization == "gaussian":
         config.init_lora_weights = "gaussian"
-    _check_targets(model, config, stacks)
-    _check_excluded(model, config)
-    experts.check_parameters(model, config, stacks)
+    check_targets(model, config, stacks)
     if config.target_modules == "all-linear":
         _target_the_decoder(model, config, stacks)
     elif multimodal.language_model(model) is not None:
@@ -132,7 +130,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _check_targets(model: PreTrainedModel, config: LoraConfig, stacks: experts.Shapes) -> None:
+def check_targets(model: PreTrainedModel, config: LoraConfig, stacks: experts.Shapes) -> None:
+    """Raise :class:`UserError` for a target or an exclusion of ``config`` that nothing in ``model`` answers to.
+
+    ``stacks`` are as in :func:`attach`. No weight is read.
+    """
+    _check_layers(model, config, stacks)
+    _check_excluded(model, config)
+    experts.check_parameters(model, config, stacks)
+
+
+def _check_layers(model: PreTrainedModel, config: LoraConfig, stacks: experts.Shapes) -> None:
     """Raise if any target matches no layer: PEFT raises only if no target matches."""
     targets = config.target_modules
     if isinstance(targets, str) and targets != "all-linear":

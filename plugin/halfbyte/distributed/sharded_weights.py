@@ -1,12 +1,12 @@
 """Weights of a sharded model: which adapters are supported, gathered for saving, measured for the record."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
@@ -15,27 +15,24 @@ from halfbyte.distributed.shards import is_sharded, local_shard, whole
 from halfbyte.errors import UserError
 
 
-def check_adapters(configs: Iterable[LoraConfig]) -> None:
-    """Raise :class:`UserError` for adapters, fresh or loaded, that are not supported on a sharded base.
+def check_adapters(*, rows: bool, dora: bool) -> None:
+    """Raise :class:`UserError` for an adapter that is not supported on a sharded base: of embedding ``rows``, ``dora``.
 
     Trained embedding rows crash torch 2.13 under FSDP2, with a tied or an untied head: signal 11 after a few steps,
     at a different place each time. PEFT 0.21 initializes DoRA's magnitudes from base weights, which DeepSpeed does
     not gather for it.
     """
-    if not (fsdp2.requested() or zero3.requested()):
-        return
-    for config in configs:
-        if config.trainable_token_indices:
-            raise UserError(
-                "the adapter trains embedding rows, which is supported under DDP only; launch with launch/ddp.yaml",
-                option="additional_special_tokens",
-            )
-        if config.use_dora and zero3.requested():
-            raise UserError(
-                "true fails under DeepSpeed (DoRA reads base weights that are not gathered); remove it, or launch "
-                "with launch/fsdp2.yaml or launch/ddp.yaml",
-                option="use_dora",
-            )
+    if rows and (fsdp2.requested() or zero3.requested()):
+        raise UserError(
+            "the adapter trains embedding rows, which is supported under DDP only; launch with launch/ddp.yaml",
+            option="additional_special_tokens",
+        )
+    if dora and zero3.requested():
+        raise UserError(
+            "true fails under DeepSpeed (DoRA reads base weights that are not gathered); remove it, or launch "
+            "with launch/fsdp2.yaml or launch/ddp.yaml",
+            option="use_dora",
+        )
 
 
 def check_experts(stacks: Collection[str]) -> None:

@@ -3,7 +3,7 @@
 Only this package touches bitsandbytes' weights.
 """
 
-from halfbyte.quantization.checkpoint import fingerprint, require
+from halfbyte.quantization.checkpoint import fingerprint, require, weight_bytes
 from halfbyte.quantization.coverage import Coverage, measure_coverage
 from halfbyte.quantization.dtype import choose_compute_dtype
 from halfbyte.quantization.experts import shapes as stacks_of
@@ -22,4 +22,5 @@ __all__ = [
     "require",
     "shape_of",
     "stacks_of",
+    "weight_bytes",
 ]

@@ -89,6 +89,13 @@ def directory_of(name_or_path: str, revision: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
+def weight_bytes(name_or_path: str, revision: str) -> int | None:
+    """Return the bytes of the checkpoint's weight files on this machine, or None if there are none."""
+    directory = directory_of(name_or_path, revision)
+    files = weight_files(directory) if directory is not None else []
+    return sum(path.stat().st_size for path in files) if files else None
+
+
 def weight_files(directory: Path) -> list[Path]:
     """Return the checkpoint's weight files, sorted by name."""
     return sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin"))

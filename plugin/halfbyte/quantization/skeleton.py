@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_utils import set_quantized_state
 from transformers.quantizers import AutoHfQuantizer
 
 from halfbyte import multimodal
@@ -37,7 +38,7 @@ def without_weights(
     for name, value in task.model_kwargs.items():
         setattr(config, name, value)
     auto = multimodal.model_class(config, task, entire=entire)
-    with torch.device("meta"):
+    with torch.device("meta"), set_quantized_state():  # under ZeRO-3 nothing of it is partitioned
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, **_of_code(origin))
     if quantization is not None:
         with registered():
