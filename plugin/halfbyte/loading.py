@@ -100,10 +100,10 @@ def planned(
     _grow(base, tokenizer)
     model: PreTrainedModel | PeftModel = base
     if options.use_peft:
-        if decisions.adapter is not None:
-            model = adapters.continue_from(base, decisions.adapter, planned=True)
-        else:
-            with torch.device("meta"):
+        with torch.device("meta"), quantization.shown_dense(base):
+            if decisions.adapter is not None:
+                model = adapters.continue_from(base, decisions.adapter, planned=True)
+            else:
                 model = adapters.attach(
                     base,
                     lora_config(options),
@@ -137,7 +137,8 @@ class _Weightless:
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Add the adapter where the model is."""
-        with torch.device("meta"):
+        model: Any = self
+        with torch.device("meta"), quantization.shown_dense(model):
             return super().add_adapter(*args, **kwargs)  # type: ignore[misc]
 
 

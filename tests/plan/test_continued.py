@@ -15,6 +15,7 @@ from tests.plan.conftest import Planned
         ("dpo", ()),
         ("kto", ()),
         ("dpo", ("--additional_special_tokens=<new>",)),
+        pytest.param("dpo", ("--use_dora",), marks=pytest.mark.faults),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )

@@ -45,6 +45,7 @@ def test_a_run_is_what_was_planned(given, planned: Planned, tmp_path: Path, reci
         ("sft", ("--use_peft=false", "--load_in_4bit=false")),
         pytest.param("sft", ("--load_in_4bit=false",), marks=pytest.mark.faults),
         ("sft", ("--load_in_8bit",)),
+        ("sft", ("--use_dora",)),
         pytest.param("sft", ("--additional_special_tokens=<new>",), marks=pytest.mark.faults),
         ("dpo", ("--fast=none",)),
         pytest.param("kto", ("--train_sampling_strategy=sequential",), marks=pytest.mark.faults),

@@ -9,6 +9,7 @@ from halfbyte.quantization.dtype import choose_compute_dtype
 from halfbyte.quantization.experts import shapes as stacks_of
 from halfbyte.quantization.load import compute_in_float32, load_base, planned
 from halfbyte.quantization.shape import Shape, shape_of
+from halfbyte.quantization.skeleton import shown_dense
 
 __all__ = [
     "Coverage",
@@ -21,6 +22,7 @@ __all__ = [
     "planned",
     "require",
     "shape_of",
+    "shown_dense",
     "stacks_of",
     "weight_bytes",
 ]

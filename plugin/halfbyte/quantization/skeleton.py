@@ -1,11 +1,15 @@
 """A model without weights, on meta, its linear layers as quantization makes them."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 import transformers
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_utils import set_quantized_state
 from transformers.quantizers import AutoHfQuantizer
@@ -51,6 +55,25 @@ def without_weights(
             quantization.load_in_8bit,
         )
     return model
+
+
+@contextmanager
+def shown_dense(model: nn.Module) -> Iterator[None]:
+    """Have the 4-bit weights of a ``model`` on meta be plain parameters of their shape in this block.
+
+    They have no bytes to dequantize, which PEFT does for DoRA's magnitudes.
+    """
+    linears = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    packed = [linear.weight for linear in linears]
+    for linear, weight in zip(linears, packed, strict=True):
+        plain = nn.Parameter(torch.empty_like(weight.data), requires_grad=False)
+        vars(plain).update(vars(weight))
+        linear.weight = plain
+    try:
+        yield
+    finally:
+        for linear, weight in zip(linears, packed, strict=True):
+            linear.weight = weight
 
 
 def _of_code(origin: dict[str, Any]) -> dict[str, Any]:
