@@ -13,8 +13,10 @@ from halfbyte.fast import adapted, reading
 from halfbyte.fast.attention import attention
 from halfbyte.fast.attention_half import AttentionHalf
 from halfbyte.fast.forest import Forest, read_tokens
+from halfbyte.fast.heads import DirectHeads, Heads
+from halfbyte.fast.latent_heads import LatentHeads
 from halfbyte.fast.mlp_half import MlpHalf
-from halfbyte.fast.parts import AttentionParts, MlpParts, Uncovered
+from halfbyte.fast.parts import AttentionParts, DirectMaps, LatentMaps, MlpParts, Uncovered
 from halfbyte.fast.rope import Rotary
 
 # Keyword arguments that the fused form computes with.
@@ -58,15 +60,14 @@ def attention_half(
         raise Uncovered("a mask for flash attention")
     if forest is not None:
         mask = None  # the sequences and the window say what it does, and some models' (gpt-oss) has the window alone
-        if not only_read or parts.gated:  # whose gates are those of all tokens
+        if not only_read or (isinstance(parts.maps, DirectMaps) and parts.maps.gated):  # whose gates are those of all tokens
             forest = forest.whole
     if mask is None and forest is None and parts.window is not None and hidden.shape[1] > parts.window:
         raise Uncovered("a sequence longer than the sliding window, and no mask")
     return AttentionHalf(
         parts,
-        adapted.projections(parts.qkv),
+        _heads(parts, hidden, kwargs),
         adapted.projections(parts.out),
-        _rotary(parts, hidden, kwargs.get("position_embeddings")),
         attention(
             hidden.device,
             hidden.dtype,
@@ -77,18 +78,37 @@ def attention_half(
             cap=parts.softcap,
             sinks=_sinks(parts),
         ),
-        _factors(parts, kwargs.get("position_ids")),
         None if forest is None else read_tokens(forest, hidden.device),
+    )
+
+
+def _heads(parts: AttentionParts, hidden: Tensor, kwargs: Mapping[str, Any]) -> Heads:
+    rotary = _rotary(parts, hidden, kwargs.get("position_embeddings"))
+    factors = _factors(parts, kwargs.get("position_ids"))
+    maps = parts.maps
+    if isinstance(maps, DirectMaps):
+        return DirectHeads(parts, maps, adapted.projections(maps.qkv), rotary, factors)
+    return LatentHeads(
+        parts,
+        maps,
+        adapted.projections(maps.first),
+        adapted.projections(maps.query) if maps.query else None,
+        adapted.projections(maps.key_value),
+        rotary,
+        factors,
     )
 
 
 def _rotary(parts: AttentionParts, hidden: Tensor, angles: Any) -> Rotary | None:
     if parts.rotary is None:
         return None
+    latent = isinstance(parts.maps, LatentMaps)
+    if latent and isinstance(angles, Tensor) and angles.is_complex():  # DeepSeek-V2's, each angle once
+        angles = tuple(torch.cat((x, x), -1) for x in (angles.real, angles.imag))
     rotary = None
     if isinstance(angles, tuple) and len(angles) == 2:
         rotary = Rotary(*angles, hidden.dtype, parts.rotary)
-    if rotary is None or rotary.width > parts.head_size:
+    if rotary is None or rotary.width > (parts.maps.rotated if latent else parts.head_size):
         raise Uncovered("rotary positions of another shape")
     return rotary
 

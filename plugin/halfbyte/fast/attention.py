@@ -2,7 +2,8 @@
 
 A fused layer keeps the output and the log-sum of each query's weights instead of an autograd graph, so that it can
 discard queries, keys and values and still run the backward without a second attention. Heads come after tokens here:
-queries and outputs are ``[B, T, Nq, D]``, keys and values ``[B, T, Nkv, D]``.
+queries are ``[B, T, Nq, D]``, keys ``[B, T, Nkv, D]``; values ``[B, T, Nkv, Dv]`` and outputs ``[B, T, Nq, Dv]`` may be
+of another size.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from halfbyte.fast import attention_cpu
 from halfbyte.fast.attention_graph import GraphAttention
 from halfbyte.fast.forest import Forest
+from halfbyte.fast.head_sizes import alike
 from halfbyte.fast.spans import additive, gather, path_mask, scatter_add
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -28,7 +30,7 @@ _LONG = 256
 
 
 class Attention(Protocol):
-    """One attention, forward and backward: ``q``, ``o`` ``[B, T, Nq, D]``; ``k``, ``v`` ``[B, T, Nkv, D]``."""
+    """One attention, forward and backward, of ``q``, ``k``, ``v`` and ``o``."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keep_graph: bool) -> tuple[Tensor, Kept]:
         """Return the output and what :meth:`backward` needs of this call."""
@@ -52,20 +54,19 @@ def attention(
     *,
     cap: float | None = None,
     sinks: Tensor | None = None,
-    autograd: bool = False,
 ) -> Attention:
     """Return the attention of one batch: along the paths of ``forest``, or under ``mask``, or causal.
 
     ``mask`` is ``[B, 1, T, T]``, bool or of ``dtype``: True or 0 where a query attends, False or -inf where not. With a
     ``window`` a query of a forest attends to so many tokens of its path, itself the last of them. A soft ``cap`` bounds
     the scores: ``cap * tanh(score / cap)``. ``sinks``, which are frozen, are ``[Nq]``: a score of each head that takes
-    part in its softmax and has no value. ``autograd`` asks for the general form, which takes values of another size
-    than queries. Queries, and outputs, are those of the tokens of ``forest`` whose output is read.
+    part in its softmax and has no value. Queries, and outputs, are those of the tokens of ``forest`` whose output is
+    read.
     """
     if forest is None or not window or window >= forest.longest:  # some models write none as 0
         window = None
     sinks = None if sinks is None else sinks.detach()
-    if device.type == "cpu" and not autograd and (cap is None or mask is None):
+    if device.type == "cpu" and (cap is None or mask is None):
         added = additive(mask, _working_dtype(dtype)) if mask is not None else None
         return CpuAttention(scale, added, forest, window, cap, sinks)
     return GraphAttention(scale, mask, forest, window, cap, sinks)
@@ -104,7 +105,7 @@ class CpuAttention:
         if self.forest is None:
             o, log_sum = self._forward_span(q, k, v)
             return o.to(dtype), log_sum
-        o = torch.empty(q.shape, dtype=dtype)
+        o = torch.empty(*q.shape[:3], v.shape[3], dtype=dtype)
         log_sum = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
         for segment in self.forest.segments:
             start, end = self.forest.queries[segment]
@@ -147,29 +148,28 @@ class CpuAttention:
         return output
 
     def _forward_span(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self._by_products(q, k):
+        if self._by_products(q, k, v):
             o, log_sum = attention_cpu.forward(
                 q, k, v, self.window, self.scale, self.softcap, with_sums=self.sinks is not None
             )
         else:
-            query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+            query, key, value = (x.transpose(1, 2) for x in alike(q, k, v))
             mask = self._span_mask(q, k)
             o, log_sum = _cpu_forward(query, key, value, 0.0, mask is None, attn_mask=mask, scale=self.scale)
-            o = o.transpose(1, 2)
+            o = o.transpose(1, 2)[..., : v.shape[3]]
         return self._beside_sinks(o, log_sum), log_sum
 
     def _backward_span(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         do = self._beside_sinks(do, log_sum)
-        if self._by_products(q, k):
+        if self._by_products(q, k, v):
             return attention_cpu.backward(do, q, k, v, o, self.window, self.scale, self.softcap)
         mask = self._span_mask(q, k)
-        do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
-        dq, dk, dv = _cpu_backward(
-            do, q, k, v, o, log_sum, 0.0, mask is None, attn_mask=mask, scale=self.scale
-        )
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        same = [x.transpose(1, 2) for x in alike(do, q, k, v, o)]
+        found = _cpu_backward(*same, log_sum, 0.0, mask is None, attn_mask=mask, scale=self.scale)
+        dq, dk, dv = (x.transpose(1, 2)[..., : y.shape[3]] for x, y in zip(found, (q, k, v), strict=True))
+        return dq, dk, dv
 
     def _beside_sinks(self, x: Tensor, log_sum: Tensor) -> Tensor:
         """``x`` ``[B, T, Nq, D]`` times the share of the weights that the sinks leave to the keys."""
@@ -178,11 +178,12 @@ class CpuAttention:
         share = (log_sum - self.sinks.float()[:, None]).sigmoid_()
         return (x * share.transpose(1, 2).unsqueeze(-1)).to(x.dtype)
 
-    def _by_products(self, q: Tensor, k: Tensor) -> bool:
-        """Whether products are faster for these queries and keys; no kernel has a soft cap."""
+    def _by_products(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether products are faster for these heads; no kernel has a soft cap, or values of another size."""
         if self.softcap is not None:
             return True
-        return self.mask is None and q.dtype == torch.float32 and k.shape[1] >= _LONG
+        better = k.shape[1] >= _LONG or v.shape[3] != k.shape[3]
+        return self.mask is None and q.dtype == torch.float32 and better
 
     def _span_mask(self, q: Tensor, k: Tensor) -> Tensor | None:
         if self.mask is not None:

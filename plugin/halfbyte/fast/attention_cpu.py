@@ -27,7 +27,7 @@ def forward(
     *,
     with_sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``[B, T, Nq, D]`` of ``q`` ``[B, T, Nq, D]`` over ``k`` and ``v`` ``[B, keys, Nkv, D]``.
+    """Return the output ``[B, T, Nq, Dv]`` of ``q`` ``[B, T, Nq, D]`` over ``k`` and ``v`` ``[B, keys, Nkv, D or Dv]``.
 
     The queries are those of the last T keys; each attends to ``window`` keys, its own the last of them, or to all
     before it. A ``softcap`` bounds the scores: ``softcap * tanh(score / softcap)``. The log-sums ``[B, Nq, T]`` beside
@@ -35,13 +35,13 @@ def forward(
     """
     kv_heads = k.shape[2]
     query, key, value = _packed(q, kv_heads).mul_(scale), _packed(k, kv_heads), _packed(v, kv_heads)
-    output, memory = torch.empty_like(query), torch.empty(0)
+    output, memory = torch.empty(*query.shape[:2], v.shape[3]), torch.empty(0)
     sums = torch.zeros(query.shape[:2])
     for heads, rows, seen, hidden in _blocks(q, k, window):
         wanted = sums[heads, rows] if with_sums else None
         weights, _ = _weights(query[heads, rows], key[heads, seen], hidden, memory, softcap, wanted)
         output[heads, rows] = torch.bmm(weights, value[heads, seen])
-    return _unpacked(output, q), _unpacked(sums[..., None], q[..., :1]).squeeze(-1).transpose(1, 2)
+    return _unpacked(output, q), _unpacked(sums[..., None], q).squeeze(-1).transpose(1, 2)
 
 
 def backward(
@@ -139,9 +139,9 @@ def _packed(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`_packed`, in the shape of ``like``."""
-    batch, tokens, heads, size = like.shape
-    kv_heads = len(packed) // batch
+    """The inverse of :func:`_packed`, with the tokens and heads of ``like``."""
+    batch, tokens, heads, _ = like.shape
+    kv_heads, size = len(packed) // batch, packed.shape[-1]
     return packed.view(batch, kv_heads, tokens, -1, size).transpose(1, 2).reshape(batch, tokens, heads, size)
 
 

@@ -11,6 +11,7 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from halfbyte.fast import attention_scores
 from halfbyte.fast.forest import Forest, varlen_layout
+from halfbyte.fast.head_sizes import alike
 from halfbyte.fast.spans import gather, path_mask
 
 
@@ -76,16 +77,16 @@ class GraphAttention:
     def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
         """One kernel for all segments; a query is aligned with the last of its keys."""
         layout = varlen_layout(forest, q.device)
-        key, value = k[0], v[0]
+        query, key, value = alike(q[0], k[0], v[0])  # the kernel takes one size
         if layout.gathered is not None:
             key, value = key[layout.gathered], value[layout.gathered]
         given = (layout.queries, layout.keys, layout.longest_queries, layout.longest_keys)
         window = (-1 if self.window is None else self.window - 1, 0)
         if self.sinks is not None:
-            out: Any = _VarlenWithSinks.apply(q[0], key, value, self.sinks, *given, self.scale, window)
+            out: Any = _VarlenWithSinks.apply(query, key, value, self.sinks, *given, self.scale, window)
         else:
             out = varlen_attn(
-                q[0],
+                query,
                 key,
                 value,
                 *given,
@@ -94,7 +95,7 @@ class GraphAttention:
                 enable_gqa=q.shape[2] != k.shape[2],
             )
         assert isinstance(out, Tensor)  # a tuple only where log-sums are requested
-        return out.unsqueeze(0)
+        return out[..., : v.shape[3]].unsqueeze(0)
 
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))

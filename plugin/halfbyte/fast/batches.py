@@ -223,7 +223,6 @@ def attention(
         kwargs["sliding_window"] if "sliding_window" in kwargs else reading.window(module),
         cap=cap,
         sinks=sinks,
-        autograd=value.shape[-1] != query.shape[-1],
     )
     return call.attend(*(x.transpose(1, 2) for x in (query, key, value))), None
 

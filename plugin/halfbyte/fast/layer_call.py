@@ -7,7 +7,7 @@ level kept beside the layer's input                recomputed in the backward
 ===== ============================================ =======================================
 0     nothing                                      everything
 1     attention output, stream between the halves  norms, query-key-value, gate-up
-2     and query-key-value                          norms, gate-up
+2     and query-key-value, with latents            norms, gate-up
 3     and gate-up                                  norms, activation
 ===== ============================================ =======================================
 
@@ -69,18 +69,19 @@ class _FusedLayer(torch.autograd.Function):
             outputs = (between, attended.output, log_sums, attended.projected, attended.out_inner)
             outputs = (*outputs, transformed.projected)
         down_inner = transformed.down_inner if level >= 1 else None
-        heads = (attended.qkv, attended.qkv_inner) if level >= 2 else (None, None)
+        made = attended.made if level >= 2 else None
         gated = (transformed.gate_up, transformed.inner) if level >= 3 else (None, None)
-        ctx.call, ctx.graph = call, graph
-        ctx.save_for_backward(stream, *outputs, *heads, *gated, down_inner, *parameters)
+        ctx.call, ctx.graph, ctx.made = call, graph, None if made is None else len(made)
+        ctx.save_for_backward(stream, *outputs, *gated, down_inner, *(made or ()), *parameters)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         call: LayerCall = ctx.call
-        stream, middle, output, log_sums, projected, out_inner, closed, *rest = ctx.saved_tensors[:12]
-        qkv, qkv_inner, gate_up, inner, down_inner = rest
+        stream, middle, output, log_sums, projected, out_inner, closed, *rest = ctx.saved_tensors
+        gate_up, inner, down_inner, *rest = rest
+        made = None if ctx.made is None else tuple(rest[: ctx.made])
         with torch.autocast(stream.device.type, enabled=False):
             if call.layer_scale is not None:
                 dout = dout * call.layer_scale
@@ -90,7 +91,7 @@ class _FusedLayer(torch.autograd.Function):
                 )
             else:
                 kept = ctx.graph if log_sums is None else log_sums
-                attended = Attended(qkv, qkv_inner, output, kept, projected, out_inner)
+                attended = Attended(made, output, kept, projected, out_inner)
             transformed = Transformed(gate_up, inner, closed, down_inner)
             read = call.attention.those_read(stream) if call.parallel else middle
             around, mlp_gradients = call.mlp.backward(dout, read, transformed, around=dout)
@@ -111,8 +112,9 @@ class FusedAttention(torch.autograd.Function):
             y, attended = half.forward(x, None, keep_graph=True)
         ctx.half, ctx.graph = half, None if isinstance(attended.kept, Tensor) else attended.kept
         log_sums = attended.kept if isinstance(attended.kept, Tensor) else None
-        kept = (attended.qkv, attended.qkv_inner, attended.output, log_sums, attended.out_inner)
-        ctx.save_for_backward(x, *kept, *parameters)
+        assert attended.made is not None
+        ctx.made = len(attended.made)
+        ctx.save_for_backward(x, attended.output, log_sums, attended.out_inner, *attended.made, *parameters)
         # No view: a layer may change what its attention returns in place.
         return torch.ops.aten._unsafe_view(y, x.shape)
 
@@ -120,10 +122,10 @@ class FusedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         half: AttentionHalf = ctx.half
-        x, qkv, qkv_inner, output, log_sums, out_inner = ctx.saved_tensors[:6]
+        x, output, log_sums, out_inner, *rest = ctx.saved_tensors
         kept = ctx.graph if log_sums is None else log_sums
         with torch.autocast(x.device.type, enabled=False):
-            attended = Attended(qkv, qkv_inner, output, kept, None, out_inner)
+            attended = Attended(tuple(rest[: ctx.made]), output, kept, None, out_inner)
             dx, gradients = half.backward(dy, x, attended, None, ctx.needs_input_grad[1])
         return None, dx, *_typed(gradients, half.parameters())
 

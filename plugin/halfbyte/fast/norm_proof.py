@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.fast import reading
+from halfbyte.fast import members
 from halfbyte.fast.norm import Norm, NormForm
 
 _WITHIN = 1e-4
@@ -20,13 +20,13 @@ def equal(mine: Tensor, theirs: Tensor) -> bool:
 
 def norm_forms(module: nn.Module) -> dict[str, NormForm]:
     """Return how each norm in ``module`` computes, by name; one of another kind is left out."""
-    found = {name: _norm_form(each) for name, each in module.named_modules() if reading.is_norm(each)}
+    found = {name: _norm_form(each) for name, each in module.named_modules() if members.is_norm(each)}
     return {name: form for name, form in found.items() if form is not None}
 
 
 @torch.no_grad()
 def _norm_form(module: Any) -> NormForm | None:
-    weight, eps = getattr(module, "weight", None), reading.epsilon(module)
+    weight, eps = getattr(module, "weight", None), members.epsilon(module)
     width = getattr(module, "normalized_shape", (16,)) if weight is None else weight.shape
     if weight is not None and weight.dim() != 1:
         return None

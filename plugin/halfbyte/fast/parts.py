@@ -55,36 +55,75 @@ class QueryScale:
 
 
 @dataclass(frozen=True)
-class AttentionParts:
-    """Attention and the norms around it; ``heads`` is Nq, ``kv_heads`` Nkv, ``head_size`` D, ``window`` in tokens.
+class DirectMaps:
+    """Linear maps from what attention reads to queries, keys and values: ``qkv``, three or one, and the heads' norms.
 
-    ``qkv`` are the maps to queries, keys and values, three or one; with ``shared_values`` the keys are the values too,
-    before norm and rotation, and where attention is ``gated`` a gate of the output follows the query of each head. A
-    head norm is of a head or of all heads at once. With ``sinks`` the module has a score of each head that takes part
-    in its softmax and has no value.
+    With two the keys are the values too (``shared_values``), before norm and rotation. Where attention is ``gated`` a
+    gate of the output follows the query of each head. A head norm is of a head or of all heads at once.
     """
 
-    norm: Norm | None
     qkv: Linears
     query_norm: Norm | None
     key_norm: Norm | None
     value_norm: Norm | None
+    rotated_first: bool
+    gated: bool
+    by_head: bool
+    shared_values: bool
+
+    @property
+    def linears(self) -> Linears:
+        """Every linear map, in the order of application."""
+        return self.qkv
+
+
+@dataclass(frozen=True)
+class LatentMaps:
+    """Maps of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    ``first`` reads what attention reads and makes two things: the queries, or their latent, of which ``query`` makes
+    them after ``query_norm``; and the latent of keys and values beside the last ``rotated`` channels of the keys, which
+    all heads have in common. Of the latent, normed and times ``factor``, ``key_value`` makes the other channels of each
+    head's key, and its value.
+    """
+
+    first: Linears
+    query_norm: Norm | None
+    query: Linears
+    norm: Norm | None
+    key_value: Linears
+    rotated: int
+    factor: float
+
+    @property
+    def linears(self) -> Linears:
+        """Every linear map, in the order of application."""
+        return (*self.first, *self.query, *self.key_value)
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """Attention and the norms around it; ``heads`` is Nq, ``kv_heads`` Nkv, ``window`` in tokens.
+
+    ``maps`` make queries and keys of ``head_size`` D and values of ``value_size``. With ``sinks`` the module has a
+    score of each head that takes part in its softmax and has no value.
+    """
+
+    norm: Norm | None
+    maps: DirectMaps | LatentMaps
     out: Linears
     closing: Norm | None
     factor: float
     heads: int
     kv_heads: int
     head_size: int
+    value_size: int
     scale: float
     window: int | None
     softcap: float | None
     sinks: bool
     rotary: Pairing | None
-    rotated_first: bool
     query_scale: QueryScale | None
-    gated: bool
-    by_head: bool
-    shared_values: bool
     module: Any  # what it is set to may change between calls
 
     @property
@@ -96,7 +135,7 @@ class AttentionParts:
     @property
     def linears(self) -> Linears:
         """Every linear map, in the order of application."""
-        return (*self.qkv, *self.out)
+        return (*self.maps.linears, *self.out)
 
 
 @dataclass(frozen=True)

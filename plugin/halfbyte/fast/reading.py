@@ -4,10 +4,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halfbyte.fast.adapted import base
+from halfbyte.fast import latent_reading, members
 from halfbyte.fast.gate import Gate
-from halfbyte.fast.norm import Norm, NormForm
-from halfbyte.fast.parts import AttentionParts, Decoder, Form, Linears, MlpParts, QueryScale, Uncovered
+from halfbyte.fast.norm import Norm
+from halfbyte.fast.parts import (
+    AttentionParts,
+    Decoder,
+    DirectMaps,
+    Form,
+    Linears,
+    MlpParts,
+    QueryScale,
+    Uncovered,
+)
 
 # What models call a part, by its role. The first that a module has, whole, is it.
 ATTENTIONS = ("self_attn", "attn", "attention")
@@ -30,7 +39,6 @@ _GATED = (("gate_proj", "up_proj"), ("gate_up_proj",), ("w1", "w3"), ("input_lin
 _PLAIN = (("up_proj",), ("c_fc",), ("fc1",), ("fc_in",), ("dense_h_to_4h",))
 _DOWN = (("down_proj",), ("c_proj",), ("fc2",), ("fc_out",), ("w2",), ("dense_4h_to_h",), ("output_linear",))
 _ACTIVATIONS = (("act_fn",), ("activation_fn",), ("activation",), ("act",))
-_EPSILONS = ("variance_epsilon", "eps", "epsilon")
 # Norms of a layer: before and after attention, before and after the MLP.
 _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     (
@@ -54,30 +62,34 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("attention_norm", None, "ffn_norm", None),
 )
 _LAYER_SCALES = ("layer_scalar",)
+# What queries are multiplied by (LongCat-Flash).
+_QUERY_FACTOR = "mla_scale_q_lora"
+# What the output of each half is multiplied by.
+_FACTORS = ("residual_multiplier", "residual_scale")
 
 
 def read(layer: nn.Module, form: Form) -> Decoder:
     """Return the parts of ``layer`` put together in ``form``; raise :class:`Uncovered` if it has others."""
-    attention, mlp = part(layer, ATTENTIONS), part(layer, MLPS) or layer
+    attention, mlp = members.part(layer, ATTENTIONS), members.part(layer, MLPS) or layer
     if not isinstance(attention, nn.Module):
         raise Uncovered(f"{type(layer).__name__} is not one of the layers that are fused")
     before, after, before_mlp, after_mlp = norms = _arrangement(layer)
     own = {attention, mlp, *(getattr(layer, name) for name in norms if name is not None)}
-    factor = float(getattr(layer, "residual_multiplier", 1.0))
+    factor = next((float(getattr(layer, name)) for name in _FACTORS if hasattr(layer, name)), 1.0)
     decoder = Decoder(
         attention=read_attention(
             attention,
             form,
             _name(layer, attention),
-            _norm(layer, before, form),
-            _norm(layer, after, form),
+            members.norm(layer, before, form),
+            members.norm(layer, after, form),
             factor,
         ),
-        mlp=read_mlp(mlp, form, _norm(layer, before_mlp, form), _norm(layer, after_mlp, form), factor),
+        mlp=read_mlp(mlp, form, members.norm(layer, before_mlp, form), members.norm(layer, after_mlp, form), factor),
         parallel=form.parallel,
         layer_scale=next((name for name in _LAYER_SCALES if hasattr(layer, name)), None),
     )
-    _check_whole(layer, own | set(decoder.linears))
+    members.check_whole(layer, own | set(decoder.linears))
     return decoder
 
 
@@ -94,7 +106,8 @@ def has_one_map(module: nn.Module) -> bool:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether ``module`` has the linear maps of an attention."""
-    return _linears(module, _QKV) is not None and _linears(module, _OUT) is not None
+    made = latent_reading.is_latent(module) or members.linears(module, _QKV) is not None
+    return made and members.linears(module, _OUT) is not None
 
 
 def read_attention(
@@ -111,45 +124,28 @@ def read_attention(
     shared = getattr(getattr(attention, "config", None), "num_kv_shared_layers", 0)
     if shared and getattr(attention, "store_full_length_kv", False):
         raise Uncovered("later layers read the keys and values")
-    qkv, out = _linears(attention, _QKV), _linears(attention, _OUT)
-    size = next((s for s in (getattr(attention, n, None) for n in ("head_dim", "head_size")) if s), None)
-    if qkv is None or out is None or size is None or not hasattr(attention, "config"):
+    read_maps = latent_reading.read if latent_reading.is_latent(attention) else _direct
+    out = members.linears(attention, _OUT)
+    if out is None or not hasattr(attention, "config"):
         raise Uncovered(f"{type(attention).__name__} is not an attention that is fused")
-    heads, rest = divmod(_width(out[0], "in_features"), size)
-    queries = heads * size
-    gated = len(qkv) > 1 and _width(qkv[0], "out_features") == 2 * queries
-    kv_width = sum(_width(each, "out_features") for each in qkv) - queries * (2 if gated else 1)
-    kv_heads, odd = divmod(kv_width, size if len(qkv) == 2 else 2 * size)
-    if rest or odd or kv_heads < 1 or heads % kv_heads:
-        raise Uncovered(f"{type(attention).__name__} has more than queries, keys and values")
-    found = next(
-        (names for names in _HEAD_NORMS if all(part(attention, (n,)) is not None for n in names)), ()
-    )
-    head_norms = [_norm(attention, each, form, name) for each in found] + [None] * (3 - len(found))
-    _check_whole(attention, {*qkv, *out, *(getattr(attention, each) for each in found)})
+    maps, heads, kv_heads, size, value_size = read_maps(attention, out, form, name)
     scale = getattr(attention, "scaling", None)
     return AttentionParts(
         norm=norm,
-        qkv=qkv,
-        query_norm=head_norms[0],
-        key_norm=head_norms[1],
-        value_norm=head_norms[2],
+        maps=maps,
         out=out,
         closing=closing,
         factor=factor,
         heads=heads,
         kv_heads=kv_heads,
         head_size=size,
-        scale=size**-0.5 if scale is None else scale,
+        value_size=value_size,
+        scale=(size**-0.5 if scale is None else scale) * getattr(attention, _QUERY_FACTOR, 1.0),
         window=window(attention),
         softcap=getattr(attention, "attn_logit_softcapping", None),
         sinks=sinks(attention) is not None,
         rotary=form.rotary,
-        rotated_first=form.rotated_first,
         query_scale=_query_scale(attention.config),
-        gated=gated,
-        by_head=form.by_head and len(qkv) == 1,
-        shared_values=len(qkv) == 2,
         module=attention,
     )
 
@@ -158,21 +154,21 @@ def read_mlp(
     mlp: Any, form: Form, norm: Norm | None = None, closing: Norm | None = None, factor: float = 1.0
 ) -> MlpParts:
     """Return the parts of the module ``mlp``, or of the layer that has them itself, with the norms around them."""
-    gated = _linears(mlp, _GATED)
-    gate_up, down = gated or _linears(mlp, _PLAIN), _linears(mlp, _DOWN)
+    gated = members.linears(mlp, _GATED)
+    gate_up, down = gated or members.linears(mlp, _PLAIN), members.linears(mlp, _DOWN)
     if gate_up is None or down is None:
         raise Uncovered(f"{type(mlp).__name__} is not an MLP that is fused")
     activation: Any = next(
-        (found for names in _ACTIVATIONS if (found := part(mlp, names)) is not None), nn.SiLU()
+        (found for names in _ACTIVATIONS if (found := members.part(mlp, names)) is not None), nn.SiLU()
     )
     gate = Gate.of(activation, plain=gated is None)
     if gate is None:
         raise Uncovered(f"activation {type(activation).__name__}")
-    features = _width(down[0], "in_features")
-    if sum(_width(each, "out_features") for each in gate_up) != features * (1 if gate.plain else 2):
+    features = members.width(down[0], "in_features")
+    if sum(members.width(each, "out_features") for each in gate_up) != features * (1 if gate.plain else 2):
         raise Uncovered(f"{type(mlp).__name__} has more than gate, up and down")
-    if not any(isinstance(part(mlp, (name,)), nn.Module) for name in ATTENTIONS):
-        _check_whole(mlp, {*gate_up, *down, activation})
+    if not any(isinstance(members.part(mlp, (name,)), nn.Module) for name in ATTENTIONS):
+        members.check_whole(mlp, {*gate_up, *down, activation})
     return MlpParts(norm, gate_up, gate, down, closing, factor, mlp)
 
 
@@ -196,58 +192,36 @@ def sinks(attention: Any) -> Tensor | None:
     return found
 
 
-def part(module: Any, names: tuple[str, ...]) -> Any:
-    """The first child of ``module`` that has one of these ``names``."""
-    return next((found for name in names if (found := getattr(module, name, None)) is not None), None)
-
-
-def _linears(module: Any, roles: tuple[tuple[str, ...], ...]) -> Linears | None:
-    for names in roles:
-        found = [getattr(module, name, None) for name in names]
-        linears = tuple(
-            each for each in found if isinstance(each, nn.Module) and hasattr(base(each), "weight")
-        )
-        if len(linears) == len(names):
-            return linears
-    return None
-
-
-def _width(linear: Any, name: str) -> int:
-    width = getattr(linear, name, None)
-    if width is None:
-        raise Uncovered(f"{type(base(linear)).__name__} in the place of a linear")
-    return int(width)
+def _direct(attention: Any, out: Linears, form: Form, name: str) -> tuple[DirectMaps, int, int, int, int]:
+    """The maps to queries, keys and values; the heads of queries and of keys, and their sizes."""
+    qkv = members.linears(attention, _QKV)
+    size = next((s for s in (getattr(attention, n, None) for n in ("head_dim", "head_size")) if s), None)
+    if qkv is None or size is None:
+        raise Uncovered(f"{type(attention).__name__} is not an attention that is fused")
+    heads, rest = divmod(members.width(out[0], "in_features"), size)
+    queries = heads * size
+    gated = len(qkv) > 1 and members.width(qkv[0], "out_features") == 2 * queries
+    kv_width = sum(members.width(each, "out_features") for each in qkv) - queries * (2 if gated else 1)
+    kv_heads, odd = divmod(kv_width, size if len(qkv) == 2 else 2 * size)
+    if rest or odd or kv_heads < 1 or heads % kv_heads:
+        raise Uncovered(f"{type(attention).__name__} has more than queries, keys and values")
+    found = next(
+        (names for names in _HEAD_NORMS if all(members.part(attention, (n,)) is not None for n in names)), ()
+    )
+    norms = [members.norm(attention, each, form, name) for each in found] + [None] * (3 - len(found))
+    members.check_whole(attention, {*qkv, *out, *(getattr(attention, each) for each in found)})
+    by_head, shared = form.by_head and len(qkv) == 1, len(qkv) == 2
+    maps = DirectMaps(qkv, *norms, form.rotated_first, gated, by_head=by_head, shared_values=shared)
+    return maps, heads, kv_heads, size, size
 
 
 def _arrangement(layer: Any) -> tuple[str | None, str | None, str | None, str | None]:
     """The one arrangement of norms whose names are those of the norms that ``layer`` has."""
-    has = {name for name, child in layer.named_children() if is_norm(child) or "norm" in name}
+    has = {name for name, child in layer.named_children() if members.is_norm(child) or "norm" in name}
     for names in _NORMS:
         if {name for name in names if name is not None} == has:
             return names
     raise Uncovered(f"the norms of {type(layer).__name__}: {', '.join(sorted(has)) or 'none'}")
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a norm of some kind."""
-    return "Norm" in type(module).__name__ and not list(module.children())
-
-
-def epsilon(norm: nn.Module) -> float:
-    """What ``norm`` adds to the variance; where it does not say, PyTorch's."""
-    return next((value for each in _EPSILONS if (value := getattr(norm, each, None)) is not None), 1e-5)
-
-
-def _norm(owner: Any, name: str | None, form: Form, prefix: str = "") -> Norm | None:
-    if name is None:
-        return None
-    module = getattr(owner, name)
-    at = f"{prefix}.{name}" if prefix else name
-    if not is_norm(module) or (form.norms and at not in form.norms):
-        raise Uncovered(f"norm {type(module).__name__}")
-    if any(parameter.requires_grad for parameter in module.parameters()):
-        raise Uncovered("norms are trained")
-    return Norm(module, epsilon(module), form.norms.get(at, NormForm()))
 
 
 def _query_scale(config: Any) -> QueryScale | None:
@@ -260,8 +234,3 @@ def _name(layer: nn.Module, child: nn.Module) -> str:
     return next(name for name, each in layer.named_children() if each is child)
 
 
-def _check_whole(module: nn.Module, read: set[Any]) -> None:
-    """Raise :class:`Uncovered` for a child that has weights and was not read."""
-    for name, child in module.named_children():
-        if child not in read and any(True for _ in child.parameters()):
-            raise Uncovered(f"{type(module).__name__} also has {name}")

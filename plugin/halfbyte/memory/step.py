@@ -113,7 +113,7 @@ def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
         values += _ranks(decoder.attention.out) + _ranks(decoder.mlp.down)
         other += decoder.attention.heads * _LOG_SUM_BYTES
     if level >= 2:
-        values += _outputs(decoder.attention.qkv) + _ranks(decoder.attention.qkv)
+        values += _outputs(decoder.attention.maps.linears) + _ranks(decoder.attention.maps.linears)
     if level >= 3:
         values += _outputs(decoder.mlp.gate_up) + _ranks(decoder.mlp.gate_up)
     return values * size + other
@@ -123,7 +123,7 @@ def kept_of_all(decoder: Decoder, level: int, size: int) -> int:
     """Return what of :func:`kept_per_token` the last layer keeps of every token: its input, and queries to values."""
     values = _stream(decoder)
     if level >= 2:
-        values += _outputs(decoder.attention.qkv) + _ranks(decoder.attention.qkv)
+        values += _outputs(decoder.attention.maps.linears) + _ranks(decoder.attention.maps.linears)
     return values * size
 
 
