@@ -60,7 +60,9 @@ def attention_half(
         raise Uncovered("a mask for flash attention")
     if forest is not None:
         mask = None  # the sequences and the window say what it does, and some models' (gpt-oss) has the window alone
-        if not only_read or (isinstance(parts.maps, DirectMaps) and parts.maps.gated):  # whose gates are those of all tokens
+        if not only_read or (
+            isinstance(parts.maps, DirectMaps) and parts.maps.gated
+        ):  # whose gates are those of all tokens
             forest = forest.whole
     if mask is None and forest is None and parts.window is not None and hidden.shape[1] > parts.window:
         raise Uncovered("a sequence longer than the sliding window, and no mask")
@@ -102,13 +104,13 @@ def _heads(parts: AttentionParts, hidden: Tensor, kwargs: Mapping[str, Any]) -> 
 def _rotary(parts: AttentionParts, hidden: Tensor, angles: Any) -> Rotary | None:
     if parts.rotary is None:
         return None
-    latent = isinstance(parts.maps, LatentMaps)
-    if latent and isinstance(angles, Tensor) and angles.is_complex():  # DeepSeek-V2's, each angle once
+    rotated = parts.maps.rotated if isinstance(parts.maps, LatentMaps) else None
+    if rotated and isinstance(angles, Tensor) and angles.is_complex():  # DeepSeek-V2's, each angle once
         angles = tuple(torch.cat((x, x), -1) for x in (angles.real, angles.imag))
     rotary = None
     if isinstance(angles, tuple) and len(angles) == 2:
         rotary = Rotary(*angles, hidden.dtype, parts.rotary)
-    if rotary is None or rotary.width > (parts.maps.rotated if latent else parts.head_size):
+    if rotary is None or rotary.width > (rotated or parts.head_size):
         raise Uncovered("rotary positions of another shape")
     return rotary
 

@@ -139,9 +139,7 @@ class LatentHeads:
     def _of_heads(self, key_value: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Views of each head's own channels of its key, and of its value."""
         heads = key_value.view(*shape[:2], self.parts.heads, -1)
-        plain, values = heads.split(
-            (self.parts.head_size - self.maps.rotated, self.parts.value_size), dim=3
-        )
+        plain, values = heads.split((self.parts.head_size - self.maps.rotated, self.parts.value_size), dim=3)
         return plain, values
 
     def _turn(self, first: Tensor, query: Tensor | None, shape: torch.Size, *, back: bool = False) -> None:

@@ -20,9 +20,7 @@ def linears(module: Any, roles: tuple[tuple[str, ...], ...]) -> Linears | None:
     """The linear maps of the first of ``roles``, each several names, that ``module`` has whole."""
     for names in roles:
         found = [getattr(module, name, None) for name in names]
-        maps = tuple(
-            each for each in found if isinstance(each, nn.Module) and hasattr(base(each), "weight")
-        )
+        maps = tuple(each for each in found if isinstance(each, nn.Module) and hasattr(base(each), "weight"))
         if len(maps) == len(names):
             return maps
     return None

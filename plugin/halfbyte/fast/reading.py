@@ -85,7 +85,9 @@ def read(layer: nn.Module, form: Form) -> Decoder:
             members.norm(layer, after, form),
             factor,
         ),
-        mlp=read_mlp(mlp, form, members.norm(layer, before_mlp, form), members.norm(layer, after_mlp, form), factor),
+        mlp=read_mlp(
+            mlp, form, members.norm(layer, before_mlp, form), members.norm(layer, after_mlp, form), factor
+        ),
         parallel=form.parallel,
         layer_scale=next((name for name in _LAYER_SCALES if hasattr(layer, name)), None),
     )
@@ -210,8 +212,16 @@ def _direct(attention: Any, out: Linears, form: Form, name: str) -> tuple[Direct
     )
     norms = [members.norm(attention, each, form, name) for each in found] + [None] * (3 - len(found))
     members.check_whole(attention, {*qkv, *out, *(getattr(attention, each) for each in found)})
-    by_head, shared = form.by_head and len(qkv) == 1, len(qkv) == 2
-    maps = DirectMaps(qkv, *norms, form.rotated_first, gated, by_head=by_head, shared_values=shared)
+    maps = DirectMaps(
+        qkv=qkv,
+        query_norm=norms[0],
+        key_norm=norms[1],
+        value_norm=norms[2],
+        rotated_first=form.rotated_first,
+        gated=gated,
+        by_head=form.by_head and len(qkv) == 1,
+        shared_values=len(qkv) == 2,
+    )
     return maps, heads, kv_heads, size, size
 
 
@@ -232,5 +242,3 @@ def _query_scale(config: Any) -> QueryScale | None:
 
 def _name(layer: nn.Module, child: nn.Module) -> str:
     return next(name for name, each in layer.named_children() if each is child)
-
-

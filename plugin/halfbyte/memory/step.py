@@ -1,7 +1,7 @@
 """What a step adds to a loaded model: what its layers keep from forward to backward, and the working memory.
 
-Widths are values of a token: H of the stream, A of the queries (Nq*D), K of the keys (Nkv*D), F of the MLP. The counts
-follow :mod:`halfbyte.fast.layer_call` line by line; a test compares what is kept with what autograd saves.
+Widths are values of a token (:mod:`halfbyte.memory.widths`). The counts follow :mod:`halfbyte.fast.layer_call` line by
+line; a test compares what is kept with what autograd saves.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halfbyte.fast.adapted import base
 from halfbyte.fast.attention import _working_dtype
 from halfbyte.fast.layer import LEVELS, FusedForward
-from halfbyte.fast.parts import Decoder, Linears
+from halfbyte.fast.parts import Decoder, LatentMaps
 from halfbyte.fast.scores import chunk_rows
 from halfbyte.memory.experts import of_experts
+from halfbyte.memory.widths import Widths, dtype, outputs, ranks
 
 __all__ = ["LEVELS", "Activations", "activations", "kept_per_token"]
 
@@ -52,13 +52,13 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
         layers += 1
         if isinstance(layer.forward, FusedForward):
             decoder, at = layer.forward.parts, layer.forward.level if level is None else level
-            size = _dtype(decoder).itemsize
+            size = dtype(decoder).itemsize
             read = tokens
             if layer.forward.only_read and workload.read is not None:
                 read = workload.read
             of_layer = tokens * kept_of_all(decoder, at, size)
             of_layer += read * (kept_per_token(decoder, at, size) - kept_of_all(decoder, at, size))
-            kept += of_layer
+            kept += of_layer + tokens * _of_graph(decoder, at, size, workload.device)
             again = tokens * _recomputed(decoder, at, size)
             of_mlp = _of_mlp(decoder, at, size, read)
             inside = again + max(of_mlp, _of_attention(decoder, at, size, workload))
@@ -104,27 +104,38 @@ def evaluation(model: nn.Module, workload: Any) -> Activations:
 
 def kept_per_token(decoder: Decoder, level: int, size: int) -> int:
     """Return the bytes that one layer keeps of a token from forward to backward, in a dtype of ``size`` bytes."""
-    stream, (attended, _) = _stream(decoder), _widths(decoder)
-    values = stream
+    widths = Widths.of(decoder)
+    values = widths.stream
     other = 0
     if level >= 1:
         closed = sum(half.closing is not None for half in (decoder.attention, decoder.mlp))
-        values += (closed + (not decoder.parallel)) * stream + attended
-        values += _ranks(decoder.attention.out) + _ranks(decoder.mlp.down)
+        values += (closed + (not decoder.parallel)) * widths.stream + widths.outputs
+        values += ranks(decoder.attention.out) + ranks(decoder.mlp.down)
         other += decoder.attention.heads * _LOG_SUM_BYTES
     if level >= 2:
-        values += _outputs(decoder.attention.maps.linears) + _ranks(decoder.attention.maps.linears)
+        values += outputs(decoder.attention.maps.linears) + ranks(decoder.attention.maps.linears)
     if level >= 3:
-        values += _outputs(decoder.mlp.gate_up) + _ranks(decoder.mlp.gate_up)
+        values += outputs(decoder.mlp.gate_up) + ranks(decoder.mlp.gate_up)
     return values * size + other
 
 
 def kept_of_all(decoder: Decoder, level: int, size: int) -> int:
     """Return what of :func:`kept_per_token` the last layer keeps of every token: its input, and queries to values."""
-    values = _stream(decoder)
+    values = Widths.of(decoder).stream
     if level >= 2:
-        values += _outputs(decoder.attention.maps.linears) + _ranks(decoder.attention.maps.linears)
+        values += outputs(decoder.attention.maps.linears) + ranks(decoder.attention.maps.linears)
     return values * size
+
+
+def _of_graph(decoder: Decoder, level: int, size: int, device: str) -> int:
+    """Bytes of a token that the graph of attention holds off the CPU beside what is kept of a layer.
+
+    Of latents these are the keys, and, where its kernel takes them in the size of keys, values and outputs.
+    """
+    if device == "cpu" or level < 2 or not isinstance(decoder.attention.maps, LatentMaps):
+        return 0
+    widths = Widths.of(decoder)
+    return size * (widths.keys if widths.keys == widths.values else 3 * widths.keys)
 
 
 def _recomputed(decoder: Decoder, level: int, size: int) -> int:
@@ -134,49 +145,52 @@ def _recomputed(decoder: Decoder, level: int, size: int) -> int:
 
 def _of_mlp(decoder: Decoder, level: int, size: int, tokens: int) -> int:
     """Bytes that the backward of the MLP works with: the weights in the dtype of the products, and values of tokens."""
-    stream, gate_up, features = _stream(decoder), _outputs(decoder.mlp.gate_up), _features_of(decoder)
-    again = 0 if level >= 3 else gate_up + _ranks(decoder.mlp.gate_up)
+    widths = Widths.of(decoder)
+    again = 0 if level >= 3 else widths.gate_up + ranks(decoder.mlp.gate_up)
     # The gradients of gate and up, the product, and those of the output and of the norm's input, with its output.
-    values = again + gate_up + features + 4 * stream
-    weights = (gate_up + features) * stream
+    values = again + widths.gate_up + widths.features + 4 * widths.stream
+    weights = (widths.gate_up + widths.features) * widths.stream
     return (tokens * values + weights) * size
 
 
 def _forward_of_mlp(decoder: Decoder, tokens: int) -> tuple[int, int]:
     """Bytes that the forward of the MLP works with beside what the attention before it has left, and its products."""
-    stream, gate_up, size = _stream(decoder), _outputs(decoder.mlp.gate_up), _dtype(decoder).itemsize
-    features, (attended, keys) = _features_of(decoder), _widths(decoder)
+    widths, size = Widths.of(decoder), dtype(decoder).itemsize
     # The layer's input, the stream between the halves, the norm's output; queries, keys, values and what attends.
-    left = tokens * (3 * stream + 2 * (attended + keys))
-    up = gate_up * stream + tokens * gate_up
-    down = features * stream + tokens * (gate_up + features + stream)
+    left = tokens * (3 * widths.stream + widths.heads + widths.outputs)
+    up = widths.gate_up * widths.stream + tokens * widths.gate_up
+    down = widths.features * widths.stream + tokens * (widths.gate_up + widths.features + widths.stream)
     products = max(up, down)
     return (left + products) * size, products * size
 
 
 def _forward_of_attention(decoder: Decoder, workload: Any) -> int:
     """Bytes that the forward of attention works with."""
-    stream, size, (attended, keys) = _stream(decoder), _dtype(decoder).itemsize, _widths(decoder)
-    total = workload.evaluated * (3 * stream + 2 * attended + 2 * keys) * size
+    widths, size = Widths.of(decoder), dtype(decoder).itemsize
+    total = workload.evaluated * (3 * widths.stream + widths.heads + widths.outputs) * size
     if workload.device == "cpu" and _in_float32(decoder):
-        copies = attended + 2 * keys if size < _FLOAT32 else 0
-        total += (workload.evaluated * copies + workload.evaluated_longest * 2 * (attended + keys)) * _FLOAT32
+        read = widths.queries + widths.keys + widths.values
+        copies = read if size < _FLOAT32 else 0
+        packed = read + widths.outputs
+        total += (workload.evaluated * copies + workload.evaluated_longest * packed) * _FLOAT32
     return int(total)
 
 
 def _of_attention(decoder: Decoder, level: int, size: int, workload: Any) -> int:
     """Bytes that the backward of attention works with: the gradients of its heads, twice, and what a device adds."""
-    stream, (attended, keys) = _stream(decoder), _widths(decoder)
-    heads = attended + 2 * keys
-    values = 2 * heads + 4 * stream + (heads if level == 1 else 0)
+    widths = Widths.of(decoder)
+    read = widths.queries + widths.keys + widths.values
+    values = read + widths.heads + 4 * widths.stream + (widths.heads if level == 1 else 0)
     total = workload.tokens * values * size
     if workload.device != "cpu":
-        # Flash attention adds the gradients of queries up in float32.
-        return int(total + workload.tokens * attended * _FLOAT32)
+        # Flash attention adds the gradients of queries up in float32; values, outputs and their gradients in its size.
+        padded = 4 * widths.queries * size if widths.values != widths.keys else 0
+        return int(total + workload.tokens * (widths.queries * _FLOAT32 + padded))
     if _in_float32(decoder):
         # Copies of do, q, k, v and o, and all of one sequence packed by heads, with their gradients; do beside sinks.
-        copies = 3 * attended + 2 * keys if size < _FLOAT32 else 0
-        packed = (4 + decoder.attention.sinks) * attended + 6 * keys
+        copies = read + 2 * widths.outputs if size < _FLOAT32 else 0
+        packed = 2 * widths.queries + (2 + decoder.attention.sinks) * widths.outputs
+        packed += 3 * (widths.keys + widths.values)
         total += (workload.tokens * copies + workload.longest * packed) * _FLOAT32
     return int(total)
 
@@ -233,42 +247,4 @@ def _features(linear: Any) -> int:
 
 
 def _in_float32(decoder: Decoder) -> bool:
-    return _working_dtype(_dtype(decoder)) == torch.float32
-
-
-def _stream(decoder: Decoder) -> int:
-    """Values of a token in the stream."""
-    return _outputs(decoder.attention.out)
-
-
-def _dtype(decoder: Decoder) -> torch.dtype:
-    """The dtype of the stream: that of the layer's norms, or, where these have no weights, of its products."""
-    attention = decoder.attention
-    weights = [
-        norm.weight for norm in (attention.norm, attention.closing, decoder.mlp.norm) if norm is not None
-    ]
-    found = next((weight.dtype for weight in weights if weight is not None), None)
-    out: Any = base(attention.out[0])
-    dtype: torch.dtype = found or getattr(out, "compute_dtype", None) or out.weight.dtype
-    return dtype
-
-
-def _features_of(decoder: Decoder) -> int:
-    """Values of a token after the activation of the MLP."""
-    gate_up = _outputs(decoder.mlp.gate_up)
-    return gate_up if decoder.mlp.gate.plain else gate_up // 2
-
-
-def _widths(decoder: Decoder) -> tuple[int, int]:
-    """Values of a token in its queries, and in its keys: Nq*D and Nkv*D."""
-    attention = decoder.attention
-    return attention.heads * attention.head_size, attention.kv_heads * attention.head_size
-
-
-def _outputs(linears: Linears) -> int:
-    widths: list[Any] = [each.out_features for each in linears]
-    return sum(widths)
-
-
-def _ranks(linears: Linears) -> int:
-    return sum(max(each.r.values()) for each in linears if isinstance(each, LoraLayer))
+    return _working_dtype(dtype(decoder)) == torch.float32
