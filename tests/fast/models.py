@@ -4,7 +4,7 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import DeepseekV2Config, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +23,15 @@ SHAPE = {
     "initializer_range": 0.1,
     "pad_token_id": 0,
 }
+# Queries and keys of 24 channels, values of 16; no mixture of experts.
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+}
 CONFIGS = {
     "llama": lambda **o: LlamaConfig(**SHAPE, **o),
     "llama_bias": lambda **o: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, **o),
@@ -30,6 +39,7 @@ CONFIGS = {
     "qwen2": lambda **o: Qwen2Config(**SHAPE, **o),
     "qwen3": lambda **o: Qwen3Config(**SHAPE, head_dim=24, **o),
     "gemma": lambda **o: GemmaConfig(**{**SHAPE, "num_key_value_heads": 1}, head_dim=24, **o),
+    "deepseek": lambda **o: DeepseekV2Config(**{**SHAPE, "num_key_value_heads": 4}, **LATENT, **o),
 }
 
 

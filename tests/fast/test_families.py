@@ -30,6 +30,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "gemma2": {**_MIXED, "attn_logit_softcapping": 2.0},
     "glm4": {"attention_bias": True},
     "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.2},
+    "minicpm3": {"v_head_dim": 24, "scale_depth": 0.5},
     "ministral3": {"sliding_window": 8},
     "nemotron": {"mlp_bias": True},
     "olmo2": {},
@@ -57,7 +58,10 @@ LONG: dict[str, dict[str, Any]] = {
     "stablelm": {"use_parallel_residual": True, "use_qkv_bias": True},
     "starcoder2": {"residual_dropout": 0.0, "sliding_window": 8},
     "vaultgemma": {"attn_logit_softcapping": 2.0},
+    "youtu": {"rope_interleave": True, "attention_bias": True},
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+         "mscale_all_dim": 1.0}  # fmt: skip
 # Layers of which a part is fused: what is set, how many whole layers there are, and how many parts.
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 HALVES: dict[str, tuple[dict[str, Any], int, dict[str, int]]] = {
@@ -70,10 +74,16 @@ HALVES: dict[str, tuple[dict[str, Any], int, dict[str, int]]] = {
     "mixtral": ({}, 0, {"attention": 2}),
     "olmoe": ({}, 0, {"attention": 2}),
     "glm4_moe": ({}, 1, {"attention": 1, "MLP": 1}),
-    "deepseek_v3": ({}, 0, {"MLP": 2}),
+    "deepseek_v2": ({"q_lora_rank": None, "v_head_dim": 40}, 1, {"attention": 1, "MLP": 1}),
+    "deepseek_v3": ({"rope_parameters": _YARN, "v_head_dim": 24}, 1, {"attention": 1, "MLP": 1}),
+    "kimi_linear": ({"num_key_value_heads": 4, **_HYBRID}, 0, {"attention": 1, "MLP": 2}),
+    "deepseek_v32": ({"num_key_value_heads": 4}, 0, {"MLP": 2}),  # whose indexer chooses the keys
     "gpt_oss": (_MIXED, 0, {"attention": 2}),
 }
-_LINEARS = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|w1|w2|w3|input_linear|output_linear)"
+_LINEARS = (
+    ".*(q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj"
+    "|w1|w2|w3|input_linear|output_linear)"
+)
 
 
 def in_tiers(names: Iterable[str], quick: Container[str]) -> list[Any]:
@@ -203,7 +213,7 @@ def test_a_model_that_reads_its_tokens_together_gets_all_of_them(monkeypatch: py
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", in_tiers(HALVES, ("qwen3_next", "lfm2", "gpt_oss")))
+@pytest.mark.parametrize("name", in_tiers(HALVES, ("qwen3_next", "lfm2", "gpt_oss", "deepseek_v2")))
 def test_half_a_layer_computes_what_its_module_does(name: str, checkpointing: bool) -> None:
     config, layers, parts = HALVES[name]
     given = {"target_modules": _LINEARS, "lora_dropout": 0.2 if name in ("lfm2", "qwen3_5_text") else 0.0}

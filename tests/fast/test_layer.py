@@ -104,7 +104,7 @@ def test_attention_with_a_graph_of_its_own(
     monkeypatch.setattr(
         arguments, "attention", lambda device, dtype, *rest, cap, sinks: GraphAttention(*rest, cap, sinks)
     )
-    for arch in ("llama", "qwen3"):
+    for arch in ("llama", "qwen3", "deepseek"):
         model = fuse_all(models.make(arch), level)
         for name, batch in BATCHES.items():
             assert_same(step(model, batch), references[arch, name])
@@ -138,13 +138,16 @@ def test_dropout_draws_what_peft_draws(level: int) -> None:
         {"layers_to_transform": [0], "target_modules": ["q_proj", "k_proj", "gate_proj"]},
         {"rank_pattern": {"k_proj": 2, "up_proj": 7}, "alpha_pattern": {"v_proj": 3}},
         {"use_rslora": True, "lora_alpha": 2},
+        {"target_modules": ["q_b_proj", "kv_a_proj_with_mqa"], "lora_dropout": 0.3},
+        {"target_modules": ["q_a_proj", "kv_b_proj"], "rank_pattern": {"q_a_proj": 3}},
     ],
     ids=str,
 )
 def test_adapters_on_a_part_of_the_layer(lora: dict) -> None:
+    arch = "deepseek" if any("_b_" in name for name in lora.get("target_modules", ())) else "llama_bias"
     for dense in (False, True):
-        expected = step(models.make("llama_bias", dense=dense, **lora), BATCHES["right padding"])
-        model = fuse_all(models.make("llama_bias", dense=dense, **lora))
+        expected = step(models.make(arch, dense=dense, **lora), BATCHES["right padding"])
+        model = fuse_all(models.make(arch, dense=dense, **lora))
         assert_same(step(model, BATCHES["right padding"]), expected)
         assert fell_back(model) == [None, None]
 
@@ -176,7 +179,7 @@ def bfloat16_errors(arch: str, level: int | None) -> float:
     return (wrong / total) ** 0.5
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma", "deepseek"])
 def test_bfloat16_is_as_exact_as_unfused(arch: str) -> None:
     for level in (0, 3):
         assert 0 < bfloat16_errors(arch, level) <= 1.1 * bfloat16_errors(arch, None)

@@ -59,9 +59,9 @@ def test_what_the_last_layer_keeps_is_what_is_estimated(at: int) -> None:
     assert sum(kept.values()) == 19 * of_all + 6 * (each - of_all)
 
 
-@pytest.mark.parametrize("name", ["cohere2", "nemotron", "olmo2", "qwen3_5_text"])
+@pytest.mark.parametrize("name", ["cohere2", "nemotron", "olmo2", "qwen3_5_text", "minicpm3"])
 def test_what_a_described_layer_keeps_is_what_is_estimated(name: str) -> None:
-    """Norms that close a half, halves side by side, a plain MLP, and gates of the output."""
+    """Norms that close a half, halves side by side, a plain MLP, gates of the output, and latents."""
     model = test_families.make(name, test_families.HALVES[name][0] if name in test_families.HALVES else None)
     test_families.fuse(model)
     (forward, *_) = layer.fused_layers(model)

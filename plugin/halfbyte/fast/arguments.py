@@ -93,8 +93,9 @@ def _heads(parts: AttentionParts, hidden: Tensor, kwargs: Mapping[str, Any]) -> 
     return LatentHeads(
         parts,
         maps,
-        adapted.projections(maps.first),
+        adapted.projections(maps.low),
         adapted.projections(maps.query) if maps.query else None,
+        adapted.projections(maps.latent),
         adapted.projections(maps.key_value),
         rotary,
         factors,

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from halfbyte.fast import attention_cpu
 from halfbyte.fast.attention_graph import GraphAttention
 from halfbyte.fast.forest import Forest
-from halfbyte.fast.head_sizes import alike
+from halfbyte.fast.head_sizes import alike, own
 from halfbyte.fast.spans import additive, gather, path_mask, scatter_add
 
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -148,7 +148,7 @@ class CpuAttention:
         return output
 
     def _forward_span(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self._by_products(q, k, v):
+        if self._by_products(q, k):
             o, log_sum = attention_cpu.forward(
                 q, k, v, self.window, self.scale, self.softcap, with_sums=self.sinks is not None
             )
@@ -156,19 +156,19 @@ class CpuAttention:
             query, key, value = (x.transpose(1, 2) for x in alike(q, k, v))
             mask = self._span_mask(q, k)
             o, log_sum = _cpu_forward(query, key, value, 0.0, mask is None, attn_mask=mask, scale=self.scale)
-            o = o.transpose(1, 2)[..., : v.shape[3]]
+            o = own(o.transpose(1, 2), v)
         return self._beside_sinks(o, log_sum), log_sum
 
     def _backward_span(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         do = self._beside_sinks(do, log_sum)
-        if self._by_products(q, k, v):
+        if self._by_products(q, k):
             return attention_cpu.backward(do, q, k, v, o, self.window, self.scale, self.softcap)
         mask = self._span_mask(q, k)
         same = [x.transpose(1, 2) for x in alike(do, q, k, v, o)]
         found = _cpu_backward(*same, log_sum, 0.0, mask is None, attn_mask=mask, scale=self.scale)
-        dq, dk, dv = (x.transpose(1, 2)[..., : y.shape[3]] for x, y in zip(found, (q, k, v), strict=True))
+        dq, dk, dv = (own(x.transpose(1, 2), head) for x, head in zip(found, (q, k, v), strict=True))
         return dq, dk, dv
 
     def _beside_sinks(self, x: Tensor, log_sum: Tensor) -> Tensor:
@@ -178,12 +178,11 @@ class CpuAttention:
         share = (log_sum - self.sinks.float()[:, None]).sigmoid_()
         return (x * share.transpose(1, 2).unsqueeze(-1)).to(x.dtype)
 
-    def _by_products(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether products are faster for these heads; no kernel has a soft cap, or values of another size."""
+    def _by_products(self, q: Tensor, k: Tensor) -> bool:
+        """Whether products are faster for these queries and keys; no kernel has a soft cap."""
         if self.softcap is not None:
             return True
-        better = k.shape[1] >= _LONG or v.shape[3] != k.shape[3]
-        return self.mask is None and q.dtype == torch.float32 and better
+        return self.mask is None and q.dtype == torch.float32 and k.shape[1] >= _LONG
 
     def _span_mask(self, q: Tensor, k: Tensor) -> Tensor | None:
         if self.mask is not None:

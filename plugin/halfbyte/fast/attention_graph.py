@@ -11,7 +11,7 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from halfbyte.fast import attention_scores
 from halfbyte.fast.forest import Forest, varlen_layout
-from halfbyte.fast.head_sizes import alike
+from halfbyte.fast.head_sizes import alike, own
 from halfbyte.fast.spans import gather, path_mask
 
 
@@ -95,7 +95,7 @@ class GraphAttention:
                 enable_gqa=q.shape[2] != k.shape[2],
             )
         assert isinstance(out, Tensor)  # a tuple only where log-sums are requested
-        return out[..., : v.shape[3]].unsqueeze(0)
+        return own(out, v).unsqueeze(0)
 
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))

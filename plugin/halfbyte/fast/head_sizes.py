@@ -11,3 +11,9 @@ def alike(*heads: Tensor) -> list[Tensor]:
     """
     size = max(x.shape[-1] for x in heads)
     return [x if x.shape[-1] == size else functional.pad(x, (0, size - x.shape[-1])) for x in heads]
+
+
+def own(x: Tensor, like: Tensor) -> Tensor:
+    """Return the own channels of ``x``, as many as ``like`` has, apart from those of :func:`alike`."""
+    size = like.shape[-1]
+    return x if x.shape[-1] == size else x[..., :size].contiguous()

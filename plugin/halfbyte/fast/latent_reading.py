@@ -23,13 +23,13 @@ def read(attention: Any, out: Linears, form: Form, name: str) -> tuple[LatentMap
     """
     latent, key_value = (members.linears(attention, (each,)) for each in (_LATENT, _KEY_VALUE))
     queries = members.linears(attention, (_QUERIES,))
-    low = None if queries is not None else members.linears(attention, (_LOW,))
-    query = () if low is None else members.linears(attention, (_OF_LOW,))
-    first, size = queries or low, getattr(attention, "qk_head_dim", None)
-    if latent is None or key_value is None or first is None or query is None or size is None:
+    low = queries or members.linears(attention, (_LOW,))
+    query = () if queries else members.linears(attention, (_OF_LOW,))
+    size = getattr(attention, "qk_head_dim", None)
+    if latent is None or key_value is None or low is None or query is None or size is None:
         raise Uncovered(f"{type(attention).__name__} is not a latent attention that is fused")
     rotated = members.width(latent[0], "out_features") - members.width(key_value[0], "in_features")
-    heads, odd = divmod(members.width((*first, *query)[-1], "out_features"), size)
+    heads, odd = divmod(members.width((*low, *query)[-1], "out_features"), size)
     value_size, rest = divmod(members.width(out[0], "in_features"), max(heads, 1))
     made = members.width(key_value[0], "out_features")
     if odd or rest or not 0 < rotated <= size or made != heads * (size - rotated + value_size):
@@ -37,9 +37,10 @@ def read(attention: Any, out: Linears, form: Form, name: str) -> tuple[LatentMap
     norm = members.norm(attention, _NORM, form, name)
     query_norm = members.norm(attention, _QUERY_NORM if query else None, form, name)
     maps = LatentMaps(
-        first=(*first, *latent),
+        low=low,
         query_norm=query_norm,
         query=query,
+        latent=latent,
         norm=norm,
         key_value=key_value,
         rotated=rotated,

@@ -81,15 +81,16 @@ class DirectMaps:
 class LatentMaps:
     """Maps of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-    ``first`` reads what attention reads and makes two things: the queries, or their latent, of which ``query`` makes
-    them after ``query_norm``; and the latent of keys and values beside the last ``rotated`` channels of the keys, which
-    all heads have in common. Of the latent, normed and times ``factor``, ``key_value`` makes the other channels of each
-    head's key, and its value.
+    ``low`` makes the queries, or their latent, of which ``query`` makes them after ``query_norm``. ``latent`` makes the
+    latent of keys and values and beside it the last ``rotated`` channels of the keys, which all heads have in common.
+    Of the latent, normed and times ``factor``, ``key_value`` makes the other channels of each head's key, and its
+    value.
     """
 
-    first: Linears
+    low: Linears
     query_norm: Norm | None
     query: Linears
+    latent: Linears
     norm: Norm | None
     key_value: Linears
     rotated: int
@@ -98,7 +99,7 @@ class LatentMaps:
     @property
     def linears(self) -> Linears:
         """Every linear map, in the order of application."""
-        return (*self.first, *self.query, *self.key_value)
+        return (*self.low, *self.query, *self.latent, *self.key_value)
 
 
 @dataclass(frozen=True)
