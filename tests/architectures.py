@@ -91,15 +91,13 @@ _MORE: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
-    "minicpm3": {"num_key_value_heads": 4},
     "reformer": {"is_decoder": True},
-    "youtu": {"num_key_value_heads": 4},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
                "num_mem_blocks": 1, "n_mamba_heads": 8, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
-    "deepseek_v2": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4},
-    "mistral_large4_text": {"num_key_value_heads": 4},
+    **{name: {"num_key_value_heads": 4}  # as many as heads, where these are of a latent
+       for name in ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_linear",
+                    "longcat_flash", "minicpm3", "mistral_large4_text", "youtu")},
     **{name: {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}}
        for name in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text", "glm_ocr_text")},
     **{name: {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": section,

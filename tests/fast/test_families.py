@@ -76,8 +76,8 @@ HALVES: dict[str, tuple[dict[str, Any], int, dict[str, int]]] = {
     "glm4_moe": ({}, 1, {"attention": 1, "MLP": 1}),
     "deepseek_v2": ({"q_lora_rank": None, "v_head_dim": 40}, 1, {"attention": 1, "MLP": 1}),
     "deepseek_v3": ({"rope_parameters": _YARN, "v_head_dim": 24}, 1, {"attention": 1, "MLP": 1}),
-    "kimi_linear": ({"num_key_value_heads": 4, **_HYBRID}, 0, {"attention": 1, "MLP": 2}),
-    "deepseek_v32": ({"num_key_value_heads": 4}, 0, {"MLP": 2}),  # its indexer chooses the keys
+    "kimi_linear": (_HYBRID, 0, {"attention": 1, "MLP": 2}),
+    "deepseek_v32": ({}, 0, {"MLP": 2}),  # its indexer chooses the keys
     "gpt_oss": (_MIXED, 0, {"attention": 2}),
 }
 _LINEARS = (

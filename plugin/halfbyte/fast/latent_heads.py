@@ -45,7 +45,7 @@ class LatentHeads:
             given = normed(self.maps.query_norm, low)[0]
             query, query_inner = self.query.forward(given, self.query.weight(x.dtype))
         latent, latent_inner = self.latent.forward(flat, self.latent.weight(x.dtype))
-        given = _times(self.maps.factor, normed(self.maps.norm, self._without_key(latent))[0])
+        given = normed(self.maps.norm, self._without_key(latent))[0]
         key_value, inner = self.key_value.forward(given, self.key_value.weight(x.dtype))
         self._turn(low if query is None else query, latent, x.shape)
         return low, low_inner, query, query_inner, latent, latent_inner, key_value, inner
@@ -85,15 +85,15 @@ class LatentHeads:
         dlow: Tensor = dqueries
         of_query: list[Tensor] = []
         if self.query is not None:
-            dlow, of_query = _through(self.query, self.maps.query_norm, 1, dqueries, low, query_inner)
+            dlow, of_query = _through(self.query, self.maps.query_norm, dqueries, low, query_inner)
         dx, of_low = self.low.backward(
             dlow, rows(x), low_inner, self.low.weight(x.dtype) if need_dx else None
         )
         dkey_value = torch.empty_like(key_value)
         for channels, given in zip(self._of_heads(dkey_value, x.shape), (dplain, dv), strict=True):
             channels.copy_(given)
-        own, factor = self._without_key(latent), self.maps.factor
-        found, of_key_value = _through(self.key_value, self.maps.norm, factor, dkey_value, own, inner)
+        own = self._without_key(latent)
+        found, of_key_value = _through(self.key_value, self.maps.norm, dkey_value, own, inner)
         self._without_key(dlatent).copy_(found)
         more, of_latent = self.latent.backward(
             dlatent, rows(x), latent_inner, self.latent.weight(x.dtype) if need_dx else None
@@ -137,14 +137,10 @@ class LatentHeads:
 
 
 def _through(
-    map_: Projections, norm: Norm | None, factor: float, dy: Tensor, latent: Tensor, inner: Tensor | None
+    map_: Projections, norm: Norm | None, dy: Tensor, latent: Tensor, inner: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the gradients of ``latent``, which ``map_`` reads normed and times ``factor``, and of its adapters."""
+    """Return the gradients of ``latent``, which ``map_`` reads after its norm, and of the adapters."""
     x, statistics = normed(norm, latent)
-    dx, gradients = map_.backward(dy, _times(factor, x), inner, map_.weight(x.dtype))
+    dx, gradients = map_.backward(dy, x, inner, map_.weight(x.dtype))
     assert dx is not None
-    return normed_backward(norm, _times(factor, dx), latent, statistics, None), gradients
-
-
-def _times(factor: float, x: Tensor) -> Tensor:
-    return x if factor == 1 else x * factor
+    return normed_backward(norm, dx, latent, statistics, None), gradients

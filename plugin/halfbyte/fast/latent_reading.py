@@ -7,8 +7,6 @@ from halfbyte.fast.parts import Form, LatentMaps, Linears, Uncovered
 
 _LATENT, _NORM, _KEY_VALUE = ("kv_a_proj_with_mqa",), "kv_a_layernorm", ("kv_b_proj",)
 _QUERIES, _LOW, _QUERY_NORM, _OF_LOW = ("q_proj",), ("q_a_proj",), "q_a_layernorm", ("q_b_proj",)
-# What the normed latent is multiplied by (LongCat-Flash).
-_FACTOR = "mla_scale_kv_lora"
 
 
 def is_latent(attention: Any) -> bool:
@@ -44,7 +42,6 @@ def read(attention: Any, out: Linears, form: Form, name: str) -> tuple[LatentMap
         norm=norm,
         key_value=key_value,
         rotated=rotated,
-        factor=getattr(attention, _FACTOR, 1.0),
     )
     norms = {getattr(attention, each, None) for each in (_NORM, _QUERY_NORM)}
     members.check_whole(attention, {*maps.linears, *out, *norms})

@@ -83,8 +83,7 @@ class LatentMaps:
 
     ``low`` makes the queries, or their latent, of which ``query`` makes them after ``query_norm``. ``latent`` makes the
     latent of keys and values and beside it the last ``rotated`` channels of the keys, which all heads have in common.
-    Of the latent, normed and times ``factor``, ``key_value`` makes the other channels of each head's key, and its
-    value.
+    Of the latent after ``norm``, ``key_value`` makes the other channels of each head's key, and its value.
     """
 
     low: Linears
@@ -94,7 +93,6 @@ class LatentMaps:
     norm: Norm | None
     key_value: Linears
     rotated: int
-    factor: float
 
     @property
     def linears(self) -> Linears:

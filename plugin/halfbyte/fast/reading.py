@@ -62,8 +62,6 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("attention_norm", None, "ffn_norm", None),
 )
 _LAYER_SCALES = ("layer_scalar",)
-# What queries are multiplied by (LongCat-Flash).
-_QUERY_FACTOR = "mla_scale_q_lora"
 # What the output of each half is multiplied by.
 _FACTORS = ("residual_multiplier", "residual_scale")
 
@@ -142,7 +140,7 @@ def read_attention(
         kv_heads=kv_heads,
         head_size=size,
         value_size=value_size,
-        scale=(size**-0.5 if scale is None else scale) * getattr(attention, _QUERY_FACTOR, 1.0),
+        scale=size**-0.5 if scale is None else scale,
         window=window(attention),
         softcap=getattr(attention, "attn_logit_softcapping", None),
         sinks=sinks(attention) is not None,
