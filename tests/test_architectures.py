@@ -155,7 +155,7 @@ def test_a_pair_on_a_tree_computes_what_its_sides_do(name: str) -> None:
     architectures.assert_computes_trees(model, lengths, [ROOT, 0, 0, ROOT, 3, 3])
 
 
-@pytest.mark.parametrize("name", ["bert", "mamba", "qwen3_next", "bloom"])
+@pytest.mark.parametrize("name", ["bert", "zaya", "bloom"])
 def test_what_cannot_hold_a_tree_keeps_padded_pairs(name: str) -> None:
     model = architectures.model(name)
     before = model.config._attn_implementation

@@ -176,6 +176,13 @@ PATCHES = (
         "a loaded model's layers cannot be exchanged without renaming their parameters",
     ),
     Patch(
+        "transformers.PreTrainedModel.forward",
+        "fast/rows.py:install",
+        "state mixers of a model that trains padding-free, and the stack of their layers",
+        "transformers 5.24",
+        "boundaries of sequences reach these in kernels from the Hub only",
+    ),
+    Patch(
         "torch.nn.Module._apply",
         "adapters/reference.py:keep_float32",
         "a model with adapters that a trainer trains",

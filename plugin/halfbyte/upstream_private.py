@@ -97,6 +97,7 @@ PRIVATE = (
     Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
     Private("transformers.PreTrainedModel._is_stateful", "trainer/completions.py"),
     Private("transformers.PreTrainedModel._supports_attention_backend", "fast/batches.py"),
+    Private("transformers.PreTrainedModel._supports_sdpa", "fast/batches.py"),
     Private("torch.nn.Module._call_impl:_forward_hooks", "fast/adapted.py"),
     Private("torch.nn.Module._call_impl:_forward_pre_hooks", "fast/adapted.py"),
     *(
@@ -151,8 +152,8 @@ PRIVATE = (
         "distributed/sharded_optimizers.py",
         "self p",
     ),
-    Private("transformers.integrations.sdpa_attention.sdpa_attention_forward", "fast/batches.py"),
-    Private("transformers.masking_utils.sdpa_mask", "fast/batches.py", _SDPA_MASK),
+    Private("transformers.integrations.sdpa_attention.sdpa_attention_forward", "fast/varlen.py"),
+    Private("transformers.masking_utils.sdpa_mask", "fast/varlen.py", _SDPA_MASK),
     Private("trl.trainer.sft_trainer.DataCollatorForLanguageModeling", "fast/batches.py"),
     Private("trl.trainer.utils.FusedCausalLMOutput", "fast/head.py"),
     Private("trl.trainer.utils.maybe_gather_lm_head_ctx", "fast/head.py", "params"),

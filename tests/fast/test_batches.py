@@ -21,7 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from halfbyte import QLoRAPlugin
-from halfbyte.fast import batches
+from halfbyte.fast import batches, varlen
 from halfbyte.fast.forest import Forest
 from tests import tiny
 
@@ -136,8 +136,8 @@ def test_the_mask_is_a_forest_and_not_a_square() -> None:
 
 
 def test_chunks_of_attention_begin_again_with_each_sequence() -> None:
-    batches.register()
-    config = LlamaConfig(attn_implementation=batches.IMPLEMENTATION, attention_chunk_size=8)
+    varlen.register()
+    config = LlamaConfig(attn_implementation=varlen.IMPLEMENTATION, attention_chunk_size=8)
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     mask = create_chunked_causal_mask(config, torch.zeros(1, sum(LENGTHS), 4), None, None, positions)
     assert mask is not None
@@ -145,7 +145,7 @@ def test_chunks_of_attention_begin_again_with_each_sequence() -> None:
 
 
 def test_one_sequence_has_no_mask() -> None:
-    assert batches.mask(1, 5, 5, mask_function=lambda b, h, q, k: k <= q, attention_mask=None) is None
+    assert varlen.mask(1, 5, 5, mask_function=lambda b, h, q, k: k <= q, attention_mask=None) is None
 
 
 def test_a_model_without_the_interface_keeps_its_attention() -> None:

@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from halfbyte import QLoRAPlugin, fast, loading, resolve
 from halfbyte.errors import UserError
-from halfbyte.fast import batches
+from halfbyte.fast import varlen
 from halfbyte.fast.linear import FusedLinear4bit
 from tests import tiny
 from tests.fast import models
@@ -143,7 +143,7 @@ def test_a_full_run_saves_a_model_anyone_can_load(model_dir: ModelDir, tmp_path:
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     config = (tmp_path / "final" / "config.json").read_text(encoding="utf-8")
-    assert batches.IMPLEMENTATION not in config
+    assert varlen.IMPLEMENTATION not in config
     assert json.loads(config)["model_type"] == "llama"
 
 
@@ -215,7 +215,7 @@ def test_a_report_is_immutable() -> None:
 
 def test_importing_registers_nothing() -> None:
     code = (
-        "import halfbyte.fast, transformers as t; from halfbyte.fast import batches as b\n"
+        "import halfbyte.fast, transformers as t; from halfbyte.fast import varlen as b\n"
         "assert b.IMPLEMENTATION not in t.AttentionInterface().valid_keys()\n"
         "assert b.IMPLEMENTATION not in t.AttentionMaskInterface().valid_keys()\n"
         "b.register(); b.register()\n"

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 from halfbyte import fast
-from halfbyte.fast import arguments, batches, layer
+from halfbyte.fast import arguments, layer, varlen
 from halfbyte.fast.attention_graph import GraphAttention
 from halfbyte.fast.layer_call import LayerCall
 from tests.fast import models
@@ -234,11 +234,11 @@ def test_sliding_window() -> None:
 
 
 def test_boundaries_from_the_mask_of_padding_free_batches(references: dict) -> None:
-    """:mod:`halfbyte.fast.batches` hands over boundaries as a mask of cumulative lengths."""
-    batches.register()
+    """:mod:`halfbyte.fast.varlen` hands over boundaries as a mask of cumulative lengths."""
+    varlen.register()
     for arch in ("llama", "qwen3"):
         model = fuse_all(models.make(arch))
-        model.get_base_model().set_attn_implementation(batches.IMPLEMENTATION)
+        model.get_base_model().set_attn_implementation(varlen.IMPLEMENTATION)
         batch = {name: BATCHES["packed"][name] for name in ("input_ids", "position_ids")}
         assert_same(step(model, batch), references[arch, "packed"])
         assert fell_back(model) == [None, None]

@@ -63,7 +63,7 @@ def fuse(
         prepare = batches.prepare_pairs if trees else batches.prepare_rows
         unpadded = unpadded or prepare(base, args, collator) or ON
     if args is not None and (agreed := _agreed(unpadded)) != unpadded:
-        base.set_attn_implementation(attention)
+        batches.leave(base, attention)
         unpadded = agreed
     linears, plain = _fuse_linears(base) if "linears" in scope.parts else (0, {})
     packed = _fuse_experts(model) if "linears" in scope.parts else 0

@@ -1,14 +1,12 @@
 """The proof of a description: a small layer of the same class, computed fused and by its own forward, compared.
 
-The small model (:mod:`halfbyte.fast.stand_in`) has the class, the configuration and the layer's place in it, but few
-heads and random weights. So the proof costs the same for every size, and holds where there are no weights (a plan) or
-only shards of them (FSDP2, ZeRO-3). It is made once for every kind of layer. What the parts do not say, such as the
-pairs of channels that are rotated together, is tried until the outputs and the gradients of the input are equal.
+It is made once for every kind of layer, in a small model (:mod:`halfbyte.fast.kinds`). What the parts do not say, such
+as the pairs of channels that are rotated together, is tried until the outputs and the gradients of the input are equal.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -16,26 +14,14 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
-from halfbyte.fast import adapted, arguments, layer, reading, stand_in
+from halfbyte.fast import adapted, kinds, layer, reading
+from halfbyte.fast.kinds import Call, kept
 from halfbyte.fast.norm_proof import equal, norm_forms
 from halfbyte.fast.parts import Form, Uncovered
 from halfbyte.fast.rope import PAIRINGS
 
 _TOKENS = 9
-# What FSDP2 and parametrizations of packed experts put before the name of a class.
-_WRAPPED = ("FSDP", "Parametrized")
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of a module on ``hidden``; an ``attention`` returns its weights too, which eager computes."""
-
-    module: Any
-    hidden: Tensor
-    kwargs: Mapping[str, Any]
-    attention: bool = False
 
 
 class Proofs:
@@ -48,8 +34,8 @@ class Proofs:
             for name, children in owner.named_children():
                 if isinstance(children, nn.ModuleList):
                     self._places.update((each, (owner, name, i)) for i, each in enumerate(children))
-        self._kinds = {each: _kind(each) for each in self.layers}
-        self._calls: dict[Any, _Call | str] = {}
+        self._kinds = {each: kinds.kind(each) for each in self.layers}
+        self._calls: dict[Any, Call | str] = {}
         self._wholes: dict[Any, Form | str] = {}
         self._parts: dict[Any, dict[str, Form]] = {}
         self._apart: dict[tuple[Any, str], bool] = {}
@@ -79,7 +65,7 @@ class Proofs:
         owner, name, index = self._places[module]
         return index == len(getattr(owner, name)) - 1 and self._apart[owner, name]
 
-    def _call(self, module: nn.Module) -> _Call | str:
+    def _call(self, module: nn.Module) -> Call | str:
         kind = self._kinds[module]
         if kind not in self._calls:
             place = self._places.get(module)
@@ -90,7 +76,7 @@ class Proofs:
             self._calls.update(self._small_calls(owner, name, same))
         return self._calls[kind]
 
-    def _small_calls(self, owner: Any, name: str, layers: list[nn.Module]) -> dict[Any, _Call | str]:
+    def _small_calls(self, owner: Any, name: str, layers: list[nn.Module]) -> dict[Any, Call | str]:
         """The call of one layer of each kind in a small model like ``owner``."""
         first: dict[Any, int] = {}
         for index, each in enumerate(layers):
@@ -98,70 +84,20 @@ class Proofs:
                 first.setdefault(self._kinds[each], index)
         if not any(isinstance(each, LoraLayer) for layer in layers for each in layer.modules()):
             return dict.fromkeys(first, "no adapters")
-        cut, all_ = max(first.values()) + 1, len(layers)
-        reasons = []
-        for count, narrow in ((cut, True), (all_, True), (all_, False)):
-            try:
-                small = stand_in.of_layers(owner, count, narrow=narrow)
-                those = [getattr(small, name)[index] for index in first.values()]
-                if [_outline(each) for each in those] == [
-                    _outline(layers[index]) for index in first.values()
-                ]:
-                    self._apart[owner, name] = _reads_tokens_apart(small, getattr(small, name)[-1])
-                    return dict(zip(first, _calls(small, those), strict=True))
-                reasons.append("its layers are others")
-            except Exception as error:  # whatever a model raises, its layers run their own forward
-                reasons.append(f"{type(error).__name__}: {error}")
-        return dict.fromkeys(
-            first, f"no small {type(owner).__name__} shows what layers compute ({reasons[0]})"
-        )
+
+        def show(small: Any, those: list[nn.Module]) -> list[Call]:
+            self._apart[owner, name] = _reads_tokens_apart(small, getattr(small, name)[-1])
+            return _calls(small, those)
+
+        found = kinds.on_small(owner, name, list(first.values()), show)
+        return dict.fromkeys(first, found) if isinstance(found, str) else dict(zip(first, found, strict=True))
 
 
-def _kind(module: nn.Module) -> Any:
-    """What layers that compute alike have in common: their modules, and the numbers and names that these hold."""
-    return tuple((name, cls, *_facts(each)) for name, cls, each in _modules(module))
-
-
-def _outline(module: nn.Module) -> Any:
-    """What a layer and a small one in its place have in common: modules, switches and names, but not sizes."""
-
-    def said(each: nn.Module) -> list[tuple[str, Any]]:
-        return [
-            (key, value) for key, value in _facts(each) if value is True or not isinstance(value, float | int)
-        ]
-
-    return [(name, cls, *said(each)) for name, cls, each in _modules(module)]
-
-
-def _modules(module: Any, name: str = "") -> Iterator[tuple[str, Any, nn.Module]]:
-    """The modules in a layer by name and class, adapters apart; linears are those with a bias and those without."""
-    while isinstance(module, LoraLayer):
-        module = module.base_layer
-    if isinstance(module, nn.Linear | Conv1D):
-        yield name, "linear" if module.bias is None else "linear with bias", nn.Identity()
-        return
-    yield name, next(c for c in type(module).__mro__ if not c.__name__.startswith(_WRAPPED)), module
-    for child, each in module.named_children():
-        if child != "parametrizations":
-            yield from _modules(each, f"{name}.{child}")
-
-
-def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(module).items():
-        plain = value is None or isinstance(value, bool | int | float | str)
-        if (
-            plain
-            and not name.startswith("_")
-            and name not in ("layer_idx", "training", "gradient_checkpointing")
-        ):
-            yield name, value
-
-
-def _calls(model: Any, layers: list[nn.Module]) -> list[_Call]:
+def _calls(model: Any, layers: list[nn.Module]) -> list[Call]:
     """Run ``model`` on a few tokens and return how it called ``layers``."""
     ids = torch.arange(1, 1 + _TOKENS, device="cpu")[None]
     with torch.no_grad(), torch.device("cpu"):
-        return _kept(layers, lambda: model(input_ids=ids, use_cache=False))
+        return kept(layers, lambda: model(input_ids=ids, use_cache=False))
 
 
 def _reads_tokens_apart(model: Any, last: nn.Module) -> bool:
@@ -178,32 +114,7 @@ def _reads_tokens_apart(model: Any, last: nn.Module) -> bool:
             hook.remove()
 
 
-def _kept(modules: list[nn.Module], run: Callable[[], Any]) -> list[_Call]:
-    """The first call of each of ``modules`` while ``run`` runs."""
-    found: dict[nn.Module, _Call] = {}
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        try:
-            named = arguments.named(module, args[1:], kwargs)
-        except Uncovered:
-            return
-        if not isinstance(hidden, Tensor):
-            return
-        found.setdefault(
-            module, _Call(module, hidden, {n: v for n, v in named.items() if n != "hidden_states"})
-        )
-
-    hooks = [each.register_forward_pre_hook(keep, with_kwargs=True) for each in modules]
-    try:
-        run()
-    finally:
-        for each in hooks:
-            each.remove()
-    return [found[each] for each in modules if each in found]
-
-
-def _whole(call: _Call | str) -> Form | str:
+def _whole(call: Call | str) -> Form | str:
     """The form of a whole layer, or why there is none."""
     if isinstance(call, str):
         return call
@@ -215,14 +126,14 @@ def _whole(call: _Call | str) -> Form | str:
     return _proven(call, forms, fused)
 
 
-def _parts(call: _Call | str) -> dict[str, Form]:
+def _parts(call: Call | str) -> dict[str, Form]:
     """The forms of the attentions and MLPs of a layer."""
     if isinstance(call, str):
         return {}
     whole = call.module
     names = {module: name for name, module in whole.named_modules() if name}
     with torch.no_grad():
-        calls = _kept(list(names), lambda: _own(call, call.hidden))
+        calls = kept(list(names), lambda: _own(call, call.hidden))
     forms = _forms(whole)
     found: dict[str, Form] = {}
     for each in calls:
@@ -245,7 +156,7 @@ def _part(module: nn.Module, name: str, form: Form) -> Any:
     return layer.forward_of(module, reading.read_part(module, form, name))
 
 
-def _proven(call: _Call, forms: list[Form], fused: Callable[[Form], Any]) -> Form | str:
+def _proven(call: Call, forms: list[Form], fused: Callable[[Form], Any]) -> Form | str:
     """The first of ``forms`` that computes what the module of ``call`` does, or why there is none."""
     reasons: list[str] = []
     expected: tuple[Tensor, Tensor] | None = None
@@ -279,13 +190,13 @@ def _both(compute: Callable[[Tensor], Any], hidden: Tensor, gradient: Tensor) ->
     return y.detach(), dx
 
 
-def _own(call: _Call, x: Tensor) -> Any:
+def _own(call: Call, x: Tensor) -> Any:
     """What the module returns by its own forward."""
     y = type(call.module).forward(call.module, x, **call.kwargs)
     return y[0] if call.attention and isinstance(y, tuple) and len(y) == 2 else y
 
 
-def _fused(part: Any, call: _Call, x: Tensor) -> Any:
+def _fused(part: Any, call: Call, x: Tensor) -> Any:
     """What the fused form returns for the same call, one sequence without a mask."""
     given = dict(call.kwargs)
     if "attention_mask" in given:

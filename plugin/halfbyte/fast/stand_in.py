@@ -87,6 +87,8 @@ def _shrink(config: Any, layers: int = 2) -> None:
 
 def _narrow(config: Any) -> None:
     """Make the stream narrow, of four heads, and windows short."""
+    if not hasattr(config, "num_attention_heads"):
+        return  # the widths of Mamba depend on each other
     heads, hidden = config.num_attention_heads, config.hidden_size
     try:
         shared, own_size = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)

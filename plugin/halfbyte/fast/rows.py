@@ -1,0 +1,180 @@
+"""State mixers in a padding-free batch: each sequence is a row of its own to them, and to nothing else of the model.
+
+A Mamba, a gated delta rule, a short convolution or lightning attention carries a state along its input, and keeps
+packed sequences apart only in kernels that few machines have. So its input ``[1, T, H]`` is gathered into right-padded
+rows ``[B, longest, H]``, one for each path of the forest from a root to a leaf, and its output is put back: a prefix,
+which is in several rows, from the first of them. Padding does not reach the tokens before it, as
+:mod:`halfbyte.fast.rows_proof` shows for every model. The forest comes by value, in the place of the mask or beside it.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.fast.forest import Forest
+from halfbyte.fast.varlen import observe
+
+# What a forest is called as an argument of its own.
+BESIDE = "forest"
+# Of a packed row as a whole, and so of no row of a sequence.
+_OF_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", BESIDE)
+# What has a value for each token.
+_OF_TOKENS = ("position_ids", "position_embeddings")
+
+Carry = Callable[[Any, Tensor], dict[str, Any]]
+
+
+def in_masks(stack: Any, forest: Tensor) -> dict[str, Any]:
+    """Return the arguments that bring ``forest`` to the layers of ``stack`` as the mask of every kind of layer."""
+    kinds = {"full_attention", "linear_attention", *(getattr(stack.config, "layer_types", None) or ())}
+    return {"attention_mask": dict.fromkeys(sorted(kinds), forest)}
+
+
+def beside_the_mask(stack: Any, forest: Tensor) -> dict[str, Any]:
+    """Return the same for layers that are handed the mask as it is, or all arguments that their model does not know."""
+    return {"attention_mask": forest, BESIDE: forest}
+
+
+CARRIES: tuple[Carry, ...] = (in_masks, beside_the_mask)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a forest are in rows.
+
+    ``gathered`` int64 ``[B * longest]`` is the token at each place, padding repeats the last one of its row;
+    ``places`` int64 ``[T]`` is where the first row that has a token has it.
+    """
+
+    rows: int
+    gathered: Tensor
+    places: Tensor
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the tokens of ``x`` ``[1, T, ...]`` in rows, ``[B, longest, ...]``."""
+        return x[0].index_select(0, self.gathered).view(self.rows, -1, *x.shape[2:])
+
+    def put_back(self, x: Tensor) -> Tensor:
+        """Return the tokens of rows ``[B, longest, ...]`` as one row, ``[1, T, ...]``."""
+        return x.flatten(0, 1).index_select(0, self.places)[None]
+
+
+@lru_cache(maxsize=2)
+def layout(forest: Forest, device: torch.device) -> Layout:
+    """Return the layout of ``forest`` on ``device``; every mixer of a forward has the same."""
+    rows: list[list[int]] = []
+    first: dict[int, tuple[int, int]] = {}
+    leaves = [segment for segment in range(len(forest.ends)) if segment not in set(forest.parents)]
+    # A side that ends with the prefix is part of the row of the other one.
+    for leaf in sorted(leaves, key=lambda segment: forest.spans[segment][0] == forest.spans[segment][1]):
+        row = [token for segment in forest.path(leaf) for token in range(*forest.spans[segment])]
+        if all(token in first for token in row):
+            continue
+        for place, token in enumerate(row):
+            first.setdefault(token, (len(rows), place))
+        rows.append(row)
+    longest = max(map(len, rows))
+    gathered = [row[min(place, len(row) - 1)] for row in rows for place in range(longest)]
+    places = [row * longest + place for row, place in (first[token] for token in range(len(first)))]
+    return Layout(len(rows), torch.tensor(gathered, device=device), torch.tensor(places, device=device))
+
+
+class RowsForward:
+    """The ``forward`` of a state mixer: its own, in rows where a forest of several sequences comes."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        self.mixer = mixer
+        self._names = _names(mixer)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the mixer returns for its stream ``[1, T, H]``, the first argument."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        forest = _carried(given)
+        own = type(self.mixer).forward
+        if forest is None:
+            return own(self.mixer, *args, **kwargs)
+        observe(self.mixer, forest)
+        stream = given[self._names[0]]
+        places = layout(forest, stream.device)
+        in_rows = {name: value for name, value in given.items() if name not in _OF_PACKED}
+        for name in (self._names[0], *_OF_TOKENS):
+            if in_rows.get(name) is not None:
+                in_rows[name] = _each(in_rows[name], places.gather)
+        if "attention_mask" in in_rows:
+            in_rows["attention_mask"] = None
+        output = own(self.mixer, **in_rows)
+        if isinstance(output, tuple):
+            return places.put_back(output[0]), *output[1:]
+        return places.put_back(output)
+
+
+class StackForward:
+    """The ``forward`` of the module that has the layers: it hands them the forest of its batch."""
+
+    def __init__(self, stack: Any, carry: Carry) -> None:
+        self.stack, self.carry = stack, carry
+        self._names = _names(stack)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the stack of layers returns."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        forest = _of_batch(given) if mask is None else mask if _is_forest(mask) else None
+        if forest is not None:
+            observe(self.stack, Forest.of_tensor(forest))
+            given |= self.carry(self.stack, forest)
+        return type(self.stack).forward(self.stack, **given)
+
+
+def install(stack: Any, mixers: tuple[type[nn.Module], ...], carry: Carry) -> None:
+    """Let the ``mixers`` in the layers of ``stack`` see rows from now on; only the instances' ``forward`` change."""
+    for module in stack.modules():
+        if isinstance(module, mixers):
+            module.forward = RowsForward(module)
+    stack.forward = StackForward(stack, carry)
+
+
+def remove(model: nn.Module) -> None:
+    """Give mixers and stack their own forward back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), RowsForward | StackForward):
+            del module.forward
+
+
+def _carried(given: Mapping[str, Any]) -> Forest | None:
+    found = next((v for v in (given.get(BESIDE), given.get("attention_mask")) if _is_forest(v)), None)
+    return None if found is None else Forest.of_tensor(found).whole
+
+
+def _is_forest(mask: Any) -> bool:
+    """Whether ``mask`` is what :meth:`Forest.tensor` returns."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4
+
+
+def _of_batch(given: Mapping[str, Any]) -> Tensor | None:
+    """The forest of a batch without a mask that is several sequences in one row."""
+    inputs = next(each for each in (given.get("input_ids"), given.get("inputs_embeds")) if each is not None)
+    cumulative, positions = given.get("cu_seq_lens_q"), given.get("position_ids")
+    if len(inputs) != 1:
+        return None
+    forest = None
+    if cumulative is not None:
+        forest = Forest.of_cumulative(cumulative)
+    elif positions is not None:
+        forest = Forest.of_positions(positions.view(-1, positions.shape[-1])[0])  # the first of several kinds
+    return forest.tensor(inputs.device) if forest is not None and len(forest.ends) > 1 else None
+
+
+def _each(value: Any, of_tokens: Callable[[Tensor], Tensor]) -> Any:
+    return tuple(map(of_tokens, value)) if isinstance(value, tuple) else of_tokens(value)
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward, in the order of those that are given by position."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
