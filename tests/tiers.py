@@ -41,6 +41,7 @@ NOT_QUICK = (
     "tests/fast/test_parity.py::test_padding_and_label_masks",
     "tests/fast/test_parity.py::test_preferences",
     "tests/fast/test_parity.py::test_thirty_steps",
+    "tests/fast/test_rows.py::test_sft_trains",
     "tests/memory/test_model.py::test_four_bits",
     "tests/plan/test_plan.py::test_a_run_is",
     "tests/plan/test_preview.py::test_a_preview_is",

@@ -1,5 +1,6 @@
 """State mixers in padding-free batches: loss and gradients equal those of each sequence alone, and leaks are found."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from trl.trainer.utils import add_fused_lm_head
 from halfbyte import QLoRAPlugin
 from halfbyte.fast import batches, rows
 from halfbyte.fast.forest import ROOT, Forest
+from halfbyte.memory import Workload
+from halfbyte.memory.step import activations
 from tests import architectures, plain_trl, tiny
 from tests.fast import test_batches
 from tests.plain_trl import Steps, assert_equal
@@ -159,6 +162,17 @@ def test_tokens_that_a_model_mixes_itself_are_found_out(monkeypatch: pytest.Monk
     assert "computes other values" in (batches.use_forests(make("lfm2")) or "")
 
 
+def test_padding_that_mixers_see_is_counted() -> None:
+    model = make("lfm2")
+    assert batches.use_forests(model) is None
+    work = Workload(tokens=64, longest=32, optim="adamw_torch", checkpointing=False)
+    packed, in_rows = (activations(model, replace(work, in_rows=n)).kept for n in (64, 128))
+    assert packed == activations(model, work).kept
+    assert 1.1 * packed < in_rows < 2 * packed
+    rows.remove(model)
+    assert activations(model, replace(work, in_rows=128)).kept == packed
+
+
 def train(
     base: tuple[str, str], output: Path, cls: type = SFTTrainer, fast: str = "auto", **options: Any
 ) -> tuple[Steps, Any]:
@@ -188,6 +202,7 @@ def test_sft_trains_as_on_padded_rows(base: tuple[str, str], tmp_path: Path) -> 
         assert_equal(ours, theirs, losses=1e-6)
 
 
+@pytest.mark.faults
 def test_dpo_trains_on_trees_as_on_padded_pairs(base: tuple[str, str], tmp_path: Path) -> None:
     theirs, _ = train(base, tmp_path / "none", DPOTrainer, fast="none")
     ours, fusion = train(base, tmp_path / "auto", DPOTrainer)

@@ -85,7 +85,7 @@ def layout(forest: Forest, device: torch.device) -> Layout:
 
 
 class RowsForward:
-    """The ``forward`` of a state mixer: its own, in rows where a forest of several sequences comes."""
+    """The ``forward`` of a state mixer: its own, in rows where a forest comes."""
 
     def __init__(self, mixer: nn.Module) -> None:
         self.mixer = mixer
@@ -99,14 +99,15 @@ class RowsForward:
         if forest is None:
             return own(self.mixer, *args, **kwargs)
         observe(self.mixer, forest)
-        stream = given[self._names[0]]
-        places = layout(forest, stream.device)
         in_rows = {name: value for name, value in given.items() if name not in _OF_PACKED}
+        if "attention_mask" in in_rows:
+            in_rows["attention_mask"] = None
+        if len(forest.ends) == 1:
+            return own(self.mixer, **in_rows)
+        places = layout(forest, given[self._names[0]].device)
         for name in (self._names[0], *_OF_TOKENS):
             if in_rows.get(name) is not None:
                 in_rows[name] = _each(in_rows[name], places.gather)
-        if "attention_mask" in in_rows:
-            in_rows["attention_mask"] = None
         output = own(self.mixer, **in_rows)
         if isinstance(output, tuple):
             return places.put_back(output[0]), *output[1:]
@@ -146,6 +147,11 @@ def remove(model: nn.Module) -> None:
             del module.forward
 
 
+def mixers(model: nn.Module) -> list[nn.Module]:
+    """Return the modules in ``model`` that see rows."""
+    return [each for each in model.modules() if isinstance(each.__dict__.get("forward"), RowsForward)]
+
+
 def _carried(given: Mapping[str, Any]) -> Forest | None:
     found = next((v for v in (given.get(BESIDE), given.get("attention_mask")) if _is_forest(v)), None)
     return None if found is None else Forest.of_tensor(found).whole
@@ -157,7 +163,7 @@ def _is_forest(mask: Any) -> bool:
 
 
 def _of_batch(given: Mapping[str, Any]) -> Tensor | None:
-    """The forest of a batch without a mask that is several sequences in one row."""
+    """The forest of a batch without a mask: sequences in one row, as lengths or positions say."""
     inputs = next(each for each in (given.get("input_ids"), given.get("inputs_embeds")) if each is not None)
     cumulative, positions = given.get("cu_seq_lens_q"), given.get("position_ids")
     if len(inputs) != 1:
@@ -166,8 +172,10 @@ def _of_batch(given: Mapping[str, Any]) -> Tensor | None:
     if cumulative is not None:
         forest = Forest.of_cumulative(cumulative)
     elif positions is not None:
-        forest = Forest.of_positions(positions.view(-1, positions.shape[-1])[0])  # the first of several kinds
-    return forest.tensor(inputs.device) if forest is not None and len(forest.ends) > 1 else None
+        forest = Forest.of_positions(
+            positions.reshape(-1, positions.shape[-1])[0]
+        )  # the first of several kinds
+    return None if forest is None else forest.tensor(inputs.device)
 
 
 def _each(value: Any, of_tokens: Callable[[Tensor], Tensor]) -> Any:

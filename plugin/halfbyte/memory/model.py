@@ -48,7 +48,8 @@ class Workload:
     ``read`` is how many of the tokens have an output that is read behind the last layer; None: all.
     ``accumulation`` is the number of micro-batches in a step, ``optim`` the optimizer's name. ``checkpointing``
     concerns layers that are not fused; without ``chunked_head`` TRL's own scores the tokens. ``evaluated`` is the most
-    tokens of a batch of an evaluation, ``evaluated_longest`` that of a sequence in it; 0 without one.
+    tokens of a batch of an evaluation, ``evaluated_longest`` that of a sequence in it; 0 without one. ``in_rows`` and
+    ``evaluated_in_rows`` are the tokens that state mixers see of a padding-free batch, in padded rows; None: no others.
     """
 
     tokens: int
@@ -64,6 +65,8 @@ class Workload:
     evaluated: int = 0
     evaluated_longest: int = 0
     read: int | None = None
+    in_rows: int | None = None
+    evaluated_in_rows: int | None = None
 
     @property
     def ranks_that_share(self) -> int:

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from halfbyte.fast import rows
 from halfbyte.fast.attention import _working_dtype
 from halfbyte.fast.layer import LEVELS, FusedForward
 from halfbyte.fast.parts import Decoder, LatentMaps
@@ -71,6 +72,7 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
             inside = tokens * whole + of_experts(
                 layer, model.config, tokens, item_size(layer), workload.device
             )
+            inside += _padding_of_mixers(layer, tokens, workload.in_rows)
             kept += tokens * size if workload.checkpointing else inside
             working = max(working, inside if workload.checkpointing else 0)
     head = _head(model, workload, tokens) + _around(model, tokens)
@@ -95,6 +97,7 @@ def evaluation(model: nn.Module, workload: Any) -> Activations:
             working = max(working, of_mlp, _forward_of_attention(decoder, workload))
         else:
             inside = tokens * _whole_per_token(layer)[1] // 2
+            inside += _padding_of_mixers(layer, tokens, workload.evaluated_in_rows) // 2
             working = max(
                 working, inside + of_experts(layer, model.config, tokens, item_size(layer), workload.device)
             )
@@ -239,6 +242,12 @@ def _whole_per_token(layer: nn.Module) -> tuple[int, int]:
     stream = min(widths)
     size = item_size(layer)
     return stream * size, sum(widths) * _FLOAT32 + 8 * stream * size
+
+
+def _padding_of_mixers(layer: nn.Module, tokens: int, in_rows: int | None) -> int:
+    """Bytes that the state mixers of a layer keep beside those of ``tokens``, where they see ``in_rows`` of them."""
+    more = max((in_rows or 0) - tokens, 0)
+    return more * sum(_whole_per_token(mixer)[1] for mixer in rows.mixers(layer)) if more else 0
 
 
 def _features(linear: Any) -> int:

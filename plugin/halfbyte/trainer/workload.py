@@ -45,6 +45,13 @@ def workload_of(
     if lengths is not None and fusion.trees:
         read = most_tokens(lengths.sizes(padded=False, shared=True) - lengths.unread, size, padded=False)
         read = min(read, tokens)
+
+    def in_rows(lengths: Lengths | None, size: int) -> int | None:
+        """The tokens of the largest batch in padded rows, which state mixers see; None where TRL has packed them."""
+        if lengths is None:
+            return None
+        return most_tokens(lengths.sizes(padded=True), size, padded=True)
+
     of_evaluation = largest(evaluated, args.per_device_eval_batch_size, fusion.trees) if evaluates else (0, 0)
     return Workload(
         tokens=tokens,
@@ -52,6 +59,8 @@ def workload_of(
         read=read,
         evaluated=of_evaluation[0],
         evaluated_longest=of_evaluation[1],
+        in_rows=in_rows(lengths, size),
+        evaluated_in_rows=in_rows(evaluated, args.per_device_eval_batch_size),
         optim=str(getattr(args.optim, "value", args.optim)),
         sides=sides,
         chunked_head=fusion.head == ON,
