@@ -25,7 +25,19 @@ _SMALL = {
     "num_experts_per_tok": 2,
 }
 _DEPTHS = {"num_hidden_layers", "depth", "encoder_layers", "num_layers"}
-_SHORT = {"sliding_window": 4, "max_position_embeddings": 64}
+_SHORT = {
+    "sliding_window": 4,
+    "max_position_embeddings": 64,
+    "mamba_chunk_size": 16,
+    "chunk_size": 16,
+    "block_size": 16,
+}
+# What a configuration calls the heads of a Mamba, their size, their groups, and their width together over the stream's.
+_STATES = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_expand"),
+    ("mamba_num_heads", "mamba_head_dim", "n_groups", "expand"),
+    ("num_heads", "head_dim", "n_groups", "expand"),
+)
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -86,9 +98,33 @@ def _shrink(config: Any, layers: int = 2) -> None:
 
 
 def _narrow(config: Any) -> None:
-    """Make the stream narrow, of four heads, and windows short."""
+    """Make the stream narrow, of four heads, and windows and chunks short."""
+    if hasattr(config, "num_attention_heads"):
+        _narrow_attention(config)
+    for name, most in _SHORT.items():
+        if isinstance(value := getattr(config, name, None), int):
+            setattr(config, name, min(value, most))
+    for names in _STATES:
+        if all(isinstance(getattr(config, name, None), int) for name in names):
+            _narrow_states(config, *names)
+            break
+
+
+def _narrow_states(config: Any, heads: str, size: str, groups: str, expand: str) -> None:
+    """Give a Mamba as many heads as the narrow stream has room for, in two groups at most."""
+    width = 2 * getattr(config, size)
     if not hasattr(config, "num_attention_heads"):
-        return  # the widths of Mamba depend on each other
+        config.hidden_size = width
+    wide = getattr(config, expand) * config.hidden_size
+    if wide % width:
+        wide = width
+    setattr(config, heads, wide // getattr(config, size))
+    setattr(config, groups, min(getattr(config, groups), 2))
+    if getattr(config, "mamba_d_ssm", None) is not None:
+        config.mamba_d_ssm = wide
+
+
+def _narrow_attention(config: Any) -> None:
     heads, hidden = config.num_attention_heads, config.hidden_size
     try:
         shared, own_size = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
@@ -101,9 +137,6 @@ def _narrow(config: Any) -> None:
         config.hidden_size = 64 if own_size else 4 * (hidden // heads)
     if getattr(config, "word_embed_proj_dim", None) is not None:
         config.word_embed_proj_dim = config.hidden_size
-    for name in ("sliding_window", "max_position_embeddings"):
-        if isinstance(value := getattr(config, name, None), int):
-            setattr(config, name, min(value, _SHORT[name]))
     rotary = getattr(config, "rope_parameters", None)
     if isinstance(rotary, dict) and rotary.get("llama_4_scaling_beta"):
         rotary["original_max_position_embeddings"] = 2
