@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional
-from transformers import Gemma3TextConfig
+from transformers import DeepseekV3Config, Gemma3TextConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.olmo2.modeling_olmo2 import Olmo2Model
 
@@ -238,6 +238,19 @@ def test_layers_of_a_kind_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> No
     forms = [proofs.whole(each).rotary for each in proofs.layers]
     assert forms == ["halves", "halves", None, "halves", "halves", None]
     assert len(proven) == 2
+
+
+def test_deepseek_v3_is_proven_in_its_own_shape() -> None:
+    """Its routers choose groups of experts, of which a small one has few; yarn scales its scores."""
+    rotary = {**_YARN, "mscale": 1.0}
+    config = DeepseekV3Config(num_hidden_layers=2, first_k_dense_replace=1, rope_parameters=rotary)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=_LINEARS))
+    proofs = Proofs(model.get_base_model())
+    dense, mixture = proofs.layers
+    assert proofs.whole(dense).rotary == "neighbours"
+    assert proofs.parts(mixture).keys() == {"self_attn", "mlp.shared_experts"}
 
 
 def test_a_proof_costs_the_same_for_any_size() -> None:

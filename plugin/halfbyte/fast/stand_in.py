@@ -23,6 +23,8 @@ _SMALL = {
     "num_local_experts": 8,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 2,
 }
 _DEPTHS = {"num_hidden_layers", "depth", "encoder_layers", "num_layers"}
 _SHORT = {
