@@ -26,9 +26,14 @@ def is_mxfp4(parts: Mapping[str, Tensor]) -> bool:
 
 
 def unpack(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the stack ``[E, I, O]`` in ``dtype`` that ``parts`` stand for.
+    """Return the stack ``[E, I, O]`` in ``dtype`` that ``parts`` stand for, made expert by expert: indices are large.
 
     Blocks are ``[E, O, I / 32, 16]``, two weights a byte, with scales ``[E, O, I / 32]``.
     """
-    stack: Tensor = convert_moe_packed_tensors(parts[_BLOCKS], parts[_SCALES], dtype=dtype)
+    blocks, scales = parts[_BLOCKS], parts[_SCALES]
+    count, outputs, groups, size = blocks.shape
+    stack = torch.empty(count, 2 * groups * size, outputs, dtype=dtype)
+    for index in range(count):
+        one = slice(index, index + 1)
+        stack[one] = convert_moe_packed_tensors(blocks[one], scales[one], dtype=dtype)
     return stack
