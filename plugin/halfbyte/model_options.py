@@ -73,7 +73,7 @@ class ModelOptions(ModelConfig):
     memory_budget: str = field(
         default="auto",
         metadata={
-            "help": "What fused layers may keep for the backward: auto (the fastest that fits what is free), min "
+            "help": "What layers may keep for the backward: auto (the fastest that fits what is free), min "
             "(recompute everything), or a size such as 20GiB."
         },
     )

@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOConfig
 
 from halfbyte import distributed
-from halfbyte.fast import autocast, batches, experts, head, layer, linear, reading
+from halfbyte.fast import apart, autocast, batches, experts, head, layer, linear, reading
 from halfbyte.fast.parts import Decoder, Uncovered
 from halfbyte.fast.proof import Proofs
 from halfbyte.fast.report import ON, FusionReport
@@ -67,17 +68,16 @@ def fuse(
         unpadded = agreed
     linears, plain = _fuse_linears(base) if "linears" in scope.parts else (0, {})
     packed = _fuse_experts(model) if "linears" in scope.parts else 0
-    layers, level = 0, None
-    apart: dict[str, int] = {}
-    parts: dict[str, int] = {}
+    layers, level = _Layers(), None
     if "layers" in scope.parts and _has_4bit_adapters(model):
         level = layer.LEVELS[0] if checkpointing else layer.LEVELS[-1]
-        layers, apart, parts = _fuse_layers(model, level, args)
+        layers = _fuse_layers(model, level, args)
     return FusionReport(
-        layers=layers,
+        layers=layers.fused,
         level=level,
-        layers_apart=apart,
-        parts=parts,
+        layers_apart=dict(layers.apart),
+        keeping=layers.keeping,
+        parts=dict(layers.parts),
         linears=linears,
         experts=packed,
         plain=plain,
@@ -96,6 +96,7 @@ def unfuse(model: PreTrainedModel | PeftModel) -> None:
         linear.unfuse(module)
         experts.unfuse(module)
         layer.unfuse(module)
+        apart.leave(module)
 
 
 def _agreed(state: str | None) -> str | None:
@@ -114,17 +115,25 @@ def _has_4bit_adapters(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and any(isinstance(each, Linear4bit) for each in model.modules())
 
 
-def _fuse_layers(
-    model: Any, level: int, args: TrainingArguments | None
-) -> tuple[int, dict[str, int], dict[str, int]]:
+@dataclass
+class _Layers:
+    """How many layers are ``fused``, how many not by reason (``apart``), the fused ``parts`` of these by name.
+
+    ``keeping`` are those of ``apart`` that have a save level all the same.
+    """
+
+    fused: int = 0
+    apart: Counter[str] = field(default_factory=Counter)
+    parts: Counter[str] = field(default_factory=Counter)
+    keeping: int = 0
+
+
+def _fuse_layers(model: Any, level: int, args: TrainingArguments | None) -> _Layers:
     """Fuse decoder layers at save ``level``, or of one that is not covered its attention and MLP.
 
-    Return how many layers are fused, how many not by reason, and how many parts of these by name. What would run its
-    own forward in every step is left alone, so that the report says so.
+    What would run its own forward in every step is left alone, so that the report says so.
     """
-    count = 0
-    apart: Counter[str] = Counter()
-    halves: Counter[str] = Counter()
+    found = _Layers()
     base = model.get_base_model()
     proofs = Proofs(base)
     # Where the step runs: a planned model is on meta.
@@ -154,14 +163,15 @@ def _fuse_layers(
     for module in proofs.layers:
         reason = fuse_one(module, functools.partial(_read, module, proofs))
         if reason is None:
-            count += 1
+            found.fused += 1
             continue
-        apart[reason] += 1
+        found.apart[reason] += 1
         for name, form in proofs.parts(module).items():
             part = module.get_submodule(name)
             if fuse_one(part, functools.partial(reading.read_part, part, form, name)) is None:
-                halves["attention" if reading.is_attention(part) else "MLP"] += 1
-    return count, dict(apart), dict(halves)
+                found.parts["attention" if reading.is_attention(part) else "MLP"] += 1
+        found.keeping += apart.take(module, level)
+    return found
 
 
 def _read(module: nn.Module, proofs: Proofs) -> Decoder:

@@ -48,9 +48,20 @@ def forward_of(module: nn.Module, parts: Parts, level: int = 0, *, only_read: bo
     return _FusedAttention(module, parts) if isinstance(parts, AttentionParts) else _FusedMlp(module, parts)
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module`` is computed fused."""
+    return parts_of(module) is not None
+
+
+def parts_of(module: nn.Module) -> Parts | None:
+    """Return the parts of ``module`` where it is computed fused, else None."""
+    forward = module.__dict__.get("forward")
+    return forward.parts if isinstance(forward, _Fused) else None
+
+
 def unfuse(module: nn.Module) -> None:
     """Give ``module`` its own forward back, if it is fused."""
-    if isinstance(module.forward, _Fused):
+    if is_fused(module):
         del module.forward
 
 

@@ -32,11 +32,12 @@ class Choice:
 class FusionReport:
     """What is fused, and why the rest is not; ``run.json`` keeps it under ``fast``.
 
-    ``level`` is the save level of the fused layers, ``memory`` how it was chosen. ``layers_apart`` and ``plain`` count
-    layers and linears that are not fused, by reason; ``parts`` what of such layers is fused, by name, and ``experts``
-    the layers whose packed experts are fused. ``head`` (chunked LM head) and ``batches`` (padding-free) are ``on``, a
-    reason, or None where the trainer has no such part; ``trees`` says that the sides of a pair share their prefix in
-    them. ``autocast`` says whether the base runs outside it.
+    ``level`` is the save level of the layers that have one, ``memory`` how it was chosen. ``layers_apart`` and
+    ``plain`` count layers and linears that are not fused, by reason; ``keeping`` are those of such layers that have a
+    save level all the same, ``parts`` what of them is fused, by name, and ``experts`` the layers whose packed experts
+    are fused. ``head`` (chunked LM head) and ``batches`` (padding-free) are ``on``, a reason, or None where the trainer
+    has no such part; ``trees`` says that the sides of a pair share their prefix in them. ``autocast`` says whether the
+    base runs outside it.
     """
 
     mode: str = "auto"
@@ -46,6 +47,7 @@ class FusionReport:
     memory: Choice | None = None
     layers_apart: Mapping[str, int] = field(default_factory=dict)
     parts: Mapping[str, int] = field(default_factory=dict)
+    keeping: int = 0
     linears: int = 0
     experts: int = 0
     plain: Mapping[str, int] = field(default_factory=dict)
@@ -74,6 +76,8 @@ class FusionReport:
         if self.layers:
             parts.append(f"{plural(self.layers, 'layer')} fused (save level {self.level})")
         parts += [f"{plural(n, 'layer')} not fused ({why})" for why, n in self.layers_apart.items()]
+        if self.keeping:
+            parts.append(f"{self.keeping} of them with save level {self.level}")
         parts += [f"{plural(n, name)} fused" for name, n in self.parts.items()]
         parts.append(f"{plural(self.linears, 'linear')} fused")
         if self.experts:

@@ -12,6 +12,8 @@ from halfbyte.quantization import experts
 _FLOAT32 = 4
 # Products of an expert in a step, and those of the adapter of a stack; the numbers of rows that experts have, fitted.
 _PRODUCTS, _OF_ADAPTER, _NUMBERS_OF_ROWS = 6, 5, 7
+# How often a router keeps what it gives of all experts; bytes of each choice: indices, weights, order.
+_OF_ROUTER, _OF_A_CHOICE = 3, 48
 # What configurations call the experts of a token.
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 
@@ -41,6 +43,18 @@ def of_experts(layer: nn.Module, config: Any, tokens: int, size: int, device: st
         else:
             whole = sum(shape.numel() for shape in shapes)
             found = max(found, whole * size + pairs * (3 * hidden + 4 * inner) * size)
+    return found
+
+
+def kept_of_experts(layer: nn.Module, config: Any, size: int) -> int:
+    """Return the bytes of a token that the experts of ``layer``, fused, and its router keep for the backward."""
+    found = 0
+    for _, _, held in fused.within(layer):
+        shapes = list(experts.shapes(held).values())
+        hidden, inner = _widths(held, shapes)
+        # The probabilities of all experts, a few times; of each that is taken its index, weight and place.
+        routed = _OF_ROUTER * shapes[0][0] * _FLOAT32 + experts_of_a_token(config) * _OF_A_CHOICE
+        found += hidden * size + experts_of_a_token(config) * inner * size + routed
     return found
 
 

@@ -1,9 +1,10 @@
-"""The save level of fused layers: the fastest one that fits a memory budget."""
+"""The save level of a model's layers: the fastest one that fits a memory budget."""
 
 from torch import nn
 
 from halfbyte import distributed
-from halfbyte.fast.layer import LEVELS, fused_layers
+from halfbyte.fast import apart
+from halfbyte.fast.layer import LEVELS, FusedForward, fused_layers
 from halfbyte.fast.report import Choice
 from halfbyte.memory.available import free_bytes
 from halfbyte.memory.model import Workload, by_level
@@ -18,13 +19,13 @@ def choose(
     recorded: int | None = None,
     available: int | None = None,
 ) -> Choice | None:
-    """Set the level of every fused layer of ``model`` to what ``budget`` allows; None without fused layers.
+    """Set the level of every layer of ``model`` that has one to what ``budget`` allows; None where none has.
 
     ``auto`` plans with ``available`` bytes, by default what is free on the device now; ``min`` recomputes everything; a
     size is what a step may take beside the model. Rank 0 decides for all. ``recorded`` is the level of a checkpoint,
     which is kept.
     """
-    layers = fused_layers(model)
+    layers: list[FusedForward | apart.ApartForward] = [*fused_layers(model), *apart.forwards(model)]
     if not layers:
         return None
     if budget == "min":

@@ -47,9 +47,10 @@ class Workload:
     ``tokens`` is the most that one forward has, ``longest`` that of a sequence in it; a row brings ``sides`` of them.
     ``read`` is how many of the tokens have an output that is read behind the last layer; None: all.
     ``accumulation`` is the number of micro-batches in a step, ``optim`` the optimizer's name. ``checkpointing``
-    concerns layers that are not fused; without ``chunked_head`` TRL's own scores the tokens. ``evaluated`` is the most
-    tokens of a batch of an evaluation, ``evaluated_longest`` that of a sequence in it; 0 without one. ``in_rows`` and
-    ``evaluated_in_rows`` are the tokens that state mixers see of a padding-free batch, in padded rows; None: no others.
+    concerns layers without a save level; without ``chunked_head`` TRL's own scores the tokens. ``evaluated`` is the
+    most tokens of a batch of an evaluation, ``evaluated_longest`` that of a sequence in it; 0 without one. ``in_rows``
+    and ``evaluated_in_rows`` are the tokens that state mixers see of a padding-free batch, in padded rows; None: no
+    others.
     """
 
     tokens: int
@@ -133,7 +134,7 @@ def predict(model: nn.Module, workload: Workload, level: int | None = None) -> M
 
 
 def by_level(model: nn.Module, workload: Workload) -> Mapping[int, Memory]:
-    """Return what a step holds for every save level of the fused layers."""
+    """Return what a step holds for every save level of the layers."""
     return {
         level: _at_its_peak(model, workload, step.activations(model, workload, level))
         for level in step.LEVELS

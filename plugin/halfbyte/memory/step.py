@@ -17,6 +17,7 @@ from halfbyte.fast.attention import _working_dtype
 from halfbyte.fast.layer import LEVELS, FusedForward
 from halfbyte.fast.parts import Decoder, LatentMaps
 from halfbyte.fast.scores import chunk_rows
+from halfbyte.memory import apart
 from halfbyte.memory.experts import of_experts
 from halfbyte.memory.widths import Widths, dtype, outputs, ranks
 
@@ -73,8 +74,12 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
                 layer, model.config, tokens, item_size(layer), workload.device
             )
             inside += _padding_of_mixers(layer, tokens, workload.in_rows)
-            kept += tokens * size if workload.checkpointing else inside
-            working = max(working, inside if workload.checkpointing else 0)
+            if workload.checkpointing and apart.keeps(layer, level):
+                kept += tokens * apart.kept_per_token(layer, model.config, item_size(layer))
+                working = max(working, inside)
+            else:
+                kept += tokens * size if workload.checkpointing else inside
+                working = max(working, inside if workload.checkpointing else 0)
     head = _head(model, workload, tokens) + _around(model, tokens)
     if last is not None:  # whose backward is over where the one before it works, and has less to work with
         of_layer, inside = last
