@@ -91,9 +91,14 @@ _MORE: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
+    "minimax": {"sliding_window": None},
     "reformer": {"is_decoder": True},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
                "num_mem_blocks": 1, "n_mamba_heads": 8, "attention_head_dim": 32},
+    # Of several state layers and one of attention, one each.
+    **{name: {"layer_types": ["linear_attention", "full_attention"]}
+       for name in ("granitemoehybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
+    "bamba": {"attn_layer_indices": [1]},
     "zaya": {"num_experts_per_tok": 1},
     **{name: {"num_key_value_heads": 4}  # as many as heads, where these are of a latent
        for name in ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_linear",

@@ -183,6 +183,13 @@ PATCHES = (
         "boundaries of sequences reach these in kernels from the Hub only",
     ),
     Patch(
+        "transformers.modeling_layers.GradientCheckpointingLayer.forward",
+        "fast/apart.py:take",
+        "a decoder layer around fused parts, whose save level says whether it is recomputed",
+        "transformers 5.24",
+        "the switch of activation checkpointing is set for all layers at once, when training begins",
+    ),
+    Patch(
         "torch.nn.Module._apply",
         "adapters/reference.py:keep_float32",
         "a model with adapters that a trainer trains",

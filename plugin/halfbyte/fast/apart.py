@@ -8,6 +8,7 @@ and experts fused, else norms and a router), what it would keep is known too, an
 from collections.abc import Iterator
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from halfbyte.fast import experts, layer, reading
@@ -53,8 +54,13 @@ def forwards(model: nn.Module) -> list[ApartForward]:
 
 
 def outside(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules in ``module``, itself among them, that are not in fused attention, MLPs or experts."""
+    """Yield the modules in ``module``, itself among them, that are not in fused attention, MLPs or experts.
+
+    A linear map is one module, with its adapters.
+    """
     yield module
+    if isinstance(module, LoraLayer):
+        return
     for child in module.children():
         if not layer.is_fused(child) and not experts.is_fused(child):
             yield from outside(child)
@@ -65,7 +71,12 @@ def _is_described(module: nn.Module) -> bool:
     shapes = [shape for _, _, held in experts.within(module) for shape in shapes_of(held).values()]
     routed = max((shape[0] for shape in shapes), default=0)
     return any(layer.is_fused(each) and reading.is_attention(each) for each in module.modules()) and all(
-        parameter.dim() == 1 or len(parameter) <= routed
-        for owner in outside(module)
-        for parameter in owner.parameters(recurse=False)
+        _rows(each) <= routed for each in outside(module)
     )
+
+
+def _rows(module: Any) -> int:
+    """The most rows of a matrix that ``module`` itself has; 0 where it has vectors alone."""
+    if isinstance(module, LoraLayer):
+        return int(module.out_features)
+    return max((len(each) for each in module.parameters(recurse=False) if each.dim() > 1), default=0)

@@ -54,6 +54,7 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
     ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
     ("input_layernorm", None, "pre_feedforward_layernorm", None),
+    ("input_layernorm", None, "pre_ff_layernorm", None),
     ("attention_layernorm", None, "feedforward_layernorm", None),
     ("ln_1", None, "ln_2", None),
     ("ln_1", None, "ln_1", None),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from halfbyte.fast import apart, reading
@@ -22,7 +23,8 @@ def keeps(module: nn.Module, level: int | None) -> bool:
 def kept_per_token(layer: nn.Module, config: Any, size: int) -> int:
     """Return the bytes that ``layer`` keeps of a token where it is not recomputed, in a dtype of ``size`` bytes.
 
-    Its input, what its fused parts and experts keep with their own inputs, and of each norm its input in float32.
+    Its input, what its fused parts and experts keep with their own inputs, and in float32 those of norms and of
+    small linear maps with adapters.
     """
     parts = [found for module in layer.modules() if (found := parts_of(module)) is not None]
     stream = next(outputs(each.out) for each in parts if isinstance(each, AttentionParts))
@@ -34,8 +36,11 @@ def kept_per_token(layer: nn.Module, config: Any, size: int) -> int:
             total += attended * size + each.heads * _FLOAT32
         elif isinstance(each, MlpParts):
             total += (outputs(each.gate_up) + stream) * size  # and what a gate of its output multiplies
-    elementwise = sum(
-        reading.is_norm(each) or any(parameter.dim() == 1 for parameter in each.parameters(recurse=False))
+    around = [
+        each
         for each in apart.outside(layer)
-    )
-    return total + elementwise * stream * _FLOAT32 + kept_of_experts(layer, config, size)
+        if isinstance(each, LoraLayer)
+        or reading.is_norm(each)
+        or any(parameter.dim() == 1 for parameter in each.parameters(recurse=False))
+    ]
+    return total + len(around) * stream * _FLOAT32 + kept_of_experts(layer, config, size)
