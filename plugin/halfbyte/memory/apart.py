@@ -5,7 +5,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from halfbyte.fast import apart, reading
+from halfbyte.fast import apart, members
 from halfbyte.fast.layer import parts_of
 from halfbyte.fast.parts import AttentionParts, MlpParts
 from halfbyte.memory.experts import kept_of_experts
@@ -40,7 +40,7 @@ def kept_per_token(layer: nn.Module, config: Any, size: int) -> int:
         each
         for each in apart.outside(layer)
         if isinstance(each, LoraLayer)
-        or reading.is_norm(each)
+        or members.is_norm(each)
         or any(parameter.dim() == 1 for parameter in each.parameters(recurse=False))
     ]
     return total + len(around) * stream * _FLOAT32 + kept_of_experts(layer, config, size)
