@@ -110,6 +110,7 @@ def _narrow(config: Any) -> None:
         if all(isinstance(getattr(config, name, None), int) for name in names):
             _narrow_states(config, *names)
             break
+    _narrow_delta_rule(config)
 
 
 def _narrow_states(config: Any, heads: str, size: str, groups: str, expand: str) -> None:
@@ -124,6 +125,16 @@ def _narrow_states(config: Any, heads: str, size: str, groups: str, expand: str)
     setattr(config, groups, min(getattr(config, groups), 2))
     if getattr(config, "mamba_d_ssm", None) is not None:
         config.mamba_d_ssm = wide
+
+
+def _narrow_delta_rule(config: Any) -> None:
+    """Leave a delta rule two heads, or two of its keys and as many values for each as it has."""
+    if isinstance(getattr(config, "linear_num_heads", None), int):
+        config.linear_num_heads = min(config.linear_num_heads, 2)
+    keys, values = (getattr(config, f"linear_num_{name}_heads", None) for name in ("key", "value"))
+    if isinstance(keys, int) and isinstance(values, int):
+        config.linear_num_key_heads = min(keys, 2)
+        config.linear_num_value_heads = values // keys * config.linear_num_key_heads
 
 
 def _narrow_attention(config: Any) -> None:
