@@ -126,6 +126,11 @@ PRIVATE = (
     ),
     Private("trl.DPOTrainer.__init__:_precompute_engine", "trainer/references.py"),
     Private("peft.utils.other.TrainableTokensWrapper", "adapters/fresh.py"),
+    Private(
+        "peft.LoraModel._create_and_replace",
+        "quantization/stacks_in_peft.py",
+        "self lora_config adapter_name target target_name parent current_key parameter_name",
+    ),
     Private("peft.tuners.tuners_utils.BaseTunerLayer", "adapters/fresh.py"),
     Private(
         "accelerate.utils.fsdp_utils.fsdp2_prepare_auto_wrap_policy",

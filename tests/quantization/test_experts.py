@@ -136,6 +136,29 @@ def test_peft_still_finds_parametrized_parameters_by_whole_paths_only(base: Path
             twice.add_adapter("another", of_a_layer)
 
 
+def test_a_layer_that_its_weight_and_its_name_target_is_refused_as_in_16_bits(base: Path) -> None:
+    both = LoraConfig(target_modules=["q_proj"], target_parameters=["q_proj.weight"])
+    for model in (AutoModelForCausalLM.from_pretrained(base), load(base)):
+        with pytest.raises(ValueError, match="this layer is not also targeted"):
+            get_peft_model(model, both)
+    twice = get_peft_model(load(base), LoraConfig(target_modules=[], target_parameters=["q_proj.weight"]))
+    with pytest.raises(ValueError, match="this layer is not also targeted"):
+        twice.add_adapter("another", both)
+
+
+def test_two_targets_of_one_weight_draw_a_further_adapter_once(base: Path) -> None:
+    drawn = []
+    for targets in (["q_proj.weight"], ["q_proj.weight", "self_attn.q_proj.weight"]):
+        config = LoraConfig(target_modules=[], target_parameters=targets)
+        model = get_peft_model(load(base), config)
+        torch.manual_seed(0)
+        model.add_adapter("another", config)
+        drawn.append({name: value for name, value in model.named_parameters() if ".another." in name})
+    once, twice = drawn
+    assert once.keys() == twice.keys() != set()
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
 def test_the_store_keeps_one_entry_a_base(base: Path) -> None:
     load(base)
     count = len(store.entries())

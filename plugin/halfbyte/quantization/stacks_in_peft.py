@@ -22,7 +22,8 @@ def install() -> None:
     Packed stacks are shown whole for as long as it looks: PEFT 0.21 finds a parameter that is parametrized by its
     module's full path alone, and not below one of its own wrappers: it would adapt no experts for a reference, or in
     another order than it loads them in over a 16-bit base. The packed weight of a linear layer it adapts by adapting
-    the layer, and refuses a further adapter there.
+    the layer, and refuses a further adapter there. A layer that ``target_modules`` names too it refuses, as on a
+    16-bit base.
     """
     BaseTuner._inject_parameters = _inject
 
@@ -42,7 +43,13 @@ def _inject(
         ]
         for target in targets
     }
-    for path, layer in [each for layers in adapted.values() for each in layers]:
+    # PEFT's own search refuses a layer that has this adapter already: target_modules names it too.
+    adapted = {
+        target: layers if all(adapter_name not in layer.r for _, layer in layers) else []
+        for target, layers in adapted.items()
+    }
+    # Once a layer, which two targets can name.
+    for path, layer in {path: layer for layers in adapted.values() for path, layer in layers}.items():
         above, _, leaf = path.rpartition(".")
         parent = model.get_submodule(above)
         self._create_and_replace(peft_config, adapter_name, layer, leaf, parent, current_key=f"{path}.weight")
