@@ -1,5 +1,7 @@
 """`model_init_kwargs` is TRL's way of setting the dtype: what it sets counts as the option of that meaning."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from halfbyte import QLoRAPlugin, resolve, run
+from halfbyte import QLoRAPlugin, loading, resolve, run
 from halfbyte import recipe as recipes
 from halfbyte.errors import UserError
 
@@ -67,3 +69,22 @@ def test_the_command_line_takes_it_alike(tmp_path: Path) -> None:
 def test_a_loop_of_one_s_own_takes_it(model_dir, tmp_path: Path) -> None:
     model = QLoRAPlugin().load(str(model_dir("llama")), dtype=torch.float32)
     assert model.get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_sizes_that_are_given_are_not_checked_against_those_of_the_checkpoint(
+    model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_dir("llama"), base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    layers, last = config["num_hidden_layers"], f"layers.{config['num_hidden_layers'] - 1}.self_attn.q_proj"
+    (base / "config.json").write_text(
+        json.dumps({**config, "num_hidden_layers": layers - 1}), encoding="utf-8"
+    )
+    monkeypatch.setattr(loading, "_LONG", 1)  # as for a base of many weights
+    plugin = QLoRAPlugin(dtype="float32", lora_target_modules=[last, "k_proj"])
+    model = plugin.load(str(base), num_hidden_layers=layers)
+    assert model.get_submodule(f"base_model.model.model.{last}").lora_A
+    (base / "model.safetensors").unlink()  # refused before weights are read
+    with pytest.raises(UserError, match="matches no layer"):
+        plugin.load(str(base), attn_implementation="eager")

@@ -23,6 +23,8 @@ from halfbyte.terminal.wording import say
 
 # Bytes of weights that take longer to load than their model on meta takes to make, a second for the largest.
 _LONG = 2**30
+# Arguments of from_pretrained that leave the layers of a model as its configuration has them.
+_SAME_LAYERS = {"attn_implementation", "dtype", "torch_dtype"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def load(
     if adapter is not None:
         _check_saved(options, decisions, adapter, added_token_ids)
     _check_sharded(options, adapter, added_token_ids)
-    if (quantization.weight_bytes(decisions.base, revision) or _LONG) >= _LONG:
+    same_layers = set(model_init_kwargs or ()) <= _SAME_LAYERS
+    if same_layers and (quantization.weight_bytes(decisions.base, revision) or _LONG) >= _LONG:
         _check_ahead(options, decisions, trust_remote_code)
     base, coverage = _load_base(options, decisions, trust_remote_code, dict(model_init_kwargs or {}))
     _grow(base, tokenizer)
