@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,15 @@ def points() -> list[Point]:
         found += [Point(batch=1, evaluated=evaluated, level=level) for level in (0, 3)]
     found += [Point(batch=1, evaluated=16, dtype="float32"), dpo(batch=1, evaluated=16)]
     found += [Point(batch=1, evaluated=8, fast="none", level=None)]
-    moe = partial(Point, experts=16, level=None)
-    found += [
-        moe(),
-        moe(adapted=True),
-        moe(hidden=512, batch=8),
-        moe(recipe="dpo", length=128),
-        moe(fast="none"),
-    ]
+    moe = partial(Point, experts=16)
+    for dtype, level in product(("bfloat16", "float32"), (0, 3)):
+        found += [
+            moe(level=level, dtype=dtype),
+            moe(level=level, dtype=dtype, adapted=True),
+            moe(level=level, dtype=dtype, hidden=512, batch=8),
+            moe(level=level, dtype=dtype, recipe="dpo", length=128),
+        ]
+    found.append(moe(fast="none", level=None))
     found += [Point(strategy=strategy, level=level) for strategy in ("cpu", "fsdp2") for level in (0, 3)]
     return [*found, *(Point(fast=fast, level=None, checkpointing=False) for fast in ("none", "auto"))]
 

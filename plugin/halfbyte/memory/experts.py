@@ -18,12 +18,14 @@ _OF_ROUTER, _OF_A_CHOICE = 3, 48
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 
 
-def of_experts(layer: nn.Module, config: Any, tokens: int, size: int, device: str) -> int:
+def of_experts(
+    layer: nn.Module, config: Any, tokens: int, size: int, device: str, *, kept: bool = False
+) -> int:
     """Return the bytes that the experts of ``layer`` work with for ``tokens``, in a dtype of ``size`` bytes.
 
-    Fused, one expert is dequantized at a time (on a GPU one stack), and what its first map gives is kept for the
-    backward of the layer; else all are, and what goes through them is kept, with gradients. Their adapters' gradients
-    count with the others.
+    Fused, one expert is dequantized at a time (on a GPU one stack), and what its first map gives is there for the
+    backward of the layer, unless it was ``kept`` from the forward; else all are, and what goes through them is kept,
+    with gradients. Their adapters' gradients count with the others.
     """
     found = 0
     for _, module, held in fused.within(layer):
@@ -33,13 +35,14 @@ def of_experts(layer: nn.Module, config: Any, tokens: int, size: int, device: st
         is_fused = fused.is_fused(module)
         if is_fused and device == "cuda":  # in groups: one stack is dequantized after the other
             whole = max(shape.numel() for shape in shapes)
-            found = max(found, whole * size + pairs * ((2 * hidden + 3 * inner) * size + hidden * _FLOAT32))
+            values = (2 * hidden + (3 - kept) * inner) * size + hidden * _FLOAT32
+            found = max(found, whole * size + pairs * values)
         elif is_fused:
             largest = max(shape[1:].numel() for shape in shapes)
             share = -(-pairs // shapes[0][0]) * 4  # of one expert, if four times the mean reach it
             values = share * (2 * hidden + 3 * inner) * size + tokens * hidden * (2 * _FLOAT32 + size)
-            kernels = _kernels(layer) if device == "cpu" else 0
-            found = max(found, pairs * inner * size + values + 2 * largest * size + kernels)
+            kernels = _kernels(layer) if device == "cpu" and size < _FLOAT32 else 0
+            found = max(found, (not kept) * pairs * inner * size + values + 2 * largest * size + kernels)
         else:
             whole = sum(shape.numel() for shape in shapes)
             found = max(found, whole * size + pairs * (3 * hidden + 4 * inner) * size)
@@ -59,7 +62,7 @@ def kept_of_experts(layer: nn.Module, config: Any, size: int) -> int:
 
 
 def _kernels(layer: nn.Module) -> int:
-    """Bytes that oneDNN keeps of the products of experts: about a mebibyte for each number of rows, as measured."""
+    """Bytes that oneDNN keeps of products in 16 bits: about a mebibyte for each number of rows, as measured."""
     adapted = sum(isinstance(module, ParamWrapper) for module in layer.modules())
     return (_PRODUCTS + _OF_ADAPTER * adapted) * _NUMBERS_OF_ROWS * 2**20
 

@@ -69,17 +69,17 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
             else:
                 products, working = max(products, of_mlp), max(working, inside)
         else:
+            if workload.checkpointing and apart.keeps(layer, level):
+                kept += tokens * apart.kept_per_token(layer, model.config, item_size(layer))
+                working = max(working, apart.working(layer, model.config, workload, item_size(layer)))
+                continue
             size, whole = _whole_per_token(layer)
             inside = tokens * whole + of_experts(
                 layer, model.config, tokens, item_size(layer), workload.device
             )
             inside += _padding_of_mixers(layer, tokens, workload.in_rows)
-            if workload.checkpointing and apart.keeps(layer, level):
-                kept += tokens * apart.kept_per_token(layer, model.config, item_size(layer))
-                working = max(working, inside)
-            else:
-                kept += tokens * size if workload.checkpointing else inside
-                working = max(working, inside if workload.checkpointing else 0)
+            kept += tokens * size if workload.checkpointing else inside
+            working = max(working, inside if workload.checkpointing else 0)
     head = _head(model, workload, tokens) + _around(model, tokens)
     if last is not None:  # whose backward is over where the one before it works, and has less to work with
         of_layer, inside = last
