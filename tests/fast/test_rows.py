@@ -1,6 +1,7 @@
 """State mixers in padding-free batches: loss and gradients equal those of each sequence alone, and leaks are found."""
 
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,44 @@ def test_gradients_on_trees_equal_those_of_their_sequences(name: str) -> None:
 def test_tokens_are_in_rows_and_come_back() -> None:
     found = rows.layout(TREE, torch.device("cpu"))
     tokens = torch.arange(TREE.ends[-1])[None]
-    assert found.gather(tokens).shape == (4, 21)
-    assert found.gather(tokens)[0].tolist() == [*range(13), *[12] * 8]
-    assert found.gather(tokens)[1].tolist() == [*range(9), *range(13, 25)]
+    (group,) = found.groups
+    seen = group.gather(tokens)
+    assert seen.shape == (4, 21)
+    assert seen[0].tolist() == [*range(13), *[12] * 8]
+    assert seen[1].tolist() == [*range(9), *range(13, 25)]
     # The side that ends with its prefix is not there again.
-    assert found.gather(tokens)[2:4].tolist() == [[*range(25, 33), *[32] * 13], [*range(33, 39), *[38] * 15]]
-    assert torch.equal(found.put_back(found.gather(tokens)), tokens)
+    assert seen[2:4].tolist() == [[*range(25, 33), *[32] * 13], [*range(33, 39), *[38] * 15]]
+    assert torch.equal(found.put_back([seen]), tokens)
     x = torch.randn(1, TREE.ends[-1], 3, requires_grad=True)
-    found.gather(x).sum().backward()
+    group.gather(x).sum().backward()
     assert x.grad is not None
     assert x.grad[0, :9].eq(2).all()
+
+
+def test_a_long_sequence_beside_short_ones_does_not_pad_these() -> None:
+    lengths = [3, 400, *[9] * 20, 5]
+    forest = Forest(tuple(accumulate(lengths)), (ROOT,) * len(lengths))
+    found = rows.layout(forest, torch.device("cpu"))
+    tokens = torch.arange(sum(lengths))[None]
+    seen = [group.gather(tokens) for group in found.groups]
+    assert [tuple(each.shape) for each in seen] == [(1, 3), (1, 400), (20, 9), (1, 5)]
+    assert torch.equal(found.put_back(seen), tokens)
+
+
+def test_groups_of_rows_compute_what_each_sequence_does() -> None:
+    """A batch of which a mixer would see four times the tokens."""
+    lengths = [70, *[6] * 12]
+    model, expected = make("lfm2"), make("lfm2")
+    assert batches.use_forests(model) is None
+    ids = torch.randint(4, tiny.VOCABULARY, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    weights = torch.randn(*ids.shape, tiny.VOCABULARY, generator=torch.Generator().manual_seed(2))
+    (model(input_ids=ids, position_ids=positions, use_cache=False).logits * weights).sum().backward()
+    for own, weight in zip(ids.split(lengths, 1), weights.split(lengths, 1), strict=True):
+        (expected(input_ids=own, use_cache=False).logits * weight).sum().backward()
+    assert_same(*(
+        {n: p.grad for n, p in each.named_parameters() if p.grad is not None} for each in (model, expected)
+    ))  # fmt: skip
 
 
 def reads_ahead(self: Any, x: Tensor) -> Tensor:

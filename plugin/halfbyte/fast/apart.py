@@ -77,6 +77,6 @@ def _is_described(module: nn.Module) -> bool:
 
 def _rows(module: Any) -> int:
     """The most rows of a matrix that ``module`` itself has; 0 where it has vectors alone."""
-    if isinstance(module, LoraLayer):
+    if isinstance(module, LoraLayer | nn.Linear):  # which may be packed, as bytes in one column
         return int(module.out_features)
     return max((len(each) for each in module.parameters(recurse=False) if each.dim() > 1), default=0)

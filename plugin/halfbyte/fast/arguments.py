@@ -158,7 +158,7 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Return the arguments of a call beside the hidden states by name; raise :class:`Uncovered` if they have none."""
     if not args:
         return kwargs
-    names = _positional(type(module).forward)
+    names = by_position(type(module).forward)[1:]
     if len(args) > len(names):
         raise Uncovered("arguments given by position")
     return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -181,7 +181,7 @@ def _check_arguments(kwargs: Mapping[str, Any]) -> None:
 
 
 @functools.cache
-def _positional(forward: Any) -> tuple[str, ...]:
-    """The names of the arguments of a forward that may be given by position, after the hidden states."""
-    parameters = list(inspect.signature(forward).parameters.values())[2:]
+def by_position(forward: Any) -> tuple[str, ...]:
+    """Return the names of the arguments of a module's ``forward`` that may be given by position, in their order."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from halfbyte.fast.layer_call import LEVELS
 from halfbyte.terminal.wording import plural
 
 ON = "on"
@@ -77,7 +78,8 @@ class FusionReport:
             parts.append(f"{plural(self.layers, 'layer')} fused (save level {self.level})")
         parts += [f"{plural(n, 'layer')} not fused ({why})" for why, n in self.layers_apart.items()]
         if self.keeping:
-            parts.append(f"{self.keeping} of them with save level {self.level}")
+            what = "kept" if self.level == LEVELS[-1] else "recomputed"
+            parts.append(f"{self.keeping} of them {what} whole")
         parts += [f"{plural(n, name)} fused" for name, n in self.parts.items()]
         parts.append(f"{plural(self.linears, 'linear')} fused")
         if self.experts:

@@ -7,8 +7,7 @@ which is in several rows, from the first of them. Padding does not reach the tok
 :mod:`halfbyte.fast.rows_proof` shows for every model. The forest comes by value, in the place of the mask or beside it.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.fast.arguments import by_position
 from halfbyte.fast.forest import Forest
 from halfbyte.fast.varlen import observe
 
@@ -25,6 +25,9 @@ BESIDE = "forest"
 _OF_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", BESIDE)
 # What has a value for each token.
 _OF_TOKENS = ("position_ids", "position_embeddings")
+
+# How many times the tokens of a batch a mixer may see before its rows are grouped by length.
+MOST_PADDED = 2
 
 Carry = Callable[[Any, Tensor], dict[str, Any]]
 
@@ -44,44 +47,76 @@ CARRIES: tuple[Carry, ...] = (in_masks, beside_the_mask)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a forest are in rows.
+class Group:
+    """Rows of about one length.
 
-    ``gathered`` int64 ``[B * longest]`` is the token at each place, padding repeats the last one of its row;
-    ``places`` int64 ``[T]`` is where the first row that has a token has it.
+    ``gathered`` int64 ``[B * longest]`` is the token at each place; padding repeats the last one of its row.
     """
 
     rows: int
     gathered: Tensor
-    places: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
         """Return the tokens of ``x`` ``[1, T, ...]`` in rows, ``[B, longest, ...]``."""
         return x[0].index_select(0, self.gathered).view(self.rows, -1, *x.shape[2:])
 
-    def put_back(self, x: Tensor) -> Tensor:
-        """Return the tokens of rows ``[B, longest, ...]`` as one row, ``[1, T, ...]``."""
-        return x.flatten(0, 1).index_select(0, self.places)[None]
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a forest are in rows.
+
+    ``places`` int64 ``[T]`` is where the first row that has a token has it, among the places of all ``groups``.
+    """
+
+    groups: tuple[Group, ...]
+    places: Tensor
+
+    def put_back(self, rows: Sequence[Tensor]) -> Tensor:
+        """Return the tokens of the rows of each group, ``[B, longest, ...]``, as one row, ``[1, T, ...]``."""
+        return torch.cat([each.flatten(0, 1) for each in rows]).index_select(0, self.places)[None]
 
 
 @lru_cache(maxsize=2)
 def layout(forest: Forest, device: torch.device) -> Layout:
-    """Return the layout of ``forest`` on ``device``; every mixer of a forward has the same."""
-    rows: list[list[int]] = []
-    first: dict[int, tuple[int, int]] = {}
-    leaves = [segment for segment in range(len(forest.ends)) if segment not in set(forest.parents)]
+    """Return the layout of ``forest`` on ``device``; every mixer of a forward has the same.
+
+    Where a batch in rows of one length is more than twice its tokens (one long sequence packed beside short ones), rows
+    are grouped by length, so that less than half of each group is padding.
+    """
+    leaves = set(range(len(forest.ends))) - set(forest.parents)
+    owner = torch.full((forest.ends[-1],), -1)
+    rows: list[Tensor] = []
     # A side that ends with the prefix is part of the row of the other one.
-    for leaf in sorted(leaves, key=lambda segment: forest.spans[segment][0] == forest.spans[segment][1]):
-        row = [token for segment in forest.path(leaf) for token in range(*forest.spans[segment])]
-        if all(token in first for token in row):
-            continue
-        for place, token in enumerate(row):
-            first.setdefault(token, (len(rows), place))
-        rows.append(row)
-    longest = max(map(len, rows))
-    gathered = [row[min(place, len(row) - 1)] for row in rows for place in range(longest)]
-    places = [row * longest + place for row, place in (first[token] for token in range(len(first)))]
-    return Layout(len(rows), torch.tensor(gathered, device=device), torch.tensor(places, device=device))
+    for leaf in sorted(
+        leaves, key=lambda segment: (forest.spans[segment][0] == forest.spans[segment][1], segment)
+    ):
+        row = torch.cat([torch.arange(*forest.spans[segment]) for segment in forest.path(leaf)])
+        new = row[owner[row] < 0]
+        if len(new):
+            owner[new] = len(rows)
+            rows.append(row)
+    groups, places, begin = [], torch.empty_like(owner), 0
+    for group in _grouped([len(row) for row in rows]):
+        longest = max(len(rows[index]) for index in group)
+        gathered = []
+        for index in group:
+            row = rows[index]
+            mine = (owner[row] == index).nonzero()[:, 0]
+            places[row[mine]] = begin + mine
+            begin += longest
+            gathered.append(row[torch.arange(longest).clamp_(max=len(row) - 1)])
+        groups.append(Group(len(group), torch.cat(gathered).to(device)))
+    return Layout(tuple(groups), places.to(device))
+
+
+def _grouped(lengths: list[int]) -> list[list[int]]:
+    """The rows of these lengths that a mixer sees at once: all, or those between two powers of two."""
+    if len(lengths) * max(lengths) <= MOST_PADDED * sum(lengths):
+        return [list(range(len(lengths)))]
+    found: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        found.setdefault((length - 1).bit_length(), []).append(index)
+    return list(found.values())
 
 
 class RowsForward:
@@ -89,7 +124,7 @@ class RowsForward:
 
     def __init__(self, mixer: nn.Module) -> None:
         self.mixer = mixer
-        self._names = _names(mixer)
+        self._names = by_position(type(mixer).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the mixer returns for its stream ``[1, T, H]``, the first argument."""
@@ -105,13 +140,17 @@ class RowsForward:
         if len(forest.ends) == 1:
             return own(self.mixer, **in_rows)
         places = layout(forest, given[self._names[0]].device)
-        for name in (self._names[0], *_OF_TOKENS):
-            if in_rows.get(name) is not None:
-                in_rows[name] = _each(in_rows[name], places.gather)
-        output = own(self.mixer, **in_rows)
-        if isinstance(output, tuple):
-            return places.put_back(output[0]), *output[1:]
-        return places.put_back(output)
+        outputs = []
+        for group in places.groups:
+            of_tokens = {
+                name: _each(in_rows[name], group.gather)
+                for name in (self._names[0], *_OF_TOKENS)
+                if in_rows.get(name) is not None
+            }
+            outputs.append(own(self.mixer, **in_rows | of_tokens))
+        if isinstance(outputs[0], tuple):
+            return places.put_back([output[0] for output in outputs]), *outputs[0][1:]
+        return places.put_back(outputs)
 
 
 class StackForward:
@@ -119,7 +158,7 @@ class StackForward:
 
     def __init__(self, stack: Any, carry: Carry) -> None:
         self.stack, self.carry = stack, carry
-        self._names = _names(stack)
+        self._names = by_position(type(stack).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the stack of layers returns."""
@@ -180,9 +219,3 @@ def _of_batch(given: Mapping[str, Any]) -> Tensor | None:
 
 def _each(value: Any, of_tokens: Callable[[Tensor], Tensor]) -> Any:
     return tuple(map(of_tokens, value)) if isinstance(value, tuple) else of_tokens(value)
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments of a module's forward, in the order of those that are given by position."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)

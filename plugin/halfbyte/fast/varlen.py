@@ -62,10 +62,10 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention; along the paths of a forest where one is given.
 
-    ``query`` is ``[B, Nq, T, D]``, ``key`` and ``value`` ``[B, Nkv, T, D]``; returns ``[B, T, Nq, D]``. B is 1 where a
-    forest is given: in the place of the mask, as :meth:`Forest.tensor` encodes it, or as ``cu_seq_lens_q`` where there
-    is no mask at all. A mask beside these may be that of a window alone (gpt-oss): it holds within each sequence. The
-    signature is that of transformers' attention functions.
+    ``query`` is ``[B, Nq, T, D]``, ``key`` ``[B, Nkv, T, D]``, ``value`` ``[B, Nkv, T, Dv]``; returns
+    ``[B, T, Nq, Dv]``. B is 1 where a forest is given: in the place of the mask, as :meth:`Forest.tensor` encodes it,
+    or as ``cu_seq_lens_q`` where there is no mask at all. A mask beside these may be that of a window alone (gpt-oss):
+    it holds within each sequence. The signature is that of transformers' attention functions.
     """
     forest = _forest_of(attention_mask, kwargs)
     # What sdpa adds to the scores, and attention in both directions.

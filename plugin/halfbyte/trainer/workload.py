@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from halfbyte.data.lengths import Lengths, most_tokens
 from halfbyte.fast import FusionReport
 from halfbyte.fast.report import ON
+from halfbyte.fast.rows import MOST_PADDED
 from halfbyte.memory import Place, Workload
 
 
@@ -46,11 +47,14 @@ def workload_of(
         read = most_tokens(lengths.sizes(padded=False, shared=True) - lengths.unread, size, padded=False)
         read = min(read, tokens)
 
-    def in_rows(lengths: Lengths | None, size: int) -> int | None:
-        """The tokens of the largest batch in padded rows, which state mixers see; None where TRL has packed them."""
-        if lengths is None:
+    def in_rows(lengths: Lengths | None, size: int, tokens: int, free: bool) -> int | None:
+        """The most that state mixers see of the largest batch, of ``tokens``, in padded rows; None: no others."""
+        if not free:
             return None
-        return most_tokens(lengths.sizes(padded=True), size, padded=True)
+        if lengths is None:  # TRL has packed them
+            return MOST_PADDED * tokens
+        whole = most_tokens(lengths.sizes(padded=False), size, padded=False)
+        return min(most_tokens(lengths.sizes(padded=True), size, padded=True), MOST_PADDED * whole)
 
     of_evaluation = largest(evaluated, args.per_device_eval_batch_size, fusion.trees) if evaluates else (0, 0)
     return Workload(
@@ -59,8 +63,8 @@ def workload_of(
         read=read,
         evaluated=of_evaluation[0],
         evaluated_longest=of_evaluation[1],
-        in_rows=in_rows(lengths, size),
-        evaluated_in_rows=in_rows(evaluated, args.per_device_eval_batch_size),
+        in_rows=in_rows(lengths, size, tokens, free),
+        evaluated_in_rows=in_rows(evaluated, args.per_device_eval_batch_size, of_evaluation[0], fusion.trees),
         optim=str(getattr(args.optim, "value", args.optim)),
         sides=sides,
         chunked_head=fusion.head == ON,
