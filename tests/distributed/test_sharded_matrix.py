@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests import architectures, tiny
 from tests.distributed import sharded
 from tests.distributed.sharded import Finished, one_process
 
@@ -77,6 +78,8 @@ def test_a_sharded_base_trains_as_a_whole_one(
         ("fsdp2", 2, "qwen3_moe", EXPERTS),
         ("fsdp2", 2, "gpt_oss", {"router_aux_loss_coef": 0.0}),
         ("zero3", 2, "granite_swa", {}),
+        ("fsdp2", 2, "qwen3_next", {"router_aux_loss_coef": 0.0}),
+        ("zero3", 2, "minicpm3", {}),
     ],
     ids=[
         "tied, uneven, accumulation",
@@ -88,6 +91,8 @@ def test_a_sharded_base_trains_as_a_whole_one(
         "experts, FSDP2",
         "sinks, FSDP2",
         "sinks, ZeRO-3",
+        "state layers and experts, FSDP2",
+        "latents, ZeRO-3",
     ],
 )
 def test_other_models_and_options_too(
@@ -99,7 +104,8 @@ def test_other_models_and_options_too(
     options: dict[str, Any],
 ) -> None:
     """Among them what is not divisible by the ranks: 64 rows over three ranks, with a head tied to the embeddings."""
-    options = {"model_name_or_path": str(model_dir(arch)), **options}
+    base = model_dir(arch) if arch in tiny.CONFIGS else architectures.save(tmp_path / "base", arch)
+    options = {"model_name_or_path": str(base), **options}
     runs = []
     for count in (1, processes):
         (root := tmp_path / f"{count}").mkdir()
