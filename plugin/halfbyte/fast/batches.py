@@ -200,7 +200,7 @@ def _computes_pairs(model: PreTrainedModel) -> bool:
             use_cache=False,
         ).last_hidden_state
         for side in (1, 2):
-            at = torch.cat([torch.arange(*pair.spans[segment], device=device) for segment in pair.path(side)])
+            at = pair.tokens(side, device)
             alone = model.base_model(input_ids=ids[:, at], use_cache=False).last_hidden_state
             if not (on_tree[:, at] - alone).norm() <= within * alone.norm():
                 return False

@@ -85,6 +85,15 @@ class Forest:
         parent = self.parents[segment]
         return (segment,) if parent == ROOT else (*self.path(parent), segment)
 
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The segments that no other continues."""
+        return tuple(sorted(set(range(len(self.ends))) - set(self.parents)))
+
+    def tokens(self, segment: int, device: Any = None) -> Tensor:
+        """Return the tokens of the path from the root to ``segment``, int64."""
+        return torch.cat([torch.arange(*self.spans[i], device=device) for i in self.path(segment)])
+
     def keys(self, segment: int) -> tuple[tuple[int, int], ...]:
         """The spans of the row that ``segment`` attends to, its own last; neighbours are one."""
         found: list[tuple[int, int]] = []

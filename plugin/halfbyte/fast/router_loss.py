@@ -37,7 +37,7 @@ def router_loss(model: PreTrainedModel, router_logits: Any, mask: Tensor | None)
 def sequences_through(forest: Forest) -> Tensor:
     """Return how many sequences, from a root to a leaf, pass through each token of ``forest``: float32 ``[1, T]``."""
     sequences = [0] * len(forest.ends)
-    for leaf in set(range(len(forest.ends))) - set(forest.parents):
+    for leaf in forest.leaves:
         for segment in forest.path(leaf):
             sequences[segment] += 1
     lengths = torch.tensor([end - start for start, end in forest.spans])

@@ -83,14 +83,13 @@ def layout(forest: Forest, device: torch.device) -> Layout:
     Where a batch in rows of one length is more than twice its tokens (one long sequence packed beside short ones), rows
     are grouped by length, so that less than half of each group is padding.
     """
-    leaves = set(range(len(forest.ends))) - set(forest.parents)
     owner = torch.full((forest.ends[-1],), -1)
     rows: list[Tensor] = []
     # A side that ends with the prefix is part of the row of the other one.
     for leaf in sorted(
-        leaves, key=lambda segment: (forest.spans[segment][0] == forest.spans[segment][1], segment)
+        forest.leaves, key=lambda segment: forest.spans[segment][0] == forest.spans[segment][1]
     ):
-        row = torch.cat([torch.arange(*forest.spans[segment]) for segment in forest.path(leaf)])
+        row = forest.tokens(leaf)
         new = row[owner[row] < 0]
         if len(new):
             owner[new] = len(rows)

@@ -152,11 +152,11 @@ def _mixes(call: Call) -> bool:
 def _sequences(forest: Forest) -> Iterator[tuple[Tensor, int]]:
     """The tokens of each sequence from a root to a leaf, and how many of them an earlier one has already."""
     seen: set[int] = set()
-    for leaf in sorted(set(range(len(forest.ends))) - set(forest.parents)):
+    for leaf in forest.leaves:
         path = forest.path(leaf)
         shared = sum(forest.spans[i][1] - forest.spans[i][0] for i in path if i in seen)
         seen.update(path)
-        yield torch.cat([torch.arange(*forest.spans[segment]) for segment in path]), shared
+        yield forest.tokens(leaf), shared
 
 
 def _alone(small: Any, forest: Forest, inputs: Tensor, gradient: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -70,8 +70,9 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
                 products, working = max(products, of_mlp), max(working, inside)
         else:
             if workload.checkpointing and apart.keeps(layer, level):
-                kept += tokens * apart.kept_per_token(layer, model.config, item_size(layer))
-                working = max(working, apart.working(layer, model.config, workload, item_size(layer)))
+                size = item_size(layer)
+                kept += tokens * apart.kept_per_token(layer, model.config, size)
+                working = max(working, apart.working(layer, model.config, workload, size))
                 continue
             size, whole = _whole_per_token(layer)
             inside = tokens * whole + of_experts(
