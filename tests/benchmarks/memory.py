@@ -7,7 +7,6 @@ was there before the base was loaded, with the weights that are mapped from a fi
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import statistics
@@ -30,6 +29,7 @@ import torch
 
 from halfbyte import memory, recipe, run
 from halfbyte.tracking import held_memory
+from tests import forked
 from tests.benchmarks import machine, results, workload
 from tests.benchmarks.watched import anonymous
 from tests.benchmarks.workload import Case
@@ -106,9 +106,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="points whose name has all of these")
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in ("sft", "dpo"):  # what a run has imported before it measures
-        recipe.load(name)
     lines = []
     for point in points():
         if asked.only is None or all(word in point.name for word in asked.only):
@@ -123,8 +120,9 @@ def main() -> None:
 
 
 def measure(point: Point) -> dict[str, Any]:
-    """Run ``point`` in a process that has imported everything already, and return what it found.
+    """Run ``point`` in a process that has imported everything and run nothing, and return what it found.
 
+    What an earlier run freed would be in its allocator, and take up what this one allocates.
     Two processes are launched, and the larger of what they measured is taken.
     """
     if point.strategy != "single":
@@ -134,26 +132,19 @@ def measure(point: Point) -> dict[str, Any]:
             done = sharded.start(point.strategy, 2, *words, f"--memory_budget={budget}")
             assert done.returncode == 0, done.stderr[-2000:]
             return told(Path(scratch))
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_send, args=(point, theirs))
-    process.start()
-    theirs.close()
-    try:
-        found: dict[str, Any] = ours.recv()
-    finally:
-        process.join()
+    found: dict[str, Any] = forked.call(_silently, point)
     return found
 
 
-def _send(point: Point, connection: Any) -> None:
+def _silently(point: Point) -> dict[str, Any]:
+    for name in ("sft", "dpo"):  # what a run has imported before it measures
+        recipe.load(name)
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):
-        found = take(point)
-    connection.send(found)
+        return take(point)
 
 
 def take(point: Point) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +66,13 @@ class Finished:
 
 
 def start(
-    strategy: str, processes: int, *words: str, shim: bool = True, module: str | None = None, **extra: str
+    strategy: str,
+    processes: int,
+    *words: str,
+    shim: bool = True,
+    module: str | None = None,
+    executed: bool = False,
+    **extra: str,
 ) -> subprocess.CompletedProcess[str]:
     """``accelerate launch --config_file launch/STRATEGY.yaml ... WORDS`` with CPU ranks, sharded by the shim.
 
@@ -77,19 +82,16 @@ def start(
         module = "tests.distributed.gloo_as_gpu" if strategy in ("fsdp2", "zero3") and shim else "halfbyte"
     if strategy == "fsdp2" and shim:
         extra = {**extra, "ACCELERATE_TORCH_DEVICE": "cpu"}
-    file = launch.ROOT / "launch" / f"{strategy}.yaml"
-    options = ["--config_file", str(file), "--num_processes", str(processes), "--main_process_port", "0"]
     paths = [str(launch.ROOT), os.environ.get("PYTHONPATH", ""), extra.pop("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", module, *words]
-    return subprocess.run(
-        command,
+    extra["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return launch.accelerate(
+        *words,
+        processes=processes,
+        config=strategy,
+        module=module,
         cwd=launch.ROOT,
-        env=launch.environment(**{**extra, "PYTHONPATH": path}),
-        capture_output=True,
-        text=True,
-        timeout=launch.TIMEOUT,
-        check=False,
+        executed=executed,
+        **extra,
     )
 
 
