@@ -25,7 +25,6 @@ os.environ.update(
     OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false"
 )
 
-import torch
 
 from halfbyte import memory, recipe, run
 from halfbyte.tracking import held_memory
