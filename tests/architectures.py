@@ -268,7 +268,7 @@ def save(directory: Path, name: str, **more: Any) -> str:
 def step(directory: str, output: Path, plugin: dict[str, Any] | None = None, **options: Any) -> Any:
     """Take one SFT step on the base in ``directory``; return the trainer, and the adapters that did not move."""
     args = SFTConfig(output_dir=str(output), **{**_STEP, "max_length": 64, **options})
-    trainer = QLoRAPlugin(dtype="float32", lora_r=4, **(plugin or {})).trainer(
+    trainer = QLoRAPlugin(**{"dtype": "float32", "lora_r": 4, **(plugin or {})}).trainer(
         SFTTrainer, model=directory, args=args, train_dataset=Dataset.from_list(tiny.texts(8))
     )
     trainer.train()

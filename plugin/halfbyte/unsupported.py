@@ -45,6 +45,16 @@ def check(options: Any, device_type: str, processes: int) -> None:
             "TRL hands its samples to W&B or Comet only, and draws them on every rank; take it out",
             option="generate_during_eval",
         )
+    if (
+        _is_on(options, "eval_packing")
+        and not options["packing"]
+        and options["packing_strategy"] != "wrapped"
+    ):
+        raise UserError(
+            "without `packing: true` TRL evaluates each packed row as one sequence, whose parts attend to those before "
+            "them; write `packing: true` as well, or take it out",
+            option="eval_packing",
+        )
     if options["max_tokens_per_batch"] is not None:
         _check_token_budget(options)
     if "is_encoder_decoder" in options:  # of trainers over TRL's older preparation of pairs

@@ -97,6 +97,7 @@ def build(
                 collator=trainer.data_collator,
                 checkpointing=args.gradient_checkpointing,
             )
+        trial.check_apart(trainer, model, fusion)
         workload = workload_of(
             args,
             model,

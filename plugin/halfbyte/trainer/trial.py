@@ -8,14 +8,20 @@ from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from halfbyte.adapters import evaluating
+from halfbyte.distributed import zero3
 from halfbyte.errors import UserError
-from halfbyte.fast import autocast
+from halfbyte.fast import FusionReport, autocast
+from halfbyte.fast.report import ON
+from halfbyte.fast.stand_in import with_weights
 from halfbyte.memory import is_planned
 from halfbyte.terminal.wording import first_line, shorten
 
 _TOKENS = 8
 # The mean difference of log-probabilities that rounding cannot explain, over the spread of the logits.
 _TOLERANCE = 0.1
+# How much of its logits another sequence may change in a packed one, beside what experts round otherwise: a share, and
+# how many times what a sequence after it changes.
+_APART, _ROUNDING = 1e-3, 8
 
 
 def check_checkpointing(model: PreTrainedModel | PeftModel) -> None:
@@ -76,6 +82,57 @@ def check_loss(trainer: Trainer, model: PreTrainedModel | PeftModel) -> None:
             f"TRL would compute another loss than {name} does, which has more than a product between its backbone "
             f"and its logits; use another model"
         )
+
+
+def check_apart(trainer: Any, model: PreTrainedModel | PeftModel, fusion: FusionReport) -> None:
+    """Raise :class:`UserError` if ``trainer`` collates padding-free batches whose sequences ``model`` joins.
+
+    Those of ``packing`` and ``padding_free``, unless the fast step keeps sequences apart. Without the kernels for them
+    transformers refuses such batches in some models, and lets states or attention pass on in others.
+    """
+    if not getattr(trainer.data_collator, "padding_free", False) or fusion.batches == ON:
+        return
+    base: Any = _base(model)
+    with zero3.in_forward(base):
+        reason = _joins(with_weights(base, base.config._attn_implementation), trainer)
+    if reason is None:
+        return
+    option = "packing" if trainer.args.packing else "padding_free"
+    do = f"write `{option}: false`"
+    if fusion.mode == "none":
+        do = f"leave `fast: auto`, which keeps those of most models apart, or {do}"
+    elif fusion.batches is not None:
+        reason += f", and the fast step does not keep them apart ({fusion.batches})"
+    raise UserError(f"{type(base).__name__} {reason}; {do}", option=option)
+
+
+@torch.no_grad()
+def _joins(base: Any, trainer: Any) -> str | None:
+    """Why a padding-free batch of ``trainer`` is not what its sequences are in ``base``; None where it is."""
+    device, n = base.get_input_embeddings().weight.device, _TOKENS
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    one, two, own = ([token % vocabulary for token in range(start, start + n)] for start in (0, n, 2 * n))
+
+    def logits(*sequences: list[int]) -> torch.Tensor:
+        batch = trainer.data_collator([{"input_ids": each} for each in sequences])
+        del batch["labels"]
+        given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        found: torch.Tensor = base(**given, use_cache=False).logits[0].float()
+        return found
+
+    with (
+        evaluating(base),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        autocast.entered(trainer.args, device),
+    ):
+        try:
+            after, changed = (logits(each, own)[n : 2 * n] for each in (one, two))
+            before, rounded = (logits(own, each)[:n] for each in (one, two))
+        except Exception as error:  # of any architecture
+            return f"fails on packed sequences ({_said(error)})"
+    if (after - changed).norm() <= _APART * after.norm() + _ROUNDING * (before - rounded).norm():
+        return None
+    return "computes packed sequences as one, each from those before it"
 
 
 def _runs(base: Any, ids: torch.Tensor) -> bool:
