@@ -264,6 +264,13 @@ PATCHES = (
         "self x args kwargs",
     ),
     Patch(
+        "transformers.integrations.hub_kernels.use_kernel_func_from_hub_with_fallback",
+        "fast/torch_functions.py:torch_functions",
+        "while it is shown on the CPU what a model computes",
+        "transformers 5.24",
+        "state layers call causal_conv1d, mamba_ssm and fla where they are installed, and these compute on GPUs alone",
+    ),
+    Patch(
         "transformers.PreTrainedConfig._name_or_path",
         "quantization/load.py:load_base",
         "a base that was loaded from the store",

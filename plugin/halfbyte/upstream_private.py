@@ -92,7 +92,13 @@ PRIVATE = (
     Private("torch._foreach_norm", "trainer/finite.py"),
     *(
         Private("transformers.PreTrainedConfig._attn_implementation", place)
-        for place in ("fast/batches.py", "fast/fusion.py", "fast/parts.py", "trainer/reference_identity.py")
+        for place in (
+            "fast/batches.py",
+            "fast/fusion.py",
+            "fast/parts.py",
+            "trainer/reference_identity.py",
+            "trainer/trial.py",
+        )
     ),
     Private("transformers.PreTrainedModel._is_stateful", "fast/batches.py"),
     Private("transformers.PreTrainedModel._is_stateful", "trainer/completions.py"),

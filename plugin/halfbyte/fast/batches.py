@@ -7,6 +7,7 @@ mask without looking at positions; one of trees brings its own. A model through 
 before training and keeps padded batches.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from halfbyte.fast import reading, rows, rows_proof, varlen
 from halfbyte.fast.forest import ROOT, Forest
 from halfbyte.fast.parts import Uncovered
 from halfbyte.fast.stand_in import with_weights
+from halfbyte.fast.torch_functions import torch_functions
 from halfbyte.fast.varlen import IMPLEMENTATION, IN_PLACE_OF_EAGER
 
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -156,6 +158,11 @@ class _Arrived(Exception):  # noqa: N818 -- not an error: it ends a forward that
         self.forest = forest
 
 
+def _on(device: torch.device, model: PreTrainedModel) -> AbstractContextManager[None]:
+    """What ``model`` computes within on ``device``: kernels for a GPU are left to one."""
+    return torch_functions(model) if device.type == "cpu" else nullcontext()
+
+
 @torch.no_grad()
 def _arrives(model: PreTrainedModel, forest: Forest) -> bool:
     """Whether ``forest`` reaches the first attention of ``model``, or its stack of layers where this hands it on."""
@@ -172,6 +179,7 @@ def _arrives(model: PreTrainedModel, forest: Forest) -> bool:
 
     try:
         with (
+            _on(device, model),
             varlen.observed(stop),
             torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]),
         ):
@@ -192,7 +200,11 @@ def _computes_pairs(model: PreTrainedModel) -> bool:
     device, within = embedding.device, 1e-3 if embedding.dtype == torch.float32 else 0.1
     pair = Forest.of_lengths([3, 24, 5], PAIR.parents)  # far enough apart for a position of its own to show
     ids = torch.arange(pair.ends[-1], device=device).remainder(len(embedding))[None]
-    with evaluating(model), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+    with (
+        _on(device, model),
+        evaluating(model),
+        torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]),
+    ):
         on_tree = model.base_model(
             input_ids=ids,
             position_ids=pair.positions().to(device),

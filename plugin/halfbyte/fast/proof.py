@@ -20,6 +20,7 @@ from halfbyte.fast.kinds import Call, kept
 from halfbyte.fast.norm_proof import equal, norm_forms
 from halfbyte.fast.parts import Form, Uncovered
 from halfbyte.fast.rope import PAIRINGS
+from halfbyte.fast.torch_functions import torch_functions
 
 _TOKENS = 9
 
@@ -28,6 +29,7 @@ class Proofs:
     """What is proven of the decoder layers of one model, each kind when it is first requested."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self.layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
         self._places: dict[nn.Module, tuple[Any, str, int]] = {}
         for owner in model.modules():
@@ -44,7 +46,8 @@ class Proofs:
         """Return the form of the whole layer ``module``; raise :class:`Uncovered` for one without."""
         kind = self._kinds[module]
         if kind not in self._wholes:
-            self._wholes[kind] = _whole(self._call(module))
+            with torch_functions(self._model):
+                self._wholes[kind] = _whole(self._call(module))
         found = self._wholes[kind]
         if isinstance(found, str):
             raise Uncovered(found)
@@ -54,7 +57,8 @@ class Proofs:
         """Return the forms of what is proven by itself in the layer ``module``, attentions and MLPs, by name."""
         kind = self._kinds[module]
         if kind not in self._parts:
-            self._parts[kind] = _parts(self._call(module))
+            with torch_functions(self._model):
+                self._parts[kind] = _parts(self._call(module))
         return self._parts[kind]
 
     def may_leave_out(self, module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from halfbyte.fast import kinds, rows, varlen
 from halfbyte.fast.forest import ROOT, Forest
 from halfbyte.fast.kinds import Call
 from halfbyte.fast.norm_proof import equal
+from halfbyte.fast.torch_functions import torch_functions
 from halfbyte.multimodal import language_model
 
 _TOKENS = 9
@@ -56,7 +57,12 @@ def prove(model: PreTrainedModel, attention: str, *, trees: bool) -> Mixed | str
     def show(small: Any, those: list[nn.Module]) -> Mixed | str:
         return _shown(small, those, attention, _PAIRS if trees else _PACKED)
 
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.enable_grad():
+    with (
+        torch_functions(stack),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.enable_grad(),
+    ):
         return kinds.on_small(stack, name, sorted(first.values()), show)
 
 
