@@ -34,7 +34,7 @@ test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not distributed and not faults"
 
 test-distributed: $(VENV)/.deepspeed
-	$(TEST_ENV) $(BIN)/python -m pytest -m distributed
+	$(TEST_ENV) $(BIN)/python -m pytest -n logical --maxprocesses 2 --dist loadfile -m distributed
 
 test-faults: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n logical --maxprocesses 2 --dist loadfile -m faults
