@@ -23,8 +23,6 @@ from halfbyte.terminal.wording import say
 
 # Bytes of weights that take longer to load than their model on meta takes to make, a second for the largest.
 _LONG = 2**30
-# Arguments of from_pretrained that leave the layers of a model as its configuration has them.
-_SAME_LAYERS = {"attn_implementation", "dtype", "torch_dtype"}
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,10 @@ def load(
     if adapter is not None:
         _check_saved(options, decisions, adapter, added_token_ids)
     _check_sharded(options, adapter, added_token_ids)
-    same_layers = set(model_init_kwargs or ()) <= _SAME_LAYERS
-    if same_layers and (quantization.weight_bytes(decisions.base, revision) or _LONG) >= _LONG:
-        _check_ahead(options, decisions, trust_remote_code)
-    base, coverage = _load_base(options, decisions, trust_remote_code, dict(model_init_kwargs or {}))
+    init_kwargs = _init_kwargs(options, model_init_kwargs)
+    if (quantization.weight_bytes(decisions.base, revision) or _LONG) >= _LONG:
+        _check_ahead(options, decisions, trust_remote_code, init_kwargs)
+    base, coverage = _load_base(options, decisions, trust_remote_code, init_kwargs)
     _grow(base, tokenizer)
     if not options.use_peft:
         return Loaded(base, coverage)
@@ -87,19 +85,18 @@ def planned(
     trust_remote_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     added_token_ids: Iterable[int] = (),
+    model_init_kwargs: Mapping[str, Any] | None = None,
 ) -> Loaded:
-    """Return what :func:`load` would, without weights and on meta: the base's configuration is all that is read.
+    """Return what :func:`load` would, without weights and on meta, and raise :class:`UserError` as it does.
 
-    Raises :class:`UserError` as :func:`load` does for a base too little of which would be in four bits, or for adapters
-    that it cannot carry.
+    The base's configuration is all that is read.
     """
     if decisions.adapter is not None:
         _check_saved(options, decisions, decisions.adapter, list(added_token_ids))
     _check_sharded(options, decisions.adapter, list(added_token_ids))
-    base = _on_meta(options, decisions, trust_remote_code)
+    base = _on_meta(options, decisions, trust_remote_code, _init_kwargs(options, model_init_kwargs))
     coverage = _covered(options, base)
-    for line in coverage.parts():
-        say(line, error=True)
+    say(*coverage.parts(), error=True)
     _grow(base, tokenizer)
     model: PreTrainedModel | PeftModel = base
     if options.use_peft:
@@ -118,9 +115,22 @@ def planned(
     return Loaded(model, coverage)
 
 
-def _on_meta(options: ModelOptions, decisions: Decisions, trust_remote_code: bool) -> PreTrainedModel:
+def _init_kwargs(options: ModelOptions, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of ``from_pretrained``: those ``given`` as ``model_init_kwargs``, and the option that is one."""
+    attention = options.attn_implementation
+    return {**(given or {}), **({} if attention is None else {"attn_implementation": attention})}
+
+
+def _on_meta(
+    options: ModelOptions, decisions: Decisions, trust_remote_code: bool, init_kwargs: dict[str, Any]
+) -> PreTrainedModel:
     dtype = getattr(torch, decisions.dtype) if options.use_peft else torch.float32
-    return quantization.planned(
+    attention = None
+    if decisions.device.type == "cuda" and not torch.cuda.is_available():
+        # transformers refuses the kernels of a GPU where there is none: a run that is planned here has it.
+        init_kwargs = dict(init_kwargs)
+        attention = init_kwargs.pop("attn_implementation", None)
+    base = quantization.planned(
         decisions.base,
         quantization=_quantization_config(options, decisions, dtype),
         dtype=dtype,
@@ -128,7 +138,11 @@ def _on_meta(options: ModelOptions, decisions: Decisions, trust_remote_code: boo
         trust_remote_code=trust_remote_code,
         task=by_peft_type(options.lora_task_type),
         entire=not options.use_peft,
+        **init_kwargs,
     )
+    if attention is not None:
+        base.config._attn_implementation = attention
+    return base
 
 
 class _Weightless:
@@ -214,11 +228,13 @@ def _check_sharded(options: ModelOptions, adapter: str | None, added_token_ids: 
         distributed.check_adapters(rows=rows, dora=dora)
 
 
-def _check_ahead(options: ModelOptions, decisions: Decisions, trust_remote_code: bool) -> None:
+def _check_ahead(
+    options: ModelOptions, decisions: Decisions, trust_remote_code: bool, init_kwargs: dict[str, Any]
+) -> None:
     """Raise :class:`UserError` for what the base's configuration alone decides, before its weights are loaded."""
     try:
         with torch.random.fork_rng(devices=[]):
-            base = _on_meta(options, decisions, trust_remote_code)
+            base = _on_meta(options, decisions, trust_remote_code, init_kwargs)
     except Exception:  # loading says what is wrong with it
         return
     _covered(options, base)
@@ -231,8 +247,6 @@ def _load_base(
 ) -> tuple[PreTrainedModel, Coverage]:
     # Full-parameter training keeps its master weights in float32.
     dtype = getattr(torch, decisions.dtype) if options.use_peft else torch.float32
-    if options.attn_implementation is not None:
-        init_kwargs["attn_implementation"] = options.attn_implementation
     base = quantization.load_base(
         decisions.base,
         quantization=_quantization_config(options, decisions, dtype),
@@ -247,8 +261,7 @@ def _load_base(
     if fsdp2.requested():
         fsdp2.check_base(base, dtype)
     coverage = _covered(options, base)
-    for line in coverage.parts():
-        say(line, error=True)
+    say(*coverage.parts(), error=True)
     return base, coverage
 
 

@@ -299,3 +299,47 @@ def test_adapters_that_a_run_refuses_are_not_planned(
     assert "computes its experts in a way of its own" in planned
     assert main(["sft", *words, "--output_dir=refused"]) == 2
     assert planned.splitlines()[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("llama", {"num_hidden_layers": 1}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+        ("qwen3_moe", {"output_router_logits": True, "num_experts_per_tok": 1}),
+        ("llama", {"use_safetensors": True, "attn_implementation": "eager"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_a_plan_is_of_the_model_that_the_run_loads(
+    given, planned: Planned, tmp_path: Path, arch: str, changes: dict
+) -> None:
+    words = (*given("sft", arch), "--model_init_kwargs", json.dumps(changes))
+    plain, found = planned("sft", *given("sft", arch)), planned("sft", *words)
+    assert main(["sft", *words, f"--output_dir={tmp_path / 'run'}"]) == 0
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert found["memory"] == told["memory"]["predicted"]
+    assert (found["memory"] == plain["memory"]) == ("rope_parameters" in changes)
+    assert ("not padding-free (attention is eager" in str(found["step"])) == (
+        "attn_implementation" in changes
+    )
+    assert told["fast"]["batches"] == "on" or "attn_implementation" in changes
+
+
+def test_the_attention_of_a_gpu_is_planned_without_one(given, planned: Planned, capsys) -> None:
+    """Its kernels are installed where the run will be, and refused here where it would be here."""
+    words = (*given("sft"), "--attn_implementation=flash_attention_2")
+    assert main(["plan", "sft", *words]) == 2
+    assert "FlashAttention2 has been toggled on" in capsys.readouterr().err
+    gpu = "--gpu=24GB"
+    found = planned("sft", *words, gpu)
+    assert found["step"][1] == planned("sft", *given("sft"), gpu)["step"][1]
+    assert planned("sft", *words, gpu, "--packing", "--fast=none")["verdict"] == "fits"
+
+
+def test_an_argument_that_no_model_takes_is_refused_alike(given, tmp_path: Path, capsys) -> None:
+    words = (*given("sft"), "--model_init_kwargs", '{"num_hidden_layer": 1}')
+    for command in (["plan", "sft"], ["sft", f"--output_dir={tmp_path / 'run'}"]):
+        assert main([*command, *words]) == 2
+        said = "--model_init_kwargs: 'num_hidden_layer' is neither .*; did you mean num_hidden_layers?"
+        assert re.search(said, capsys.readouterr().err)

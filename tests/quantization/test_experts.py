@@ -186,6 +186,11 @@ def test_mxfp4_is_dequantized_and_packed_as_it_is_read(tmp_path: Path) -> None:
     assert measure_coverage(on_meta).bytes_4bit == measure_coverage(model).bytes_4bit
     plain = without_weights(directory, quantization=None, dtype=torch.float32, task=CAUSAL_LM)
     assert not hasattr(plain.config, "quantization_config"), "what a merge writes is not quantized"
+    given: dict[str, Any] = {"quantization": nf4(), "dtype": torch.float32, "num_experts_per_tok": 1}
+    model = load_base(str(directory), device=torch.device("cpu"), **given)
+    assert (
+        model.config.num_experts_per_tok == planned(str(directory), **given).config.num_experts_per_tok == 1
+    )
     with pytest.raises(UserError, match="quantized with mxfp4"):
         load_base(str(directory), quantization=None, dtype=torch.float32, device=torch.device("cpu"))
 

@@ -54,6 +54,7 @@ def with_weights(model: PreTrainedModel, attention: str) -> PreTrainedModel:
         if (part := getattr(config, name, None)) is not None and part is not text:
             for depth in _DEPTHS & vars(part).keys():  # of a tower, which is made and left out
                 setattr(part, depth, 1)
+    config._attn_implementation = "eager"  # what the model has may need a GPU
     with torch.random.fork_rng(devices=[]):
         small: Any = type(model)(config)
     small.set_attn_implementation(attention)
@@ -74,8 +75,8 @@ def of_layers(owner: Any, layers: int, *, narrow: bool = True) -> Any:
         _narrow(config)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
+        config._attn_implementation = "eager"  # what the model has may need a GPU
         small: Any = cls(config)
-        small.set_attn_implementation("eager")
         small = small.float().eval().requires_grad_(False)
         _randomize(small)
     return small

@@ -60,6 +60,7 @@ class Rehearsal:
                 trust_remote_code=getattr(options.args, "trust_remote_code", False),
                 tokenizer=tokenizer,
                 added_token_ids=added,
+                model_init_kwargs=getattr(options.args, "model_init_kwargs", None),
             )
         except UserError as error:
             settings.placed(error)

@@ -16,7 +16,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from halfbyte import multimodal, store
 from halfbyte.errors import UserError
 from halfbyte.quantization import experts, quantizer, stored
-from halfbyte.quantization.skeleton import selective, without_weights
+from halfbyte.quantization.skeleton import configured, selective, without_weights
 from halfbyte.task import CAUSAL_LM, Task
 from halfbyte.terminal.wording import first_line, shorten
 
@@ -46,21 +46,33 @@ def load_base(
     Raises :class:`UserError` when the checkpoint is missing, is in another quantization format, or requires
     its own code without ``trust_remote_code``.
     """
+    with _explained(name_or_path, task), _random_state_kept(device):
+        model = _load(
+            name_or_path,
+            quantization,
+            dtype,
+            device,
+            task,
+            entire,
+            {"revision": revision, "trust_remote_code": trust_remote_code},
+            {**task.model_kwargs, **model_init_kwargs},
+        )
+    # No caller of a training model reads the cache, and padding-free attention is wrong with one.
+    model.config.use_cache = model.config.get_text_config().use_cache = False
+    for part in multimodal.other_parts(model):
+        model.get_submodule(part).requires_grad_(False)
+    _prepare_linears(model, dtype)
+    return model
+
+
+@contextmanager
+def _explained(name_or_path: str, task: Task) -> Iterator[None]:
+    """Raise what a model's class makes of a configuration or of files that do not fit as a :class:`UserError`."""
     try:
-        with _random_state_kept(device):
-            model = _load(
-                name_or_path,
-                quantization,
-                dtype,
-                device,
-                task,
-                entire,
-                {"revision": revision, "trust_remote_code": trust_remote_code},
-                {**task.model_kwargs, **model_init_kwargs},
-            )
+        yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever a model's class makes of a configuration that does not fit
+    except Exception as error:  # of any class
         if "DefaultCPUAllocator" in str(error):
             raise
         if "trust_remote_code" in str(error):
@@ -77,12 +89,6 @@ def load_base(
         if "Unrecognized configuration class" in said:
             said = f"{name_or_path!r}: transformers has no class for {task.name} with it; use another model"
         raise UserError(said, option="model_name_or_path") from error
-    # No caller of a training model reads the cache, and padding-free attention is wrong with one.
-    model.config.use_cache = model.config.get_text_config().use_cache = False
-    for part in multimodal.other_parts(model):
-        model.get_submodule(part).requires_grad_(False)
-    _prepare_linears(model, dtype)
-    return model
 
 
 def planned(
@@ -94,22 +100,25 @@ def planned(
     trust_remote_code: bool = False,
     task: Task = CAUSAL_LM,
     entire: bool = False,
+    **model_init_kwargs: Any,
 ) -> PreTrainedModel:
     """Return what :func:`load_base` would load, without weights and on meta.
 
     Raises :class:`UserError` for a configuration that is missing, or that no class takes.
     """
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    own = _own_quantization(_configuration(name_or_path, origin), quantization)
-    _check_own_quantization(name_or_path, own, quantization)
-    try:
+    with _explained(name_or_path, task):
+        own = _own_quantization(_configuration(name_or_path, origin), quantization)
+        _check_own_quantization(name_or_path, own, quantization)
         model = without_weights(
-            name_or_path, quantization=quantization, dtype=dtype, task=task, entire=entire, **origin
+            name_or_path,
+            quantization=quantization,
+            dtype=dtype,
+            task=task,
+            entire=entire,
+            init_kwargs=model_init_kwargs,
+            **origin,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"cannot plan with the model {name_or_path!r}: {first_line(error)}", option="model_name_or_path"
-        ) from error
     model.config.use_cache = model.config.get_text_config().use_cache = False
     _prepare_linears(model, dtype)
     return model
@@ -128,6 +137,7 @@ def _load(
     config = _configuration(name, origin)
     own = _own_quantization(config, quantization)
     _check_own_quantization(name, own, quantization)
+    changed, of_class = configured(name, options, origin)
     auto = multimodal.model_class(config, task, entire=entire)
 
     def load(source: str | Path, *, to: torch.device = device, **more: Any) -> PreTrainedModel:
@@ -139,8 +149,7 @@ def _load(
                 # Under gloo accelerate numbers even the CPU, which as a device map would mean a GPU.
                 # Under ZeRO-3 transformers takes no device map, and loads onto this rank's device by itself.
                 device_map=None if is_deepspeed_zero3_enabled() else {"": "cpu" if to.type == "cpu" else to},
-                **options,
-                **more,
+                **{**options, **more} if "config" not in more else {**of_class, **more},
             )
 
     if quantization is None or own is not None:
@@ -156,8 +165,8 @@ def _load(
 
     given: dict[str, Any] = {"quantization_config": quantization, **origin}
     if hasattr(config, "quantization_config"):  # one that is not the base's any more
-        del config.quantization_config
-        given["config"] = config
+        del changed.quantization_config
+        given["config"] = changed
 
     def quantize() -> PreTrainedModel:
         return load(name, **given)

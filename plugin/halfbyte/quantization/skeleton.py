@@ -1,9 +1,11 @@
 """A model without weights, on meta, its linear layers as quantization makes them."""
 
 import copy
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -15,11 +17,19 @@ from transformers.modeling_utils import set_quantized_state
 from transformers.quantizers import AutoHfQuantizer
 
 from halfbyte import multimodal
+from halfbyte.errors import UserError
 from halfbyte.quantization.quantizer import registered
 from halfbyte.task import Task
+from halfbyte.terminal.wording import suggestion
 
 # Linear layers of a few weights that a model reads itself, not by a product: packed bytes are no numbers to it.
 _READ_AS_NUMBERS = {"gemma3n_text": ("prediction_coefs", "correction_coefs")}
+
+# What ``from_pretrained`` takes beside its signature and hands to no model.
+_OF_FILES = """
+    adapter_kwargs adapter_name allow_all_kernels generation_config kernel_config key_mapping low_cpu_mem_usage
+    max_memory offload_buffers offload_folder offload_state_dict proxies subfolder tqdm_class use_kernels variant
+"""
 
 
 def without_weights(
@@ -29,21 +39,23 @@ def without_weights(
     dtype: torch.dtype,
     task: Task,
     entire: bool = False,
+    init_kwargs: Mapping[str, Any] = MappingProxyType({}),
     **origin: Any,
 ) -> PreTrainedModel:
-    """Return the model that ``name_or_path`` configures, on meta, its linear layers as ``quantization`` makes them."""
-    config = transformers.AutoConfig.from_pretrained(name_or_path, **origin)
+    """Return the model that ``name_or_path`` configures, on meta, its linear layers as ``quantization`` makes them.
+
+    ``init_kwargs`` are those of ``from_pretrained``.
+    """
+    config, of_class = configured(name_or_path, {**task.model_kwargs, **init_kwargs}, origin)
     if isinstance(own := getattr(config, "quantization_config", None), dict):
         del config.quantization_config
     if own is not None and own.get("quant_method") == "bitsandbytes":
         quantization = BitsAndBytesConfig.from_dict(own)
     elif quantization is not None:
         quantization = selective(quantization, config, task)
-    for name, value in task.model_kwargs.items():
-        setattr(config, name, value)
     auto = multimodal.model_class(config, task, entire=entire)
     with torch.device("meta"), set_quantized_state():  # under ZeRO-3 nothing of it is partitioned
-        model: PreTrainedModel = auto.from_config(config, dtype=dtype, **_of_code(origin))
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, **_of_code(origin), **of_class)
     if quantization is not None:
         with registered():
             quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
@@ -74,6 +86,29 @@ def shown_dense(model: nn.Module) -> Iterator[None]:
     finally:
         for linear, weight in zip(linears, packed, strict=True):
             linear.weight = weight
+
+
+def configured(
+    name_or_path: str | Path, options: Mapping[str, Any], origin: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the configuration that ``from_pretrained`` makes with ``options``, and those left for the model's class.
+
+    Raises :class:`UserError` for an option that nothing takes.
+    """
+    config, rest = transformers.AutoConfig.from_pretrained(
+        name_or_path, return_unused_kwargs=True, **origin, **options
+    )
+    # Those that say how files are read change no model.
+    known = {*inspect.signature(PreTrainedModel.from_pretrained).parameters, *_OF_FILES.split()}
+    of_class = {name: value for name, value in options.items() if name in rest.keys() - known}
+    if of_class and not origin.get("trust_remote_code"):
+        name = next(iter(of_class))
+        raise UserError(
+            f"{name!r} is neither in the configuration of {type(config).__name__} nor an argument of "
+            f"from_pretrained{suggestion(name, known | config.to_dict().keys())}",
+            option="model_init_kwargs",
+        )
+    return config, of_class
 
 
 def _of_code(origin: dict[str, Any]) -> dict[str, Any]:

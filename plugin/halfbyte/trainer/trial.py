@@ -22,6 +22,7 @@ _TOLERANCE = 0.1
 # How much of its logits another sequence may change in a packed one, beside what experts round otherwise: a share, and
 # how many times what a sequence after it changes.
 _APART, _ROUNDING = 1e-3, 8
+_ON_CPUS = ("eager", "sdpa")
 
 
 def check_checkpointing(model: PreTrainedModel | PeftModel) -> None:
@@ -93,8 +94,11 @@ def check_apart(trainer: Any, model: PreTrainedModel | PeftModel, fusion: Fusion
     if not getattr(trainer.data_collator, "padding_free", False) or fusion.batches == ON:
         return
     base: Any = _base(model)
+    attention = base.config._attn_implementation
+    if attention not in _ON_CPUS:  # and a model in the place of a planned one is on a CPU
+        attention = "sdpa"
     with zero3.in_forward(base):
-        reason = _joins(with_weights(base, base.config._attn_implementation), trainer)
+        reason = _joins(with_weights(base, attention), trainer)
     if reason is None:
         return
     option = "packing" if trainer.args.packing else "padding_free"
