@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from halfbyte.fast import batches
 from halfbyte.fast.proof import Proofs
+from halfbyte.fast.torch_functions import calls_kernels
 from tests import forked
 from tests.fast import test_batches, test_rows
 
@@ -49,6 +50,7 @@ def shown_and_trained(site: str | None) -> Any:
     """What is said of qwen3_next, its loss and gradients, and how often kernels were called; in its own process."""
     sys.path[:0] = [site] if site else []
     model = test_rows.make("qwen3_next")
+    assert calls_kernels(model) is bool(site)
     reason = batches.use_forests(model)
     torch.manual_seed(0)
     layer = get_peft_model(model, LoraConfig(target_modules="all-linear")).base_model.model.model.layers[1]

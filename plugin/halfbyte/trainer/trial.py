@@ -13,6 +13,7 @@ from halfbyte.errors import UserError
 from halfbyte.fast import FusionReport, autocast
 from halfbyte.fast.report import ON
 from halfbyte.fast.stand_in import with_weights
+from halfbyte.fast.torch_functions import calls_kernels
 from halfbyte.memory import is_planned
 from halfbyte.terminal.wording import first_line, shorten
 
@@ -94,8 +95,10 @@ def check_apart(trainer: Any, model: PreTrainedModel | PeftModel, fusion: Fusion
     if not getattr(trainer.data_collator, "padding_free", False) or fusion.batches == ON:
         return
     base: Any = _base(model)
+    if is_planned(base) and calls_kernels(base):  # in the place of a planned model is one on the CPU
+        return
     attention = base.config._attn_implementation
-    if attention not in _ON_CPUS:  # and a model in the place of a planned one is on a CPU
+    if attention not in _ON_CPUS:
         attention = "sdpa"
     with zero3.in_forward(base):
         reason = _joins(with_weights(base, attention), trainer)
