@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from halfbyte import fast
 from halfbyte.cli import main
@@ -335,6 +336,24 @@ def test_the_attention_of_a_gpu_is_planned_without_one(given, planned: Planned, 
     found = planned("sft", *words, gpu)
     assert found["step"][1] == planned("sft", *given("sft"), gpu)["step"][1]
     assert planned("sft", *words, gpu, "--packing", "--fast=none")["verdict"] == "fits"
+
+
+@pytest.mark.parametrize("launch", [None, "ddp.yaml"])
+def test_use_cpu_plans_for_the_cpu_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, launch: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**33, 2**34))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    file = None if launch is None else LAUNCH / launch
+    gpu, cpu = (target.find(None, file, use_cpu=use_cpu) for use_cpu in (False, True))
+    assert (gpu.device, gpu.capacity, cpu.device) == ("cuda", 2**34 - target.CONTEXT, "cpu")
+    assert (gpu.ranks, gpu.strategy) == (cpu.ranks, cpu.strategy)
+    assert cpu.planned.device == "cpu"
+    assert not cpu.notes  # about GPUs that it does not need
+    with pytest.raises(UserError, match="use_cpu: true trains on the CPU, and --gpu plans for a GPU"):
+        target.find("24GB", file, use_cpu=True)
 
 
 def test_an_argument_that_no_model_takes_is_refused_alike(given, tmp_path: Path, capsys) -> None:

@@ -37,12 +37,12 @@ def main(arguments: list[str]) -> int:
             "measures this machine; leave --gpu out, or state --tokens_per_second", option="--probe"
         )
     recipe, _ = recipes.named(given.recipe, options)
-    from halfbyte.plan import page, plan, preview, probe, target
+    from halfbyte.plan import page, plan, preview, probe
     from halfbyte.plan.rehearsal import Rehearsal
     from halfbyte.run import quieten
 
     quieten()
-    rehearsal = Rehearsal.of(given.recipe, recipe, options, target.find(given.gpu, given.launch))
+    rehearsal = Rehearsal.of(given.recipe, recipe, options, given.gpu, given.launch)
     if given.preview is not None or given.row is not None:
         shown = [given.row] if given.row is not None else range(1, given.preview + 1)
         if given.json:

@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from halfbyte.distributed import launcher
 from halfbyte.errors import UserError
 from halfbyte.loading import Loaded
 from halfbyte.options import Options
-from halfbyte.plan.target import Target
+from halfbyte.plan.target import Target, find
 from halfbyte.plugin import QLoRAPlugin
 from halfbyte.recipe import Recipe, recipes_for
 from halfbyte.resolve import Decisions
@@ -41,14 +42,20 @@ class Rehearsal:
     loaded: Loaded
 
     @classmethod
-    def of(cls, name: str, recipe: Recipe, argv: list[str], target: Target) -> "Rehearsal":
-        """Read and decide as :func:`halfbyte.run.main` does; raises :class:`UserError` for what it refuses."""
+    def of(
+        cls, name: str, recipe: Recipe, argv: list[str], gpu: str | None = None, launch: Path | None = None
+    ) -> "Rehearsal":
+        """Read and decide as :func:`halfbyte.run.main` does, on the devices that ``gpu`` and ``launch`` name.
+
+        Raises :class:`UserError` for what a run refuses.
+        """
         settings = read(name, recipe, argv)
-        if target.device == "cuda" and not torch.cuda.is_available():
-            settings = _as_on_a_gpu(settings, name, recipe, argv)
         if launcher.requested().processes > 1:
             raise UserError("a plan is made in one process; name the launch file with --launch")
         try:
+            target = find(gpu, launch, use_cpu=bool(settings["use_cpu"]))
+            if target.device == "cuda" and not torch.cuda.is_available():
+                settings = _as_on_a_gpu(settings, name, recipe, argv)
             settings.check(QLoRAPlugin)
             resolve.join(settings)
             decisions = resolve.for_run(settings, None, target.planned)
@@ -109,13 +116,6 @@ class Rehearsal:
 
 def _as_on_a_gpu(settings: Settings, name: str, recipe: Recipe, argv: list[str]) -> Settings:
     """The settings of a run on a GPU, where there is none: what only it could take here, it is not asked about."""
-    if settings["use_cpu"]:
-        raise settings.placed(
-            UserError(
-                "true trains on the CPU, and --gpu plans for a GPU; add `--use_cpu false` for the plan",
-                option="use_cpu",
-            )
-        )
     if not {"dtype", "bf16", "fp16"} & settings.given.keys():
         # What a run chooses on a GPU of compute capability 8.0 or above.
         settings = read(name, recipe, [*argv, "--dtype", "bfloat16"])

@@ -48,17 +48,20 @@ class Target:
         return "tight" if held.total - held.pageable <= self.capacity else "does not fit"
 
 
-def find(gpu: str | None, launch: Path | None) -> Target:
+def find(gpu: str | None, launch: Path | None, *, use_cpu: bool = False) -> Target:
     """Return the devices that ``gpu`` and the ``launch`` file name; without either, those of this machine.
 
-    Raises :class:`UserError` for what is neither, and for a strategy that is refused.
+    ``use_cpu`` is the run's option. Raises :class:`UserError` for what names no devices, for CPUs and a GPU at once,
+    and for a strategy that is refused.
     """
     size, stated = (0, None) if gpu is None else _parse(gpu)
-    file = (
-        None
-        if launch is None
-        else launch_file.inspect(launch, torch.cuda.device_count() if gpu is None else stated)
-    )
+    if gpu is not None and use_cpu:
+        raise UserError(
+            "true trains on the CPU, and --gpu plans for a GPU; add `--use_cpu false` for the plan",
+            option="use_cpu",
+        )
+    here = None if use_cpu else torch.cuda.device_count()
+    file = None if launch is None else launch_file.inspect(launch, here if gpu is None else stated)
     request = Request() if file is None else file.request
     support.require(request.strategy if request.strategy in support.STRATEGIES else "other")
     count = stated or request.processes
@@ -69,7 +72,7 @@ def find(gpu: str | None, launch: Path | None) -> Target:
             raise UserError(f"{launch} trains on CPUs; take one of the two out", option="--gpu")
         said = f"{memory(size)} less {memory(CONTEXT)} for the CUDA context"
         return Target("cuda", count, _strategy(request, count), size - CONTEXT, said, notes)
-    if torch.cuda.is_available() and not request.use_cpu:
+    if torch.cuda.is_available() and not (use_cpu or request.use_cpu):
         _, total = torch.cuda.mem_get_info()
         said = f"{torch.cuda.get_device_name()}, {memory(total)} less {memory(CONTEXT)} for the CUDA context"
         return Target("cuda", count, _strategy(request, count), total - CONTEXT, said, notes)
