@@ -96,6 +96,7 @@ PRIVATE = (
             "fast/batches.py",
             "fast/fusion.py",
             "fast/parts.py",
+            "loading.py",
             "trainer/reference_identity.py",
             "trainer/trial.py",
         )
