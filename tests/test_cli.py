@@ -171,7 +171,19 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys, place: str) -> Non
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "Traceback (most recent call last)" in error
-    assert "learning_rate" in error
+    assert error.splitlines()[-1].startswith("error: --learning_rat: unknown option")
+    assert error.count("unknown option") == 1
+
+
+def test_debug_says_the_whole_of_a_message_once(failing: Fail, capsys, tmp_path: Path) -> None:
+    failing("raise ZeroDivisionError('\\n'.join(f'line {n}' for n in range(20)))")
+    assert main(["failing", *places(tmp_path), "--debug"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    said = ["error: ZeroDivisionError: line 0", *(f"line {n}" for n in range(1, 20))]
+    assert lines[-20:] == said
+    assert lines[0] == "Traceback (most recent call last):"
+    assert not set(said) & set(lines[:-20])
+    assert not any("--debug shows" in line or line.startswith("ZeroDivisionError") for line in lines)
 
 
 def test_debug_with_a_value_is_trl_s_own_option(failing: Fail, capsys, tmp_path: Path) -> None:

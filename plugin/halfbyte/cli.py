@@ -63,7 +63,7 @@ def _ended(arguments: list[str], debug: bool) -> int:
         return stopped.code
     except Halted as error:
         if debug:
-            _show_traceback(error)
+            _show_traceback(error, message=not on_local_rank_0())
         _print(f"error: {error}")
         return 1
     except KeyboardInterrupt as interrupt:
@@ -72,8 +72,8 @@ def _ended(arguments: list[str], debug: bool) -> int:
         # A panic of a library written in Rust, such as tokenizers, is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        text = f"error: {type(error).__name__}: {_first_lines(str(error))}\n(--debug shows the traceback)"
-        return _fail(error, text, 1, debug)
+        said = str(error) if debug else f"{_first_lines(str(error))}\n(--debug shows the traceback)"
+        return _fail(error, f"error: {type(error).__name__}: {said}", 1, debug)
 
 
 def _run(arguments: list[str]) -> int:
@@ -126,17 +126,19 @@ def _train(name: str, arguments: list[str]) -> int:
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     """Print the reason once per job and return the exit code; a rank among others ends without waiting for them."""
     watch = sys.modules.get("halfbyte.resilience.watch")
-    if debug:
-        _show_traceback(error)
     if watch is None:
-        _print(message)
-        return code
-    explanation = watch.explain(error)
-    if not isinstance(error, FailedElsewhereError) and watch.speaks_first():
+        speaks, head, explanation = on_local_rank_0(), "", None
+    else:
+        explanation = watch.explain(error)
+        speaks = not isinstance(error, FailedElsewhereError) and watch.speaks_first()
         rank = os.environ.get("RANK", "0")
         head = "" if rank == "0" else f"rank {rank}: "
+    if debug:
+        _show_traceback(error, message=not speaks)
+    if speaks:
         show(f"{head}{message}" if explanation is None else f"{head}{message}\n{explanation}")
-    watch.leave(code)
+    if watch is not None:
+        watch.leave(code)
     return code
 
 
@@ -157,8 +159,15 @@ def _print(message: str) -> None:
         show(message)
 
 
-def _show_traceback(error: BaseException) -> None:
-    show("".join(traceback.format_exception(error)).rstrip("\n"))
+def _show_traceback(error: BaseException, *, message: bool) -> None:
+    """Print where ``error`` comes from, and what it says only with ``message``: what follows says it."""
+    lines, said = traceback.format_exception(error), traceback.format_exception_only(error)
+    if not message and lines[-len(said) :] == said:
+        own = next(
+            i for i, line in enumerate(said) if not line.startswith(" ")
+        )  # after a line of a SyntaxError
+        del lines[own - len(said)]  # its notes remain
+    show("".join(lines).rstrip("\n"))
 
 
 def _first_lines(text: str) -> str:
