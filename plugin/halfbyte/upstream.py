@@ -206,7 +206,7 @@ PATCHES = (
     ),
     Patch(
         "peft.PeftModel.__class__",
-        "loading.py:planned",
+        "loading.py:_on_meta",
         "a model on meta that `halfbyte plan` builds a trainer over",
         "peft 0.21, trl 1.16",
         "the Trainer moves a model that is not quantized, and TRL copies adapters to one that it adds on the CPU",
@@ -269,6 +269,16 @@ PATCHES = (
         "while it is shown on the CPU what a model computes",
         "transformers 5.24",
         "state layers call causal_conv1d, mamba_ssm and fla where they are installed, and these compute on GPUs alone",
+    ),
+    *(
+        Patch(
+            "transformers.PreTrainedConfig._attn_implementation",
+            place,
+            "a base on meta, and a small model like it",
+            "transformers 5.24",
+            "transformers refuses the attention of a GPU where there is none, and a plan is for one",
+        )
+        for place in ("loading.py:_on_meta", "fast/stand_in.py:with_weights", "fast/stand_in.py:of_layers")
     ),
     Patch(
         "transformers.PreTrainedConfig._name_or_path",

@@ -96,7 +96,6 @@ PRIVATE = (
             "fast/batches.py",
             "fast/fusion.py",
             "fast/parts.py",
-            "loading.py",
             "trainer/reference_identity.py",
             "trainer/trial.py",
         )
