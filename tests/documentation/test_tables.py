@@ -111,6 +111,7 @@ def test_every_option_in_code_marks_exists() -> None:
         "probe",
         "output_dir",
         "recipe",
+        "row",
         "smooth",
         "sort",
         "tokens_per_second",

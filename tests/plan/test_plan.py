@@ -220,6 +220,13 @@ def test_a_page_says_the_verdict_first(given, capsys: pytest.CaptureFixture[str]
         (("--launch", "no-such.yaml"), "no file no-such.yaml"),
         (("--tokens_per_second", "0"), "must be positive"),
         (("--preview", "0"), "must be at least 1"),
+        (("--preview", "2", "--row", "3"), "--row: has no effect with --preview"),
+        (
+            ("--preview", "2", "--probe"),
+            "--probe: has no effect with --preview, which shows rows in the place of the plan",
+        ),
+        (("--row", "3", "--full"), "--full: has no effect with --row"),
+        (("--row", "3", "--tokens_per_second", "9"), "--tokens_per_second: has no effect with --row"),
         (("--probe", "--gpu", "24GB"), "measures this machine"),
         (
             ("--gpu", "24GB x 2", "--launch", str(LAUNCH / "fsdp2.yaml"), "--load_in_4bit=false"),
@@ -240,6 +247,12 @@ def test_a_page_says_the_verdict_first(given, capsys: pytest.CaptureFixture[str]
 def test_mistakes(given, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str) -> None:
     assert main(["plan", "sft", *given("sft"), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_help_says_that_rows_are_shown_in_the_place_of_the_plan(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert " ".join(capsys.readouterr().out.split()).count("in the place of the plan") == 2
 
 
 @pytest.mark.parametrize(

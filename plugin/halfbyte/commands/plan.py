@@ -1,5 +1,6 @@
 """``halfbyte plan RECIPE --config FILE``: would it fit, how long would it take, and what would it train on."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -23,15 +24,21 @@ def main(arguments: list[str]) -> int:
         "--tokens_per_second", type=float, help="what one device computes, for the time of an epoch"
     )
     parser.add_argument(
-        "--preview", type=int, metavar="N", help="show the first N rows as they are trained on"
+        "--preview",
+        type=int,
+        metavar="N",
+        help="show the first N rows as they are trained on, in the place of the plan",
     )
-    parser.add_argument("--row", type=int, metavar="K", help="show row K, counted from 1")
+    parser.add_argument(
+        "--row", type=int, metavar="K", help="show row K, counted from 1, in the place of the plan"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given, options = parser.parse_beside(arguments)
     if given.tokens_per_second is not None and not given.tokens_per_second > 0:
         raise UserError("must be positive", option="--tokens_per_second")
     if given.preview is not None and given.preview < 1:
         raise UserError("must be at least 1", option="--preview")
+    _check_shown(given)
     if given.probe and given.gpu is not None:
         raise UserError(
             "measures this machine; leave --gpu out, or state --tokens_per_second", option="--probe"
@@ -56,3 +63,21 @@ def main(arguments: list[str]) -> int:
     found = plan.plan(rehearsal, full=given.full, tokens_per_second=rate)
     say(*([json.dumps(found.as_dict(), indent=2)] if given.json else page.page(found)))
     return int(found.verdict == "does not fit")
+
+
+def _check_shown(given: argparse.Namespace) -> None:
+    """Raise :class:`UserError` for what says how to plan where rows are shown in the place of the plan."""
+    if given.preview is None and given.row is None:
+        return
+    shown = "--row" if given.preview is None else "--preview"
+    unread = {
+        "--full": given.full,
+        "--probe": given.probe,
+        "--tokens_per_second": given.tokens_per_second is not None,
+        "--row": given.row is not None and shown != "--row",
+    }
+    for option, is_given in unread.items():
+        if is_given:
+            raise UserError(
+                f"has no effect with {shown}, which shows rows in the place of the plan", option=option
+            )
