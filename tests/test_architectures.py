@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from halfbyte import QLoRAPlugin
 from halfbyte.errors import UserError
@@ -12,7 +13,7 @@ from halfbyte.fast.forest import ROOT
 from halfbyte.quantization import load_base, streamed
 from halfbyte.quantization.stored import same_bytes
 from halfbyte.task import CAUSAL_LM
-from tests import architectures
+from tests import architectures, experts
 from tests.architecture_table import NF4
 
 
@@ -107,9 +108,41 @@ def test_an_exclusion_that_excludes_nothing_is_refused(model_dir) -> None:
         QLoRAPlugin(dtype="float32", lora_target_modules=["all-linear", "q_proj"]).load(llama)
 
 
-def test_layers_that_peft_refuses_are_named(base) -> None:
-    with pytest.raises(UserError, match=r"lora_target_modules: .*'out_proj' is incompatible with Mamba"):
-        QLoRAPlugin(dtype="float32", lora_target_modules=["in_proj", "out_proj"]).load(base("mamba2"))
+@pytest.mark.parametrize(
+    ("name", "targets", "leaf"),
+    [
+        ("mamba2", ["in_proj", "out_proj"], "out_proj"),
+        ("bamba", ["q_proj", "out_proj"], "out_proj"),  # which PEFT accepts
+        ("bamba", [r".*\.(q|out)_proj"], "out_proj"),
+        ("jamba", ["q_proj", "dt_proj"], "dt_proj"),
+    ],
+)
+def test_layers_that_are_read_past_an_adapter_are_named(
+    base, name: str, targets: list[str], leaf: str
+) -> None:
+    message = f"lora_target_modules: state layers of {name} read the weight of {leaf} past an adapter"
+    with pytest.raises(UserError, match=message):
+        QLoRAPlugin(dtype="float32", lora_target_modules=targets).load(base(name))
+
+
+@pytest.mark.parametrize("name", ["jamba", "falcon_mamba"])
+@torch.no_grad()
+def test_the_adapter_of_a_state_layer_counts_on_a_base_in_16_bits_too(
+    base, tmp_path: Path, name: str
+) -> None:
+    """There these multiply by the weight of `dt_proj`; on a quantized base they call the layer."""
+    directory = base(name)
+    model = QLoRAPlugin(dtype="float32", fast="none").load(directory).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(4, 36).view(2, 16)
+    expected = model(ids, use_cache=False).logits
+    dense = experts.rounded(directory, experts.load(directory))
+    assert not hasattr(dense.config, "_is_quantized")
+    served = PeftModel.from_pretrained(dense, tmp_path / "adapter").eval()
+    assert (served(ids, use_cache=False).logits - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize(

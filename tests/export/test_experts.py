@@ -92,3 +92,21 @@ def test_a_base_that_was_quantized_beforehand_trains(model_dir: ModelDir, tmp_pa
     found, expected = experts.load(packed).state_dict(), experts.load(model_dir("qwen3_moe")).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid"])
+def test_rows_of_a_run_without_a_router_s_loss_are_read(tmp_path: Path, family: str, capsys) -> None:
+    """TRL can compute none for it, which the run said; reading its rows trains nothing."""
+    rows = tiny.write_rows(tmp_path / "rows", tiny.conversations(12))
+    given = {**GIVEN, "eval_strategy": "steps", "eval_steps": "2", "router_aux_loss_coef": "0"}
+    assert (
+        main(
+            ["sft", *options(Path(experts.save(tmp_path / "base", family)), rows, tmp_path / "run", **given)]
+        )
+        == 0
+    )
+    merge = ["merge", str(tmp_path / "run"), "--output_dir", str(tmp_path / "merged"), "--dtype", "float32"]
+    assert main(merge) == 0
+    printed = capsys.readouterr()
+    assert "cannot be read" not in printed.err
+    assert "measured on rows, split test" in printed.out + printed.err

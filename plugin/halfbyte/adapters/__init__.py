@@ -1,5 +1,6 @@
 """LoRA adapters on a 4-bit base: fresh, continued, or as the start and reference of a preference run."""
 
+from halfbyte.adapters.eva import initialize_eva
 from halfbyte.adapters.fresh import (
     INITIALIZATIONS,
     REFUSED_INITIALIZATIONS,
@@ -7,7 +8,6 @@ from halfbyte.adapters.fresh import (
     check_initialization,
     check_targets,
     evaluating,
-    initialize_eva,
 )
 from halfbyte.adapters.lineage import chain, describe, lines, same_quantization, same_tokenizer
 from halfbyte.adapters.reference import drop_reference_copy, keep_float32, restore, trained_values

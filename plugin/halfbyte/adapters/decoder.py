@@ -1,7 +1,7 @@
 """The linear layers that text trains: all linear layers of the decoder, found by one short forward and backward."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,39 +10,51 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.adapters.targets import is_named
+from halfbyte.errors import UserError
 from halfbyte.multimodal import language_model
 from halfbyte.task import SEQUENCE_CLASSIFICATION
 
-# Layers that fused kernels of state-space models read past an adapter (PEFT 0.21 refuses adapters on them).
-_READ_BY_KERNELS = {
-    model: {"out_proj"}
-    for model in (
-        "falcon_h1",
-        "mamba",
-        "mamba2",
-        "falcon_mamba",
-        "nemotron_h",
-        "bamba",
-        "zamba2",
-        "granitemoehybrid",
-    )
+# Layers whose weights state mixers read past an adapter. Kernels read `out_proj` (PEFT 0.21 refuses adapters on it, not
+# for all of these); on a base that is not quantized `dt_proj` is a product with its weight, and on one that is, a call.
+_READ_PAST = {
+    "bamba": {"out_proj"},
+    "falcon_h1": {"out_proj"},
+    "falcon_mamba": {"dt_proj", "out_proj"},
+    "granitemoehybrid": {"out_proj"},
+    "jamba": {"dt_proj"},
+    "mamba": {"dt_proj", "out_proj"},
+    "mamba2": {"out_proj"},
+    "nemotron_h": {"out_proj"},
+    "zamba2": {"out_proj"},
 }
 _TOKENS = 16
 
 
-def linears(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Return the paths of the linear layers that text reaches, and of those that it does not.
+def linears(model: PreTrainedModel) -> tuple[list[str], list[str], list[str]]:
+    """Return the paths of the linear layers that text reaches, of those read past an adapter, and of those not reached.
 
-    The output head is in neither. A layer counts as reached if a layer at its place in any block is (the expert of
-    another token): vision towers, attention to an encoder, poolers and what kernels read past an adapter are not.
-    Where no forward can be made (ZeRO-3 holds no whole weight; the model requires other inputs) all count as reached.
+    The output head is in none. A layer counts as reached if a layer at its place in any block is (the expert of
+    another token): vision towers, attention to an encoder and poolers are not. Where no forward can be made (ZeRO-3
+    holds no whole weight; the model requires other inputs) all count as reached.
     """
     found = _layers(model)
+    past = _read_past(model, found)
     reached = None if is_deepspeed_zero3_enabled() else _reached(model, found)
-    passed_over = _READ_BY_KERNELS.get(model.config.get_text_config().model_type, set())
     places = {place(name) for name in (found if reached is None else reached)}
-    chosen = [name for name in found if place(name) in places and name.rpartition(".")[2] not in passed_over]
-    return chosen, sorted(found.keys() - set(chosen))
+    chosen = [name for name in found if place(name) in places and name not in past]
+    return chosen, sorted(past), sorted(found.keys() - past - set(chosen))
+
+
+def check_read(model: PreTrainedModel, targets: str | Collection[str]) -> None:
+    """Raise :class:`UserError` for ``targets`` that name a layer whose weight is read past an adapter."""
+    past = sorted(_read_past(model, matched(model, targets)))
+    if past:
+        leaves = ", ".join(sorted({name.rpartition(".")[2] for name in past}))
+        raise UserError(
+            f"state layers of {_type(model)} read the weight of {leaves} past an adapter, which would not train or not "
+            f"count on the 16-bit base; take {leaves} out, or write `all-linear`, which leaves it out",
+            option="lora_target_modules",
+        )
 
 
 def matched(model: PreTrainedModel, targets: str | Collection[str]) -> list[str]:
@@ -54,6 +66,16 @@ def matched(model: PreTrainedModel, targets: str | Collection[str]) -> list[str]
         return is_named(name, *targets)
 
     return [name for name in _layers(model) if is_target(name)]
+
+
+def _read_past(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    leaves = _READ_PAST.get(_type(model), set())
+    return {name for name in names if name.rpartition(".")[2] in leaves}
+
+
+def _type(model: PreTrainedModel) -> str:
+    found: str = model.config.get_text_config().model_type
+    return found
 
 
 def _layers(model: PreTrainedModel) -> dict[str, nn.Module]:

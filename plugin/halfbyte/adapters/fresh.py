@@ -9,14 +9,13 @@ from types import MappingProxyType
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte import multimodal
-from halfbyte.adapters import decoder, experts, patterns
+from halfbyte.adapters import decoder, experts, patterns, whole
 from halfbyte.adapters.targets import is_named
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import first_line, plural, say, suggestion
@@ -90,34 +89,6 @@ def attach(
     return show_head_bias(to_float32(peft_model))
 
 
-def initialize_eva(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-    """Set every A ``[r, H]`` to the leading directions of its layer's inputs on ``batches`` (EVA, arXiv 2410.07170).
-
-    B stays zero, so the logits do not change. The same batches give the same weights on every rank.
-
-    Raises :class:`UserError` if there are no batches.
-    """
-
-    class Loader:
-        """What PEFT requires of a dataloader: it can be iterated more than once."""
-
-        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-            return iter(inputs)
-
-        def __len__(self) -> int:
-            return len(inputs)
-
-    wanted = ("input_ids", "attention_mask", "position_ids")
-    inputs = [{k: v.to(model.device) for k, v in batch.items() if k in wanted} for batch in batches]
-    if not inputs:
-        raise UserError("'eva' requires training rows, and there are none", option="init_lora_weights")
-    for batch in inputs:
-        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-    with evaluating(model), torch.random.fork_rng():
-        initialize_lora_eva_weights(model, Loader(), gather_distributed_inputs=False, show_progress_bar=False)
-    to_float32(model)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a block with ``model`` in evaluation mode and without gradients."""
@@ -137,6 +108,7 @@ def check_targets(model: PreTrainedModel, config: LoraConfig, stacks: experts.Sh
     """
     _check_layers(model, config, stacks)
     _check_excluded(model, config)
+    whole.check(model, config)
     experts.check_parameters(model, config, stacks)
 
 
@@ -148,6 +120,8 @@ def _check_layers(model: PreTrainedModel, config: LoraConfig, stacks: experts.Sh
             patterns.check(model, {"target_modules": targets})
         except UserError as error:
             raise UserError(error.what, option="lora_target_modules") from error
+    if targets and targets != "all-linear":
+        decoder.check_read(model, targets)
     if not isinstance(targets, (list, set)):
         return
     if stacks:
@@ -186,7 +160,7 @@ def _check_excluded(model: PreTrainedModel, config: LoraConfig) -> None:
 
 def _target_the_decoder(model: PreTrainedModel, config: LoraConfig, stacks: experts.Shapes) -> None:
     """Replace `all-linear` by the linear layers that text reaches, and print what gets no adapter."""
-    found, others = decoder.linears(model)
+    found, past, others = decoder.linears(model)
     gates = experts.routers({name: model.get_submodule(name) for name in found}, stacks)
     taken = sorted(experts.taken_for_experts(model, found) - gates)
     chosen = [name for name in found if name not in gates and name not in taken]
@@ -200,6 +174,7 @@ def _target_the_decoder(model: PreTrainedModel, config: LoraConfig, stacks: expe
     for names, reason in (
         (sorted(gates), "that route to experts"),
         (taken if obstacle else [], f"whose names PEFT reads as those of experts ({obstacle} adds them)"),
+        (past, "whose weights state layers read past an adapter"),
         (others, "without a gradient from text"),
     ):
         if names:

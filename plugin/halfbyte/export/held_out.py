@@ -138,7 +138,9 @@ def _options(
     ]
     classes = (RunArguments, found.config, QLoRAPlugin, DatasetMixtureConfig)
     settings = config.read(words, classes, prog=f"halfbyte {name}")
-    changed = {"bf16": False, "fp16": False, "precompute_ref_log_probs": False}
+    # Rows are read, and none is trained.
+    changed: dict[str, Any] = {"bf16": False, "fp16": False, "precompute_ref_log_probs": False}
+    changed |= {"gradient_checkpointing": False, "router_aux_loss_coef": 0.0}
     settings = settings.with_values(**{key: value for key, value in changed.items() if key in settings})
     script, args, _, mixture = settings.build()
     return script, args, mixture
