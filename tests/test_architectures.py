@@ -13,8 +13,7 @@ from halfbyte.fast.forest import ROOT
 from halfbyte.quantization import load_base, streamed
 from halfbyte.quantization.stored import same_bytes
 from halfbyte.task import CAUSAL_LM
-from tests import architectures, experts
-from tests.architecture_table import NF4
+from tests import architectures, experts, plain_trl
 
 
 @pytest.fixture
@@ -205,11 +204,19 @@ def test_a_model_that_numbers_tokens_itself_keeps_padded_pairs(monkeypatch) -> N
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("name", ["gemma3n_text", "granitemoe", "falcon", "llava"])
-def test_what_is_read_tensor_by_tensor_is_what_trains(base, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in ("gemma3n_text", "granitemoe", "falcon", "llava")),
+        ("qwen2", torch.bfloat16),  # biases
+        ("gpt_oss", torch.bfloat16),
+        ("falcon_mamba", torch.float16),
+    ],
+)
+def test_what_is_read_tensor_by_tensor_is_what_trains(base, name: str, dtype: torch.dtype) -> None:
     """Merges and `halfbyte quantize` read so: weights left out, stacks of experts, other names in the files."""
     directory = Path(base(name))
-    settings: Any = {"quantization": NF4, "dtype": torch.float32, "task": CAUSAL_LM}
+    settings: Any = {"quantization": plain_trl.nf4(dtype), "dtype": dtype, "task": CAUSAL_LM}
     found = streamed.stream(directory, **settings)
     assert found is not None
     whole = streamed.Whole(directory, load_base(str(directory), device=torch.device("cpu"), **settings))

@@ -10,19 +10,19 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from halfbyte.cli import main
 from halfbyte.errors import UserError
 from halfbyte.quantization import fingerprint, load_base, measure_coverage
 from halfbyte.task import SEQUENCE_CLASSIFICATION
-from tests import tiny
+from tests import architectures, tiny
 from tests.plain_trl import nf4
 
 CPU = torch.device("cpu")
 
 
 def load(path: Path, quantization: BitsAndBytesConfig | None = None, **options) -> PreTrainedModel:
-    return load_base(
-        str(path), quantization=quantization or nf4(), dtype=torch.float32, device=CPU, **options
-    )
+    settings = {"quantization": quantization or nf4(), "dtype": torch.float32, "device": CPU, **options}
+    return load_base(str(path), **settings)
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt", "qwen3", "gemma"])
@@ -63,6 +63,24 @@ def test_a_classification_head_of_several_linears_is_left_out_by_design(tmp_path
     coverage = measure_coverage(load(tmp_path / "base", task=SEQUENCE_CLASSIFICATION))
     assert coverage.four_bit_share == 1.0
     assert coverage.left_out["head"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["qwen2", "gpt_oss", "granitemoehybrid"])
+def test_a_prequantized_checkpoint_is_in_the_dtype_that_is_requested(
+    tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    """Embeddings, norms and routers are `weight`s that are not packed; transformers leaves them as they are stored."""
+    base, packed = Path(architectures.save(tmp_path / "base", name)), tmp_path / "packed"
+    assert main(["quantize", str(base), "--output_dir", str(packed), "--dtype", "bfloat16"]) == 0
+    stored = dict(load(packed, dtype=torch.bfloat16).named_parameters())
+    expected = dict(
+        load(base, dtype=dtype).named_parameters()
+    )  # gpt-oss keeps some in float32 beside float16
+    for path, found in load(packed, dtype=dtype).named_parameters():
+        if found.is_floating_point():
+            assert found.dtype == expected[path].dtype, path
+            assert torch.equal(found, stored[path].to(found.dtype)), path
 
 
 def test_a_prequantized_checkpoint_reloads_to_the_same_bytes(

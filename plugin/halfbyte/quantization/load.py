@@ -15,7 +15,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from halfbyte import multimodal, store
 from halfbyte.errors import UserError
-from halfbyte.quantization import experts, quantizer, stored
+from halfbyte.quantization import experts, mxfp4, quantizer, stored
 from halfbyte.quantization.skeleton import configured, selective, without_weights
 from halfbyte.task import CAUSAL_LM, Task
 from halfbyte.terminal.wording import first_line, shorten
@@ -238,6 +238,12 @@ def _check_own_quantization(
     if own is None:
         return
     method = own.get("quant_method")
+    if method == mxfp4.METHOD:
+        raise UserError(
+            f"{name!r} is in MXFP4, which is read into 4 bits alone; write `load_in_4bit: true`, or name the 16-bit "
+            f"checkpoint",
+            option="load_in_4bit",
+        )
     if method != "bitsandbytes":
         raise UserError(
             f"{name!r} is quantized with {method}; halfbyte trains on bitsandbytes 4-bit bases: "

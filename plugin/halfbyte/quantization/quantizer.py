@@ -53,6 +53,14 @@ class Quantizer(Bnb4BitHfQuantizer):
         """What puts a packed parameter together from its tensors."""
         return {"deserialize": _Deserialize}
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype that a tensor is read in; its own for :class:`_Deserialize`, which casts what is not packed."""
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, _Deserialize):
+                operation.dtype = dtype
+        found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return found
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any, **kwargs: Any
     ) -> None:
@@ -163,7 +171,12 @@ class _Quantize(Bnb4bitQuantize):
 
 
 class _Deserialize(Bnb4bitDeserialize):
-    """Put a packed parameter together, a linear's as transformers does."""
+    """Put a packed parameter together, a linear's as transformers does, and cast one that is not packed.
+
+    Embeddings, norms and routers are `weight`s too, and transformers leaves them in the dtype of the checkpoint.
+    """
+
+    dtype: torch.dtype | None = None
 
     def convert(
         self,
@@ -173,7 +186,10 @@ class _Deserialize(Bnb4bitDeserialize):
         **kwargs: Any,
     ) -> dict[str, Any]:
         key = min(input_dict, key=len)
-        if key == "weight" or len(input_dict) == 1:
+        if len(input_dict) == 1:
+            value = input_dict[key][0] if isinstance(input_dict[key], list) else input_dict[key]
+            return {key: value.to(self.dtype) if value.is_floating_point() else value}
+        if key == "weight":
             found: dict[str, Any] = super().convert(input_dict, model, full_layer_name, **kwargs)
             return found
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}

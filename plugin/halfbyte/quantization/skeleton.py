@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.modeling_utils import set_quantized_state
+from transformers.modeling_utils import local_torch_dtype, set_quantized_state
 from transformers.quantizers import AutoHfQuantizer
 
 from halfbyte import multimodal
@@ -59,7 +59,8 @@ def without_weights(
     if quantization is not None:
         with registered():
             quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
-        quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+        with local_torch_dtype(dtype, type(model).__name__):  # that of the biases of linear layers
+            quantizer.preprocess_model(model=model, device_map={"": "cpu"})
         config.quantization_config = quantizer.quantization_config
         model.hf_quantizer = quantizer
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = (
