@@ -9,12 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from halfbyte import QLoRAPlugin
 from halfbyte.cli import main
 from halfbyte.errors import UserError
 from halfbyte.export.deltas import Deltas
 from halfbyte.fast import experts as fused
 from tests import experts, tiny
-from tests.checkpoint.runs import options
+from tests.checkpoint.runs import options, read_rows
 
 ModelDir = Callable[..., Path]
 IDS = torch.arange(4, 36).view(2, 16)
@@ -110,3 +111,29 @@ def test_rows_of_a_run_without_a_router_s_loss_are_read(tmp_path: Path, family: 
     printed = capsys.readouterr()
     assert "cannot be read" not in printed.err
     assert "measured on rows, split test" in printed.out + printed.err
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_run_on_a_packed_base_computes_as_it_says_and_is_merged_for_plain_transformers(
+    model_dir: ModelDir, tmp_path: Path, name: str
+) -> None:
+    """Packed in bfloat16 and trained in float32: nothing is rounded to bfloat16 on the way, fused or not."""
+    packed = tmp_path / "packed"
+    words = ["quantize", str(model_dir(name)), "--output_dir", str(packed), "--dtype", "bfloat16"]
+    assert main(words) == 0
+    rows = tiny.write_rows(tmp_path / "rows", tiny.conversations(12))
+    losses = []
+    for fast in ("none", "auto"):
+        words = options(packed, rows, tmp_path / fast, **GIVEN, fast=fast)
+        assert main(["sft", *words]) == 0
+        losses.append([row["loss"] for row in read_rows(tmp_path / fast) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-6)
+    merged = tmp_path / "merged"
+    assert main(["merge", str(tmp_path / "auto"), "--output_dir", str(merged), "--dtype", "float32"]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    assert not hasattr(plain.config, "quantization_config")
+    plugin = QLoRAPlugin(dtype="float32", adapter_name_or_path=str(tmp_path / "auto"), fast="none")
+    trained = plugin.load(str(packed)).eval()
+    with torch.no_grad():
+        found, expected = plain(IDS).logits, trained(IDS).logits
+    assert (found - expected).norm() <= 1e-5 * expected.norm()

@@ -4,10 +4,11 @@ Only this package touches bitsandbytes' weights.
 """
 
 from halfbyte.quantization.checkpoint import fingerprint, require, weight_bytes
+from halfbyte.quantization.compute import compute_in_float32
 from halfbyte.quantization.coverage import Coverage, measure_coverage
 from halfbyte.quantization.dtype import choose_compute_dtype
 from halfbyte.quantization.experts import shapes as stacks_of
-from halfbyte.quantization.load import compute_in_float32, load_base, planned
+from halfbyte.quantization.load import load_base, planned
 from halfbyte.quantization.shape import Shape, shape_of
 from halfbyte.quantization.skeleton import shown_dense
 

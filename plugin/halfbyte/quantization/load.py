@@ -5,17 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from halfbyte import multimodal, store
 from halfbyte.errors import UserError
-from halfbyte.quantization import experts, mxfp4, quantizer, stored
+from halfbyte.quantization import mxfp4, quantizer, stored
+from halfbyte.quantization.compute import compute_in
 from halfbyte.quantization.skeleton import configured, selective, without_weights
 from halfbyte.task import CAUSAL_LM, Task
 from halfbyte.terminal.wording import first_line, shorten
@@ -61,7 +60,7 @@ def load_base(
     model.config.use_cache = model.config.get_text_config().use_cache = False
     for part in multimodal.other_parts(model):
         model.get_submodule(part).requires_grad_(False)
-    _prepare_linears(model, dtype)
+    compute_in(model, dtype)
     return model
 
 
@@ -120,7 +119,7 @@ def planned(
             **origin,
         )
     model.config.use_cache = model.config.get_text_config().use_cache = False
-    _prepare_linears(model, dtype)
+    compute_in(model, dtype)
     return model
 
 
@@ -273,29 +272,3 @@ def _check_own_quantization(
                 f"write `{option}: {str(own.get(key)).lower()}`, or name the 16-bit checkpoint",
                 option=option,
             )
-
-
-def compute_in_float32(model: nn.Module) -> None:
-    """Have ``model`` compute in float32 with the weights that it has."""
-    nn.Module.float(
-        model
-    )  # transformers refuses it for a quantized model, whose packed weights it leaves alone
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = torch.float32
-    experts.compute_in(model, torch.float32)
-
-
-def _prepare_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Fix the compute dtype of every 4-bit linear, and keep bitsandbytes from repacking its weights.
-
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 (nn/modules.py, Linear4bit.forward) repacks a weight in
-    place for inference at the first evaluation without gradients. Gradients computed through it afterwards
-    are wrong, and so is what is saved.
-    """
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-            module.compute_dtype = dtype
-            module.compute_type_is_set = True
-    experts.compute_in(model, dtype)

@@ -44,12 +44,13 @@ def without_weights(
 ) -> PreTrainedModel:
     """Return the model that ``name_or_path`` configures, on meta, its linear layers as ``quantization`` makes them.
 
+    A checkpoint that is packed already decides how; without ``quantization`` the model is what it was before that.
     ``init_kwargs`` are those of ``from_pretrained``.
     """
     config, of_class = configured(name_or_path, {**task.model_kwargs, **init_kwargs}, origin)
     if isinstance(own := getattr(config, "quantization_config", None), dict):
         del config.quantization_config
-    if own is not None and own.get("quant_method") == "bitsandbytes":
+    if quantization is not None and own is not None and own.get("quant_method") == "bitsandbytes":
         quantization = BitsAndBytesConfig.from_dict(own)
     elif quantization is not None:
         quantization = selective(quantization, config, task)
