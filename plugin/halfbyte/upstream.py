@@ -77,6 +77,7 @@ OVERRIDES = (
         Override(f"transformers.TrainerCallback.{event}", parameters)
         for event, parameters in (
             ("on_epoch_begin", _EVENT),
+            ("on_epoch_end", _EVENT),
             ("on_evaluate", _EVENT),
             ("on_log", _EVENT),
             ("on_pre_optimizer_step", _EVENT),

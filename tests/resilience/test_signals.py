@@ -76,26 +76,52 @@ def test_a_signal_before_training_leaves_nothing(saboteur_options, tmp_path: Pat
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_what_a_signal_cut_off_is_made_up_for(saboteur_options, tmp_path: Path) -> None:
-    """Stopped in an evaluation and resumed: the rows and the weights of a run that never was, dropout on."""
-    chosen = {"max_steps": 7, "lora_dropout": 0.1, "logging_steps": 2, "learning_rate": 1e-2}
+def logged(output: Path) -> list[dict]:
+    """The rows of a run without what the clock decides."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if "loss" in key or key == "step"} for row in rows]
+
+
+def assert_made_up_for(saboteur_options, tmp_path: Path, *fault: str, **chosen: object) -> None:
+    """Stopped by SIGTERM and resumed: the rows and the weights of a run that never was, dropout on."""
+    chosen = {"max_steps": 7, "lora_dropout": 0.1, "logging_steps": 2, "learning_rate": 1e-2, **chosen}
     whole = saboteur_options(**{**chosen, "output_dir": tmp_path / "whole"})
     assert run.main("saboteur", saboteur.recipe, whole) == 0
     cut = saboteur_options(**chosen)
     with pytest.raises(Stopped):
-        run.main("saboteur", saboteur.recipe, [*cut, "--fault", "SIGTERM", "--fault_place", "evaluation"])
-    resumed = [*cut, "--resume_from_checkpoint", "auto", "--allow_config_change", "fault", "fault_place"]
+        run.main("saboteur", saboteur.recipe, [*cut, "--fault", "SIGTERM", *fault])
+    faults = ("fault", "fault_place", "fault_step")
+    resumed = [*cut, "--resume_from_checkpoint", "auto", "--allow_config_change", *faults]
     assert run.main("saboteur", saboteur.recipe, resumed) == 0
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
     assert weights[0] == weights[1]
-    logged = [
-        [
-            {key: value for key, value in json.loads(line).items() if "loss" in key or key == "step"}
-            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "run")
-    ]
-    assert logged[0] == logged[1]
+    assert logged(tmp_path / "whole") == logged(tmp_path / "run")
+
+
+def test_what_a_signal_cut_off_is_made_up_for(saboteur_options, tmp_path: Path) -> None:
+    assert_made_up_for(saboteur_options, tmp_path, "--fault_place", "evaluation")
+
+
+ENDS = [
+    pytest.param(place, chosen, id=f"{place} {chosen}", marks=() if quick else pytest.mark.faults)
+    for place, kept in (("step", 0), ("evaluation", 1), ("save", 2), ("saved", -1))
+    for number, chosen in enumerate(({}, {"save_strategy": "epoch"}, {"logging_strategy": "epoch"}))
+    for quick in (number == kept,)
+]
+
+
+@pytest.mark.parametrize(("place", "chosen"), ENDS)
+def test_so_is_what_ends_an_epoch(saboteur_options, tmp_path: Path, place: str, chosen: dict) -> None:
+    """Five steps are an epoch, which upstream evaluates and logs after the save of its last step."""
+    given = {"gradient_accumulation_steps": 4, "eval_strategy": "epoch", **chosen}
+    assert_made_up_for(saboteur_options, tmp_path, "--fault_place", place, "--fault_step", "5", **given)
+    evaluated = [row["step"] for row in logged(tmp_path / "run") if "eval_loss" in row]
+    assert evaluated == [5, 7]
+
+
+def test_so_is_what_ends_training_within_an_epoch(saboteur_options, tmp_path: Path) -> None:
+    given = {"gradient_accumulation_steps": 4, "eval_strategy": "epoch"}
+    assert_made_up_for(saboteur_options, tmp_path, "--fault_step", "7", **given)
 
 
 def test_a_save_that_cannot_fit_is_not_begun(

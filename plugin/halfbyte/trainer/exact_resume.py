@@ -2,8 +2,9 @@
 
 The Trainer restores weights, optimizer, scheduler, its state and the random generators. It forgets the losses and
 metrics gathered since the last row of the log and TRL's count of tokens; it takes a stream for one endless epoch, and
-has samplers draw their order again; an evaluation draws from the generators that training uses; a finished run trains
-a step too many; and DDP rebuilds its buckets.
+has samplers draw their order again; an evaluation draws from the generators that training uses; the row and the
+evaluation of an epoch come after the save of its last step, behind which a resume begins; a finished run trains a step
+too many; and DDP rebuilds its buckets.
 """
 
 import base64
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerControl, TrainerState
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import IntervalStrategy, has_length
 
 from halfbyte.checkpoint.generators import generators_kept
 from halfbyte.terminal.wording import say
@@ -33,6 +34,7 @@ class ExactResume(Mixin):
         self._exact_within_epoch = False  # whether the resume begins within an epoch
         self._exact_between_epochs = False
         self._exact_nothing_left = False
+        self._exact_evaluated = -1  # the last step of the epoch that was evaluated before its end
         super().__init__(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +68,20 @@ class ExactResume(Mixin):
             # Some samplers draw their order from it; the Trainer then restores what the checkpoint has.
             torch.set_rng_state(self._exact_generator)
         self._exact_within_epoch = False
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have the row and the evaluation of an epoch come before its last step is saved, or stopped at."""
+        super().on_step_end(args, state, control, **kwargs)
+        if state.global_step < state.max_steps and not float(state.epoch).is_integer():
+            return
+        control.should_log = control.should_log or args.logging_strategy == IntervalStrategy.EPOCH
+        if args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch:
+            control.should_evaluate, self._exact_evaluated = True, state.global_step
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_epoch_end(args, state, control, **kwargs)
+        if state.global_step == self._exact_evaluated:
+            control.should_evaluate = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
