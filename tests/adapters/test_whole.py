@@ -8,7 +8,7 @@ import pytest
 from halfbyte import QLoRAPlugin
 from halfbyte.cli import main
 from halfbyte.errors import UserError
-from tests import tiny
+from tests import architectures, tiny
 from tests.checkpoint.runs import options
 
 ModelDir = Callable[..., Path]
@@ -48,3 +48,11 @@ def test_a_plan_refuses_what_its_run_does(model_dir: ModelDir, tmp_path: Path, c
         assert main([*words, *given]) == 2
         said.append(capsys.readouterr().err.splitlines()[-1])
     assert said[0] == said[1]
+
+
+def test_a_part_that_text_does_not_reach_is_refused(tmp_path: Path) -> None:
+    plugin = QLoRAPlugin(dtype="float32", lora_modules_to_save=["multi_modal_projector"])
+    with pytest.raises(
+        UserError, match=r"'multi_modal_projector' is model\.multi_modal_projector, which text"
+    ):
+        plugin.load(architectures.save(tmp_path / "base", "gemma3"))

@@ -10,12 +10,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from halfbyte import store
+from halfbyte.cli import main
 from halfbyte.errors import UserError
 from halfbyte.quantization import experts, load_base, measure_coverage, packed, planned, stacks_of
 from halfbyte.quantization.skeleton import without_weights
 from halfbyte.quantization.stacks_in_peft import shown_whole
 from halfbyte.task import CAUSAL_LM
 from tests import tiny
+from tests.architectures import save
 from tests.experts import load, save_mxfp4
 from tests.plain_trl import nf4
 
@@ -67,6 +69,18 @@ def test_a_checkpoint_that_is_packed_already_loads_with_its_own_bytes(base: Path
     found, expected = load(tmp_path / "packed").state_dict(), model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_conversions_of_the_model_s_own_leave_packed_stacks_alone(tmp_path: Path) -> None:
+    """transformers transposes stacks of qwen3_vl_moe as it reads them, and took their scales for stacks."""
+    base, packed = save(tmp_path / "base", "qwen3_vl_moe"), tmp_path / "packed"
+    before = len(store.entries())
+    expected = load(base).state_dict()
+    assert len(store.entries()) == before + 1
+    assert main(["quantize", base, "--output_dir", str(packed), "--dtype", "float32"]) == 0
+    for found in (load(base).state_dict(), load(packed).state_dict()):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_coverage_counts_what_is_packed(base: Path) -> None:

@@ -3,22 +3,34 @@
 import bitsandbytes as bnb
 from peft import LoraConfig
 from torch import nn
+from transformers import PreTrainedModel
 
+from halfbyte import multimodal
 from halfbyte.errors import UserError
 from halfbyte.terminal.wording import suggestion
 
 
-def check(model: nn.Module, config: LoraConfig) -> None:
-    """Raise :class:`UserError` for ``modules_to_save`` that match nothing, or what is quantized. No weight is read."""
+def check(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raise :class:`UserError` for ``modules_to_save`` that match nothing, a tower, or what is quantized.
+
+    No weight is read.
+    """
     if not config.modules_to_save:
         return
     modules = dict(model.named_modules(remove_duplicate=False))
+    beside = tuple(multimodal.other_parts(model))
     for name in sorted(config.modules_to_save):
         found = [path for path in modules if path.endswith(name)]  # as PEFT matches these, from no dot on
         if not found:
             parts = {part for path in modules for part in path.split(".") if not part.isdigit()}
             raise UserError(
                 f"{name!r} matches no module{suggestion(name, parts) or '; take it out'}",
+                option="lora_modules_to_save",
+            )
+        towers = [path for path in found if path.startswith(beside)]
+        if towers:
+            raise UserError(
+                f"{name!r} is {towers[0]}, which text does not reach, and no gradient; take it out",
                 option="lora_modules_to_save",
             )
         quantized = [path for path in found if any(_is_quantized(each) for each in modules[path].modules())]

@@ -49,6 +49,21 @@ class Quantizer(Bnb4BitHfQuantizer):
             *(WeightConverter(parts, name, [_FromMxfp4(self)]) for name, parts in mxfp4.NAMES.items()),
         ]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The model's own conversions, without those of stacks that are packed already: qwen3_vl_moe transposes them."""
+        packed = tuple(name for name in self.serialized_names if name != "weight")
+        kept = [
+            each
+            for each in weight_conversions
+            if not (
+                self.pre_quantized
+                and isinstance(each, WeightConverter)
+                and any(source.endswith(packed) for source in each.source_patterns)
+            )
+        ]
+        found: list[Any] = super().update_weight_conversions(kept, model)
+        return found
+
     def get_load_operations(self) -> dict[str, Any]:
         """What puts a packed parameter together from its tensors."""
         return {"deserialize": _Deserialize}
