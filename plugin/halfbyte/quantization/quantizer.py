@@ -50,7 +50,7 @@ class Quantizer(Bnb4BitHfQuantizer):
         ]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """The model's own conversions, without those of stacks that are packed already: qwen3_vl_moe transposes them."""
+        """The model's own conversions, without those of packed stacks, which qwen3_vl_moe would transpose."""
         packed = tuple(name for name in self.serialized_names if name != "weight")
         kept = [
             each
