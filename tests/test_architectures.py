@@ -48,6 +48,14 @@ def test_every_adapter_is_moved_by_text(base, tmp_path: Path, name: str) -> None
     assert not any("encoder_attn" in path for path in paths)
 
 
+def test_rows_that_nothing_bounds_are_counted_as_they_are(base, tmp_path: Path) -> None:
+    """Mamba 2 has no longest position, and `max_length: null` cuts no row."""
+    trainer, _ = architectures.step(base("mamba2"), tmp_path / "out", max_length=None)
+    assert not hasattr(trainer.model.config, "max_position_embeddings")
+    lengths = sorted(trainer.report.lengths.sizes(padded=False))
+    assert trainer.report.workload.tokens == sum(lengths[-2:])
+
+
 ROUTER = r"router_aux_loss_coef: \w+ has no load-balancing loss that TRL can compute .*; write `router_aux_loss_coef: 0"
 REFUSED = {
     "doge": ({}, ROUTER),

@@ -12,6 +12,9 @@ from halfbyte.fast.report import ON
 from halfbyte.fast.rows import MOST_PADDED
 from halfbyte.memory import Place, Workload
 
+# Tokens of a row that neither an option, the rows nor the model's configuration bounds: TRL's own `max_length`.
+_UNBOUNDED = 1024
+
 
 def workload_of(
     args: Any,
@@ -30,7 +33,8 @@ def workload_of(
     A trainer that ``evaluates`` does so on rows of the lengths ``evaluated``, in padded batches or as trees.
     """
     size, free = args.per_device_train_batch_size, fusion.padding_free or fusion.trees
-    length = getattr(args, "max_length", None) or model.config.get_text_config().max_position_embeddings
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED
+    length = getattr(args, "max_length", None) or most
 
     def largest(lengths: Lengths | None, size: int, free: bool, budget: int | None = None) -> tuple[int, int]:
         """The tokens of the largest batch, and those of the longest sequence in it."""
