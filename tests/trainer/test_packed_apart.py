@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from halfbyte import QLoRAPlugin
 from halfbyte.cli import main
 from halfbyte.errors import UserError
 from tests import architectures, tiny
@@ -68,6 +72,17 @@ def test_a_model_that_the_fast_step_does_not_cover_is_refused_with_its_reason(ba
     with pytest.raises(UserError, match=message):
         step(base("bloom"), tmp_path, "auto", packing=True)
     assert step(base("bloom"), tmp_path, "auto").state.global_step == 1
+
+
+def test_a_collator_of_one_s_own_is_tried_too(base, tmp_path: Path) -> None:
+    """Under transformers' Trainer, which has no such options."""
+    args = TrainingArguments(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4)
+    free = DataCollatorForLanguageModeling(pad_token_id=3, padding_free=True)
+    with pytest.raises(UserError, match=r"^padding_free: Lfm2ForCausalLM fails on packed sequences"):
+        QLoRAPlugin(dtype="float32").trainer(
+            Trainer, model=base("lfm2"), args=args, train_dataset=rows, data_collator=free
+        )
 
 
 def test_packing_that_joins_by_its_name_trains(base, tmp_path: Path) -> None:

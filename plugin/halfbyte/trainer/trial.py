@@ -104,7 +104,7 @@ def check_apart(trainer: Any, model: PreTrainedModel | PeftModel, fusion: Fusion
         reason = _joins(with_weights(base, attention), trainer)
     if reason is None:
         return
-    option = "packing" if trainer.args.packing else "padding_free"
+    option = "packing" if getattr(trainer.args, "packing", False) else "padding_free"
     do = f"write `{option}: false`"
     if fusion.mode == "none":
         do = f"leave `fast: auto`, which keeps those of most models apart, or {do}"
