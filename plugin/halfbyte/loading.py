@@ -14,7 +14,7 @@ from halfbyte import adapters, data, distributed, quantization
 from halfbyte.adapters import config as saved
 from halfbyte.distributed import fsdp2
 from halfbyte.errors import UserError
-from halfbyte.fast import experts
+from halfbyte.fast import experts, stand_in
 from halfbyte.model_options import ModelOptions
 from halfbyte.quantization import Coverage
 from halfbyte.resolve import Decisions
@@ -109,6 +109,7 @@ def planned(
                     lora_config(options),
                     added_token_ids=list(added_token_ids),
                     stacks=quantization.stacks_of(base),
+                    shown_by=stand_in.made(base),
                 )
         experts.require(model)
     model.__class__ = type(type(model).__name__, (_Weightless, type(model)), {})

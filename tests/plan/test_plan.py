@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte import fast
+from halfbyte import QLoRAPlugin, fast
 from halfbyte.cli import main
 from halfbyte.errors import UserError
 from halfbyte.plan import target
-from tests import tiny
+from tests import architectures, tiny
 from tests.plan.conftest import OPTIONS, Planned
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -63,6 +63,21 @@ def test_every_kind_of_run_is_planned(
     assert found["memory"] == told["memory"]["predicted"]
     assert found["data"]["steps"] == told["steps"]
     assert found["data"]["sequences"] == told["data"]["packed"]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "gemma3n_text", "llama"])
+def test_adapters_are_planned_where_a_run_has_them(given, tmp_path: Path, name: str, capsys) -> None:
+    """No gradient of a text reaches the indexers of the first, and the last projection of the second."""
+    base = architectures.save(tmp_path / "base", name)
+    words = [word for word in given("sft") if not word.startswith("--model_name_or_path")]
+    words += [f"--model_name_or_path={base}", "--lora_r=4", "--gradient_checkpointing=false"]
+    capsys.readouterr()
+    assert main(["plan", "sft", "--json", *words]) == 0
+    printed = capsys.readouterr()
+    assert "FP4 quantization state" not in printed.err
+    model = QLoRAPlugin(dtype="float32", lora_r=4).load(base, gradient_checkpointing=False)
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert json.loads(printed.out)["trained_parameters"] == trained
 
 
 def test_the_last_batch_may_be_dropped(given, planned: Planned, tmp_path: Path, capsys) -> None:

@@ -30,17 +30,22 @@ _READ_PAST = {
 _TOKENS = 16
 
 
-def linears(model: PreTrainedModel) -> tuple[list[str], list[str], list[str]]:
+def linears(
+    model: PreTrainedModel, shown_by: PreTrainedModel | None = None
+) -> tuple[list[str], list[str], list[str]]:
     """Return the paths of the linear layers that text reaches, of those read past an adapter, and of those not reached.
 
     The output head is in none. A layer counts as reached if a layer at its place in any block is (the expert of
-    another token): vision towers, attention to an encoder and poolers are not. Where no forward can be made (ZeRO-3
-    holds no whole weight; the model requires other inputs) all count as reached.
+    another token): vision towers, attention to an encoder and poolers are not. ``shown_by`` is a small model of the
+    class of a ``model`` on meta. Where no forward can be made (ZeRO-3 holds no whole weight; the model requires other
+    inputs), and of layers that a small model has not, all count as reached.
     """
     found = _layers(model)
     past = _read_past(model, found)
-    reached = None if is_deepspeed_zero3_enabled() else _reached(model, found)
+    shown = found if shown_by is None else _layers(shown_by)
+    reached = None if is_deepspeed_zero3_enabled() else _reached(shown_by or model, shown)
     places = {place(name) for name in (found if reached is None else reached)}
+    places |= {place(name) for name in found} - {place(name) for name in shown}
     chosen = [name for name in found if place(name) in places and name not in past]
     return chosen, sorted(past), sorted(found.keys() - past - set(chosen))
 

@@ -56,11 +56,13 @@ def attach(
     initialization: str | None = None,
     added_token_ids: Iterable[int] = (),
     stacks: experts.Shapes = MappingProxyType({}),
+    shown_by: PreTrainedModel | None = None,
 ) -> PeftModel:
     """Add a fresh LoRA adapter to ``model``; the logits do not change.
 
     ``added_token_ids`` are new vocabulary rows: their embeddings ``[H]``, and their rows of the head where it is
     not tied to the embeddings, are trained in full. ``stacks`` are the shapes of the model's experts by path.
+    ``shown_by`` stands for a model on meta where a forward shows what text reaches.
 
     Raises :class:`UserError` if a target matches no layer, or if the output head is a target: TRL's fused head
     reads the head's weight directly, so an adapter there would silently not train.
@@ -73,7 +75,7 @@ def attach(
         config.init_lora_weights = "gaussian"
     check_targets(model, config, stacks)
     if config.target_modules == "all-linear":
-        _target_the_decoder(model, config, stacks)
+        _target_the_decoder(model, config, stacks, shown_by)
     elif multimodal.language_model(model) is not None:
         # By path: the same names in a tower must not match where the adapter is loaded on the whole model.
         config.target_modules = set(decoder.matched(model, config.target_modules))
@@ -158,9 +160,11 @@ def _check_excluded(model: PreTrainedModel, config: LoraConfig) -> None:
             )
 
 
-def _target_the_decoder(model: PreTrainedModel, config: LoraConfig, stacks: experts.Shapes) -> None:
+def _target_the_decoder(
+    model: PreTrainedModel, config: LoraConfig, stacks: experts.Shapes, shown_by: PreTrainedModel | None
+) -> None:
     """Replace `all-linear` by the linear layers that text reaches, and print what gets no adapter."""
-    found, past, others = decoder.linears(model)
+    found, past, others = decoder.linears(model, shown_by)
     gates = experts.routers({name: model.get_submodule(name) for name in found}, stacks)
     taken = sorted(experts.taken_for_experts(model, found) - gates)
     chosen = [name for name in found if name not in gates and name not in taken]

@@ -62,6 +62,15 @@ def with_weights(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     return found
 
 
+def made(model: PreTrainedModel) -> PreTrainedModel | None:
+    """What :func:`with_weights` returns in eager attention, or None where a class takes no small configuration."""
+    try:
+        with torch.device("cpu"):
+            return with_weights(model, "eager")
+    except Exception:  # of any architecture
+        return None
+
+
 def of_layers(owner: Any, layers: int, *, narrow: bool = True) -> Any:
     """Return a small model of the class of ``owner`` with its first ``layers``: random, on the CPU, in eager attention.
 
