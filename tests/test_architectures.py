@@ -58,6 +58,8 @@ def test_rows_that_nothing_bounds_are_counted_as_they_are(base, tmp_path: Path) 
 
 ROUTER = r"router_aux_loss_coef: \w+ has no load-balancing loss that TRL can compute .*; write `router_aux_loss_coef: 0"
 REFUSED = {
+    # On CPUs bitsandbytes 0.50 quantizes no inputs of four dimensions, which latents have.
+    "minicpm3": ({"load_in_4bit": False, "load_in_8bit": True}, "fails on a text: .*; write `load_in_4bit: true`$"),
     "doge": ({}, ROUTER),
     "jamba": ({}, ROUTER),
     "phimoe": ({"load_in_4bit": False}, ROUTER),

@@ -63,7 +63,9 @@ def check_loss(trainer: Trainer, model: PreTrainedModel | PeftModel) -> None:
         try:
             logits = base(input_ids=ids, **without).logits[:, :-1].float()
         except Exception as error:  # of any architecture
-            raise _refused(f"{name} fails on a text: {_said(error)}; use another model") from error
+            in_8_bits = getattr(base, "is_loaded_in_8bit", False)
+            do = "write `load_in_4bit: true`" if in_8_bits else "use another model"
+            raise _refused(f"{name} fails on a text: {_said(error)}; {do}") from error
         try:
             found = base(input_ids=ids, labels=ids, fused_lm_head=True, **asked).log_probs
         except Exception as error:
