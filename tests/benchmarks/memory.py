@@ -60,6 +60,7 @@ class Point:
     evaluated: int = 0
     experts: int = 0
     adapted: bool = False
+    architecture: str = "llama"
 
     @property
     def name(self) -> str:
@@ -96,6 +97,9 @@ def points() -> list[Point]:
             moe(level=level, dtype=dtype, recipe="dpo", length=128),
         ]
     found.append(moe(fast="none", level=None))
+    for architecture, level in product(("minicpm3", "lfm2", "qwen3_5_text"), (0, 3)):
+        other = partial(Point, architecture=architecture, level=level, dtype="float32")
+        found += [other(), other(recipe="dpo", length=128)]
     found += [Point(strategy=strategy, level=level) for strategy in ("cpu", "fsdp2") for level in (0, 3)]
     return [*found, *(Point(fast=fast, level=None, checkpointing=False) for fast in ("none", "auto"))]
 
@@ -163,7 +167,12 @@ def prepare(point: Point, scratch: Path) -> list[str]:
     cache.mkdir(exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(cache)
     case = Case(
-        "memory", hidden=point.hidden, layers=point.layers, vocabulary=point.vocabulary, experts=point.experts
+        "memory",
+        hidden=point.hidden,
+        layers=point.layers,
+        vocabulary=point.vocabulary,
+        experts=point.experts,
+        architecture=point.architecture,
     )
     written = [json.dumps(each) for each in rows(point)]
     (scratch / "rows").mkdir()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PAD = 2
 
@@ -19,7 +19,7 @@ class Case:
     """One workload. The targets are stated for ``threshold`` cases; ``large`` ones get fewer of TRL's columns.
 
     The ``length`` of a pair is that of its prompt and of each answer; of a ``multi-turn`` one the prompt is longer.
-    ``experts`` are those of a layer, of which a token gets two; 0 is a dense model.
+    ``experts`` are those of a layer, of which a token gets two; 0 is a dense model of ``architecture``.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Case:
     large: bool = False
     method: str = "sft"
     experts: int = 0
+    architecture: str = "llama"
 
 
 CASES = [
@@ -60,37 +61,66 @@ CASES = [
 
 
 def checkpoint(case: Case, directory: Path) -> Path:
-    """A random Llama or Qwen3-MoE of the case's shape with a word-level tokenizer, saved once."""
-    path = directory / f"llama-{case.hidden}-{case.layers}-{case.vocabulary}-{case.experts}"
+    """A random model of the case's shape with a word-level tokenizer, saved once."""
+    architecture = "qwen3_moe" if case.experts else case.architecture
+    path = directory / f"{architecture}-{case.hidden}-{case.layers}-{case.vocabulary}-{case.experts}"
     if path.exists():
         return path
     torch.manual_seed(0)
-    cls, more = LlamaConfig, {}
-    if case.experts:
-        cls = Qwen3MoeConfig
-        more = {
+    config = AutoConfig.for_model(
+        architecture,
+        **{
+            "vocab_size": case.vocabulary,
+            "hidden_size": case.hidden,
+            "intermediate_size": case.hidden * 11 // 4,
+            "num_hidden_layers": case.layers,
+            "num_attention_heads": case.hidden // 64,
+            "num_key_value_heads": case.hidden // 128,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": PAD,
+            **_of_architecture(architecture, case),
+        },
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer(case.vocabulary).save_pretrained(path)
+    return path
+
+
+def _of_architecture(name: str, case: Case) -> dict[str, Any]:
+    """What a configuration has that Llama's has not, in the proportions of published checkpoints."""
+    heads = case.hidden // 64
+    if name == "qwen3_moe":
+        return {
             "num_experts": case.experts,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": case.hidden * 11 // 16,
             "head_dim": 64,
         }
-    config = cls(
-        vocab_size=case.vocabulary,
-        hidden_size=case.hidden,
-        intermediate_size=case.hidden * 11 // 4,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.hidden // 64,
-        num_key_value_heads=case.hidden // 128,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=PAD,
-        **more,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    tokenizer(case.vocabulary).save_pretrained(path)
-    return path
+    if name == "minicpm3":
+        return {
+            "num_key_value_heads": heads,
+            "q_lora_rank": case.hidden * 3 // 8,
+            "kv_lora_rank": case.hidden // 8,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+        }
+    if name == "lfm2":
+        return {"layer_types": ["conv", "conv", "full_attention", "conv"] * (case.layers // 4)}
+    if name == "qwen3_5_text":
+        return {
+            "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+            * (case.layers // 4),
+            "head_dim": 64,
+            "linear_num_key_heads": heads // 2,
+            "linear_num_value_heads": heads,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+        }
+    return {}
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

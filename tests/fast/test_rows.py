@@ -1,6 +1,5 @@
 """State mixers in padding-free batches: loss and gradients equal those of each sequence alone, and leaks are found."""
 
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from trl.trainer.utils import add_fused_lm_head
 from halfbyte import QLoRAPlugin
 from halfbyte.fast import batches, rows
 from halfbyte.fast.forest import ROOT, Forest
-from halfbyte.memory import Workload
-from halfbyte.memory.step import activations
 from tests import architectures, plain_trl, tiny
 from tests.fast import test_batches
 from tests.plain_trl import Steps, assert_equal
@@ -189,17 +186,6 @@ def test_tokens_that_a_model_mixes_itself_are_found_out(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Lfm2Model, "forward", shifting)
     assert "computes other values" in (batches.use_forests(make("lfm2")) or "")
-
-
-def test_padding_that_mixers_see_is_counted() -> None:
-    model = make("lfm2")
-    assert batches.use_forests(model) is None
-    work = Workload(tokens=64, longest=32, optim="adamw_torch", checkpointing=False)
-    packed, in_rows = (activations(model, replace(work, in_rows=n)).kept for n in (64, 128))
-    assert packed == activations(model, work).kept
-    assert 1.1 * packed < in_rows < 2 * packed
-    rows.remove(model)
-    assert activations(model, replace(work, in_rows=128)).kept == packed
 
 
 def train(

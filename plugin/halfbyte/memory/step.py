@@ -12,13 +12,13 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halfbyte.fast import rows
 from halfbyte.fast.attention import _working_dtype
 from halfbyte.fast.layer import LEVELS, FusedForward
 from halfbyte.fast.parts import Decoder, LatentMaps
 from halfbyte.fast.scores import chunk_rows
 from halfbyte.memory import apart
 from halfbyte.memory.experts import of_experts
+from halfbyte.memory.mixers import of_mixers
 from halfbyte.memory.widths import Widths, dtype, outputs, ranks
 
 __all__ = ["LEVELS", "Activations", "activations", "kept_per_token"]
@@ -48,6 +48,7 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
     """Return what a step of ``workload`` adds to ``model``, its fused layers at ``level`` (None: at their own)."""
     tokens, kept, layers, working, products = workload.tokens, 0, 0, 0, 0
     last: tuple[int, int] | None = None
+    known: dict[type, int | None] = {}
     for layer in model.modules():
         if not isinstance(layer, GradientCheckpointingLayer):
             continue
@@ -78,7 +79,8 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
             inside = tokens * whole + of_experts(
                 layer, model.config, tokens, item_size(layer), workload.device
             )
-            inside += _padding_of_mixers(layer, tokens, workload.in_rows)
+            seen = max(workload.in_rows or 0, tokens)
+            inside += of_mixers(layer, model.config, seen, workload.longest, item_size(layer), known)
             kept += tokens * size if workload.checkpointing else inside
             working = max(working, inside if workload.checkpointing else 0)
     head = _head(model, workload, tokens) + _around(model, tokens)
@@ -92,6 +94,7 @@ def activations(model: nn.Module, workload: Any, level: int | None = None) -> Ac
 def evaluation(model: nn.Module, workload: Any) -> Activations:
     """Return what a batch of an evaluation adds to ``model``: the forward of one layer, or a chunk of the head."""
     tokens, layers, working, products = workload.evaluated, 0, 0, 0
+    known: dict[type, int | None] = {}
     for layer in model.modules():
         if not isinstance(layer, GradientCheckpointingLayer):
             continue
@@ -103,7 +106,9 @@ def evaluation(model: nn.Module, workload: Any) -> Activations:
             working = max(working, of_mlp, _forward_of_attention(decoder, workload))
         else:
             inside = tokens * _whole_per_token(layer)[1] // 2
-            inside += _padding_of_mixers(layer, tokens, workload.evaluated_in_rows) // 2
+            seen = max(workload.evaluated_in_rows or 0, tokens)
+            longest = workload.evaluated_longest
+            inside += of_mixers(layer, model.config, seen, longest, item_size(layer), known) // 2
             working = max(
                 working, inside + of_experts(layer, model.config, tokens, item_size(layer), workload.device)
             )
@@ -248,12 +253,6 @@ def _whole_per_token(layer: nn.Module) -> tuple[int, int]:
     stream = min(widths)
     size = item_size(layer)
     return stream * size, sum(widths) * _FLOAT32 + 8 * stream * size
-
-
-def _padding_of_mixers(layer: nn.Module, tokens: int, in_rows: int | None) -> int:
-    """Bytes that the state mixers of a layer keep beside those of ``tokens``, where they see ``in_rows`` of them."""
-    more = max((in_rows or 0) - tokens, 0)
-    return more * sum(_whole_per_token(mixer)[1] for mixer in rows.mixers(layer)) if more else 0
 
 
 def _features(linear: Any) -> int:
