@@ -266,10 +266,11 @@ PATCHES = (
     ),
     Patch(
         "transformers.integrations.hub_kernels.use_kernel_func_from_hub_with_fallback",
-        "fast/torch_functions.py:torch_functions",
-        "while it is shown on the CPU what a model computes",
+        "fast/torch_functions.py:torch_functions, quantization/kernels.py:leave_out_fused",
+        "while it is shown on the CPU what a model computes; the process, once a base is loaded in four or eight bits",
         "transformers 5.24",
-        "state layers call causal_conv1d, mamba_ssm and fla where they are installed, and these compute on GPUs alone",
+        "state layers call what causal_conv1d, mamba_ssm and fla have on every device, and these need a GPU; in training "
+        "they hand the weights of linear maps to mamba_ssm, which reads packed bytes",
     ),
     *(
         Patch(

@@ -1,7 +1,5 @@
 """State layers where kernels for a GPU are installed: what they compute is shown on the CPU without these."""
 
-import importlib
-import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,37 +11,14 @@ from peft import LoraConfig, get_peft_model
 from halfbyte.fast import batches
 from halfbyte.fast.proof import Proofs
 from halfbyte.fast.torch_functions import calls_kernels
-from tests import forked
+from tests import fake_kernels, forked
 from tests.fast import test_batches, test_rows
 
-# What transformers has in the place of each, by the module that it is imported from.
-KERNELS = {
-    "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d_fn"),
-    "fla.ops.gated_delta_rule": ("chunk_gated_delta_rule", "torch_chunk_gated_delta_rule"),
-}
 UPSTREAM = "transformers.models.qwen3_next.modeling_qwen3_next"
-# transformers passes on the arguments that a kernel names; this one computes what it is called in the place of.
-SOURCE = """
-on_gpu, calls, reference = False, 0, None
-
-def {name}({parameters}):
-    global calls
-    given = {{key: value for key, value in locals().items() if value is not None}}
-    if not on_gpu:
-        raise RuntimeError("{name} computes on a GPU")
-    calls += 1
-    return reference(**given)
-"""
-
-
-def write(site: Path) -> None:
-    upstream = importlib.import_module(UPSTREAM)
-    for module, (name, function) in KERNELS.items():
-        folder = site.joinpath(*module.split("."))
-        folder.mkdir(parents=True)
-        reference = getattr(upstream, function).__wrapped__
-        parameters = ", ".join(f"{each}=None" for each in inspect.signature(reference).parameters)
-        (folder / "__init__.py").write_text(SOURCE.format(name=name, parameters=parameters))
+KERNELS = {
+    "causal_conv1d": {"causal_conv1d_fn": "causal_conv1d_fn"},
+    "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": "torch_chunk_gated_delta_rule"},
+}
 
 
 def shown_and_trained(site: str | None) -> Any:
@@ -60,17 +35,14 @@ def shown_and_trained(site: str | None) -> Any:
             RuntimeError, match="computes on a GPU"
         ):  # or transformers has learnt to leave them out
             model(torch.tensor([[4, 5]]))
-    kernels = [importlib.import_module(name) for name in KERNELS] if site else []
-    for kernel, (_, function) in zip(kernels, KERNELS.values(), strict=False):
-        kernel.on_gpu = True
-        kernel.reference = getattr(importlib.import_module(UPSTREAM), function).__wrapped__
+    kernels = fake_kernels.switch_on(UPSTREAM, KERNELS) if site else []
     loss, gradients = test_batches.step(model, padding_free=True)
-    calls = min((kernel.calls for kernel in kernels), default=0)
+    calls = min((len(kernel.calls) for kernel in kernels), default=0)
     return (reason, parts), loss.item(), {name: value.numpy() for name, value in gradients.items()}, calls
 
 
 def test_a_model_that_calls_kernels_is_shown_on_the_cpu(tmp_path: Path) -> None:
-    write(tmp_path)
+    fake_kernels.write(tmp_path, UPSTREAM, KERNELS)
     without, with_kernels = (forked.call(shown_and_trained, site) for site in (None, str(tmp_path)))
     assert with_kernels[0] == without[0] == (None, ["mlp.shared_expert", "self_attn"])
     assert with_kernels[1] == pytest.approx(without[1], abs=1e-6)

@@ -13,7 +13,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from halfbyte import multimodal, store
 from halfbyte.errors import UserError
-from halfbyte.quantization import mxfp4, quantizer, stored
+from halfbyte.quantization import kernels, mxfp4, quantizer, stored
 from halfbyte.quantization.compute import compute_in
 from halfbyte.quantization.skeleton import configured, selective, without_weights
 from halfbyte.task import CAUSAL_LM, Task
@@ -61,6 +61,7 @@ def load_base(
     for part in multimodal.other_parts(model):
         model.get_submodule(part).requires_grad_(False)
     compute_in(model, dtype)
+    kernels.leave_out_fused(model)
     return model
 
 
