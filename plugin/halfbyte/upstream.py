@@ -269,7 +269,7 @@ PATCHES = (
         "fast/torch_functions.py:torch_functions, quantization/kernels.py:leave_out_fused",
         "while it is shown on the CPU what a model computes; the process, once a base is loaded in four or eight bits",
         "transformers 5.24",
-        "state layers call what causal_conv1d, mamba_ssm and fla have on every device, and these need a GPU; in training "
+        "state layers call causal_conv1d, mamba_ssm and fla on every device, and these compute on GPUs; in training "
         "they hand the weights of linear maps to mamba_ssm, which reads packed bytes",
     ),
     *(
