@@ -24,7 +24,7 @@ def _standing() -> dict[str, str]:
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = next((x.split(":", 1)[1].strip() for x in cpu.splitlines() if x.startswith("model name")), "?")
     return {
-        "CPU": f"{model}, {os.cpu_count()} cores, {', '.join(name for name in _NATIVE if name in cpu)}",
+        "CPU": f"{model}, {os.cpu_count()} cores, {', '.join(name for name in _NATIVE if name in cpu) or 'no AVX-512'}",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": str(torch.get_num_threads()),
         "Python": platform.python_version(),
