@@ -25,6 +25,7 @@ LAYERS = [
         "parts",
         "identity",
         "names",
+        "state_kernels",
     }
     | {"commands table", "terminal"},
     {"config", "quantization", "adapters", "optimizers", "data", "distributed"},

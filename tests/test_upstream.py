@@ -54,6 +54,14 @@ def test_a_replaced_name_has_its_signature(patch: upstream.Patch) -> None:
         assert found(patch.name.rpartition(".")[0])
 
 
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda each: f"{each.name} in {each.place}")
+def test_a_place_is_a_function_in_a_file(patch: upstream.Patch) -> None:
+    file, _, function = patch.place.partition(":")
+    nodes = ast.walk(ast.parse((PLUGIN / file).read_text(encoding="utf-8")))
+    defined = {each.name for each in nodes if isinstance(each, ast.FunctionDef | ast.ClassDef)}
+    assert function.rpartition(".")[2] in defined
+
+
 @pytest.mark.parametrize("private", PRIVATE, ids=lambda each: f"{each.name} in {each.place}")
 def test_a_private_name_is_there(private: Private) -> None:
     name, _, attribute = private.name.partition(":")

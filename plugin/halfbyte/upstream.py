@@ -207,7 +207,7 @@ PATCHES = (
     ),
     Patch(
         "peft.PeftModel.__class__",
-        "loading.py:_on_meta",
+        "loading.py:planned",
         "a model on meta that `halfbyte plan` builds a trainer over",
         "peft 0.21, trl 1.16",
         "the Trainer moves a model that is not quantized, and TRL copies adapters to one that it adds on the CPU",
@@ -266,7 +266,7 @@ PATCHES = (
     ),
     Patch(
         "transformers.integrations.hub_kernels.use_kernel_func_from_hub_with_fallback",
-        "fast/torch_functions.py:torch_functions, quantization/kernels.py:leave_out_fused",
+        "state_kernels.py:_leave_out",
         "while it is shown on the CPU what a model computes; the process, once a base is loaded in four or eight bits",
         "transformers 5.24",
         "state layers call causal_conv1d, mamba_ssm and fla on every device, and these compute on GPUs; in training "

@@ -21,8 +21,8 @@ from halfbyte.fast import reading, rows, rows_proof, varlen
 from halfbyte.fast.forest import ROOT, Forest
 from halfbyte.fast.parts import Uncovered
 from halfbyte.fast.stand_in import with_weights
-from halfbyte.fast.torch_functions import torch_functions
 from halfbyte.fast.varlen import IMPLEMENTATION, IN_PLACE_OF_EAGER
+from halfbyte.state_kernels import torch_functions
 
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}

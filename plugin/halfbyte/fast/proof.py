@@ -20,7 +20,7 @@ from halfbyte.fast.kinds import Call, kept
 from halfbyte.fast.norm_proof import equal, norm_forms
 from halfbyte.fast.parts import Form, Uncovered
 from halfbyte.fast.rope import PAIRINGS
-from halfbyte.fast.torch_functions import torch_functions
+from halfbyte.state_kernels import torch_functions
 
 _TOKENS = 9
 

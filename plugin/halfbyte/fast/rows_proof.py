@@ -19,8 +19,8 @@ from halfbyte.fast import kinds, rows, varlen
 from halfbyte.fast.forest import ROOT, Forest
 from halfbyte.fast.kinds import Call
 from halfbyte.fast.norm_proof import equal
-from halfbyte.fast.torch_functions import torch_functions
 from halfbyte.multimodal import language_model
+from halfbyte.state_kernels import torch_functions
 
 _TOKENS = 9
 # Of one group of rows: several at once, and padding.

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from halfbyte.fast import rows
-from halfbyte.fast.torch_functions import calls_kernels
+from halfbyte.state_kernels import calls_kernels
 
 _FLOAT32 = 4
 # Tokens of the row that is counted: some functions go through a row token by token.

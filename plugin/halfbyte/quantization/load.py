@@ -5,15 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from halfbyte import multimodal, store
+from halfbyte import multimodal, state_kernels, store
 from halfbyte.errors import UserError
-from halfbyte.quantization import kernels, mxfp4, quantizer, stored
+from halfbyte.quantization import mxfp4, quantizer, stored
 from halfbyte.quantization.compute import compute_in
 from halfbyte.quantization.skeleton import configured, selective, without_weights
 from halfbyte.task import CAUSAL_LM, Task
@@ -61,7 +62,8 @@ def load_base(
     for part in multimodal.other_parts(model):
         model.get_submodule(part).requires_grad_(False)
     compute_in(model, dtype)
-    kernels.leave_out_fused(model)
+    if any(isinstance(each, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for each in model.modules()):
+        state_kernels.leave_out_reading_weights(model)
     return model
 
 

@@ -13,8 +13,8 @@ from halfbyte.errors import UserError
 from halfbyte.fast import FusionReport, autocast
 from halfbyte.fast.report import ON
 from halfbyte.fast.stand_in import with_weights
-from halfbyte.fast.torch_functions import calls_kernels
 from halfbyte.memory import is_planned
+from halfbyte.state_kernels import calls_kernels
 from halfbyte.terminal.wording import first_line, shorten
 
 _TOKENS = 8

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from halfbyte.fast import batches
 from halfbyte.fast.proof import Proofs
-from halfbyte.fast.torch_functions import calls_kernels
+from halfbyte.state_kernels import calls_kernels
 from tests import fake_kernels, forked
 from tests.fast import test_batches, test_rows
 
